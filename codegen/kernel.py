@@ -1,0 +1,76 @@
+"""Emitted kernels: source kept where a debugger can step into it, imported from there."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import sys
+import tempfile
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+_lock = threading.Lock()
+_modules: dict[str, ModuleType] = {}
+
+
+def cache_dir() -> Path:
+    """Where emitted sources and measurements are kept: ``$TTTC_CACHE_DIR``, else ``~/.cache/tttc``."""
+    root = os.environ.get("TTTC_CACHE_DIR")
+    return Path(root) if root else Path.home() / ".cache" / "tttc"
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write ``text`` so that another process sees the whole file or none of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as out:
+            out.write(text)
+        os.replace(partial, path)
+    except BaseException:
+        Path(partial).unlink(missing_ok=True)
+        raise
+
+
+@dataclass
+class Kernel:
+    """One emitted kernel: what ``tttc.explain(...).kernels`` lists.
+
+    ``name`` is the function's name in ``source``; ``config`` holds launch options and constant
+    arguments; ``resources`` and ``cost`` are filled in where they are known.
+    """
+
+    name: str
+    source: str
+    config: dict[str, Any] = field(default_factory=dict)
+    resources: dict[str, Any] | None = None
+    cost: Any = None
+
+    @property
+    def path(self) -> Path:
+        """The file that holds the source."""
+        digest = hashlib.sha256(self.source.encode()).hexdigest()[:16]
+        return cache_dir() / "kernels" / f"{self.name}_{digest}.py"
+
+    def module(self) -> ModuleType:
+        """The source, imported from :attr:`path` (written first where it isn't there yet)."""
+        path = self.path
+        with _lock:
+            if str(path) not in _modules:
+                if not path.exists() or path.read_text(encoding="utf-8") != self.source:
+                    write_atomically(path, self.source)
+                spec = importlib.util.spec_from_file_location(f"tttc_kernels.{path.stem}", path)
+                assert spec is not None and spec.loader is not None
+                module = importlib.util.module_from_spec(spec)
+                sys.modules[spec.name] = module
+                spec.loader.exec_module(module)
+                _modules[str(path)] = module
+            return _modules[str(path)]
+
+    def function(self) -> Any:
+        """The ``triton.jit`` function."""
+        return getattr(self.module(), self.name)

@@ -1,0 +1,5 @@
+"""tttc: a compiler for test-time-training layers."""
+
+from tttc.scan import ScanState, scan
+
+__all__ = ["ScanState", "scan"]

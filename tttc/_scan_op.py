@@ -1,0 +1,206 @@
+"""``torch.ops.tttc.scan``: a whole scan as one operator, so that graph capture carries it through unopened.
+
+Its own implementation is the naive loop: a backend that does not know the operator runs the specification.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from tttc import _tracing
+from tttc._checks import ScanInfo, compute_dtype, output_dtype
+from tttc.naive import naive_loop, run_one_token
+
+
+@dataclass(frozen=True)
+class InternedStep:
+    """A step and the trees it takes, under the key that stands for it in graphs."""
+
+    key: str
+    step: Callable[..., Any]
+    structure: Any  # of (anchor, carry, tokens, shared), as _tracing.describe gives it
+    shapes: Any  # of one token: of the leaves of anchor, tokens, shared
+    output: Any  # the tree of z, likewise
+    outputs: tuple[tuple[tuple[int, ...], torch.dtype], ...]  # of one token: the leaves of z
+
+    def trees(self, anchor, carry, tokens, shared):
+        """The four trees, from flat lists of tensors (``carry`` may be empty: at the anchor)."""
+        a, c, t, s = self.structure[2]
+        return (
+            _tracing.rebuild(a, list(anchor)),
+            _tracing.rebuild(a if c == ("constant", None) else c, list(carry)) if carry else None,
+            _tracing.rebuild(t, list(tokens)),
+            _tracing.rebuild(s, list(shared)),
+        )
+
+
+# Inside an operator the autograd keys are masked, and torch.func needs them: run under the state of plain eager.
+_EAGER_KEYS = (
+    torch._C._dispatch_tls_local_include_set(),
+    torch._C._dispatch_tls_local_exclude_set(),
+)
+
+_lock = threading.Lock()
+_counter = itertools.count()
+_by_key: dict[str, InternedStep] = {}
+_by_content: dict[Any, str] = {}
+
+
+def interned(key: str) -> InternedStep:
+    """The step behind a key of ``torch.ops.tttc.scan``."""
+    return _by_key[key]
+
+
+@torch._dynamo.assume_constant_result
+def intern_step(step: Callable[..., Any], structure: Any, shapes: Any) -> str:
+    """The key of a step with these trees and feature shapes; the same key for the same arguments.
+
+    The step is run once on meta tensors, which is where a wrong one raises.
+    """
+    content = (step, structure, shapes)
+    with _lock:
+        if content in _by_content:
+            return _by_content[content]
+    anchor, tokens, shared = (
+        _tracing.rebuild(described, [torch.empty(shape, device="meta") for shape in of_leaves])
+        for described, of_leaves in zip(
+            (structure[2][0], structure[2][2], structure[2][3]), shapes, strict=True
+        )
+    )
+    z = run_one_token(step, anchor, anchor, tokens, shared)[1]
+    output = _tracing.describe(z)
+    if output is None:
+        raise TypeError(
+            "step: expected an output of tensors in tuples, lists, dicts or named tuples, "
+            f"got {type(z).__name__}"
+        )
+    outputs = tuple((tuple(x.shape), x.dtype) for x in pytree.tree_leaves(z))
+    with _lock:
+        if content not in _by_content:
+            key = f"{step.__module__}.{step.__qualname__}#{next(_counter)}"
+            _by_key[key] = InternedStep(key, step, structure, shapes, output, outputs)
+            _by_content[content] = key
+        return _by_content[content]
+
+
+@torch._dynamo.assume_constant_result
+def output_structure(key: str) -> Any:
+    """The tree of z for an interned step."""
+    return _by_key[key].output
+
+
+def scan_info(anchor, tokens, shared) -> ScanInfo:
+    """Sizes and dtypes of a scan given flat."""
+    batch, heads, length = tokens[0].shape[:3]
+    compute = compute_dtype(anchor, tokens, shared)
+    return ScanInfo(batch, heads, length, compute, output_dtype(tokens, compute))
+
+
+def run_naive(anchor, carry, tokens, shared, key, mini_batch_size, place):
+    """The naive loop on flat lists: new anchor leaves, new carry leaves, output leaves."""
+    entry = interned(key)
+    info = scan_info(anchor, tokens, shared)
+    trees = entry.trees(anchor, carry, tokens, shared)
+    with torch._C._ForceDispatchKeyGuard(*_EAGER_KEYS):
+        (new_anchor, new_carry), z = naive_loop(
+            entry.step, trees[0], trees[1], place, trees[2], mini_batch_size, trees[3], info
+        )
+    return [
+        *pytree.tree_leaves(new_anchor),
+        *pytree.tree_leaves(new_carry),
+        *pytree.tree_leaves(z),
+    ]
+
+
+@torch.library.custom_op("tttc::scan", mutates_args=())
+def scan_op(
+    anchor: list[torch.Tensor],
+    carry: list[torch.Tensor],
+    tokens: list[torch.Tensor],
+    shared: list[torch.Tensor],
+    key: str,
+    mini_batch_size: int,
+    place: int,
+) -> list[torch.Tensor]:
+    """A scan by the naive loop; see :func:`tttc.scan`. Returns new anchor, new carry and output leaves."""
+    with torch.no_grad():
+        out = run_naive(anchor, carry, tokens, shared, key, mini_batch_size, place)
+    return [x.clone() for x in out]
+
+
+@scan_op.register_fake
+def scan_fake(anchor, carry, tokens, shared, key, mini_batch_size, place):
+    """Shapes and dtypes of the results of ``tttc::scan``."""
+    info = scan_info(anchor, tokens, shared)
+    lead = (info.batch, info.heads, info.length)
+    states = [x.new_empty(x.shape, dtype=info.compute) for x in (*anchor, *anchor)]
+    return states + [
+        tokens[0].new_empty((*lead, *shape), dtype=info.output if dtype.is_floating_point else dtype)
+        for shape, dtype in interned(key).outputs
+    ]
+
+
+@torch.library.custom_op("tttc::scan_backward", mutates_args=())
+def scan_backward_op(
+    grads: list[torch.Tensor],
+    anchor: list[torch.Tensor],
+    carry: list[torch.Tensor],
+    tokens: list[torch.Tensor],
+    shared: list[torch.Tensor],
+    key: str,
+    mini_batch_size: int,
+    place: int,
+) -> list[torch.Tensor]:
+    """Gradients of ``tttc::scan`` by autograd through the naive loop, zeros where there are none."""
+    inputs = [*anchor, *carry, *tokens, *shared]
+    leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
+    it = iter(leaves)
+    groups = [[next(it) for _ in group] for group in (anchor, carry, tokens, shared)]
+    with torch._C._ForceDispatchKeyGuard(*_EAGER_KEYS), torch.enable_grad():
+        out = run_naive(*groups, key, mini_batch_size, place)
+        wanted = [x for x in leaves if x.requires_grad]
+        pairs = [(o, g) for o, g in zip(out, grads, strict=True) if o.requires_grad]
+        got = torch.autograd.grad(
+            [o for o, _ in pairs], wanted, [g.to(o.dtype) for o, g in pairs], allow_unused=True
+        )
+    by_leaf = dict(zip((id(x) for x in wanted), got, strict=True))
+    return [
+        torch.zeros_like(x) if by_leaf.get(id(x)) is None else by_leaf[id(x)].clone()
+        for x in leaves
+    ]
+
+
+@scan_backward_op.register_fake
+def _scan_backward_fake(grads, anchor, carry, tokens, shared, key, mini_batch_size, place):
+    return [torch.empty_like(x) for x in (*anchor, *carry, *tokens, *shared)]
+
+
+def _setup_context(ctx, inputs, output):
+    anchor, carry, tokens, shared, key, mini_batch_size, place = inputs
+    ctx.counts = (len(anchor), len(carry), len(tokens), len(shared))
+    ctx.rest = (key, mini_batch_size, place)
+    ctx.save_for_backward(*anchor, *carry, *tokens, *shared)
+    ctx.outputs = [(tuple(x.shape), x.dtype, x.device) for x in output]
+
+
+def _backward(ctx, grads):
+    it = iter(ctx.saved_tensors)
+    groups = [[next(it) for _ in range(n)] for n in ctx.counts]
+    filled = [
+        torch.zeros(shape, dtype=dtype, device=device) if g is None else g
+        for g, (shape, dtype, device) in zip(grads, ctx.outputs, strict=True)
+    ]
+    out = torch.ops.tttc.scan_backward(filled, *groups, *ctx.rest)
+    it = iter(out)
+    back = [[next(it) if x.is_floating_point() else (next(it), None)[1] for x in g] for g in groups]
+    return (*back, None, None, None)
+
+
+scan_op.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,85 @@
+"""What :func:`tttc.scan` must know about where it is being run.
+
+Trees are described by nested tuples of constants, because TorchDynamo can carry those through a
+graph where it cannot carry a ``TreeSpec``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+LEAF = ("leaf",)
+
+_backend: contextvars.ContextVar[Callable[..., Any] | None] = contextvars.ContextVar(
+    "tttc_backend", default=None
+)
+
+
+def active_backend() -> Callable[..., Any] | None:
+    """The lowering that scans reached outside a captured graph go through, if any."""
+    return _backend.get()
+
+
+@contextlib.contextmanager
+def use_backend(backend: Callable[..., Any] | None) -> Iterator[None]:
+    """Send scans that run outside a captured graph to ``backend``."""
+    token = _backend.set(backend)
+    try:
+        yield
+    finally:
+        _backend.reset(token)
+
+
+def is_plain_function(step: Any) -> bool:
+    """Whether Dynamo can carry ``step`` as a constant: a function that closes over nothing."""
+    return isinstance(step, types.FunctionType) and step.__closure__ is None
+
+
+def describe(tree: Any) -> Any:
+    """Nested tuples of constants that say what ``tree`` is, or None where they can't."""
+    if isinstance(tree, torch.Tensor):
+        return LEAF
+    if tree is None or isinstance(tree, (bool, int, float, str)):
+        return ("constant", tree)
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        kind, children = ("namedtuple", type(tree)), list(tree)
+    elif isinstance(tree, tuple):
+        kind, children = ("tuple", None), list(tree)
+    elif isinstance(tree, list):
+        kind, children = ("list", None), tree
+    elif isinstance(tree, dict):
+        kind, children = ("dict", tuple(tree.keys())), list(tree.values())
+    else:
+        return None
+    inner = []
+    for child in children:
+        described = describe(child)
+        if described is None:
+            return None
+        inner.append(described)
+    return (*kind, tuple(inner))
+
+
+def rebuild(structure: Any, leaves: list[Any]) -> Any:
+    """The tree ``structure`` describes, its tensors taken in order from ``leaves`` (emptied)."""
+    kind = structure[0]
+    if kind == "leaf":
+        return leaves.pop(0)
+    if kind == "constant":
+        return structure[1]
+    children = []
+    for child in structure[2]:
+        children.append(rebuild(child, leaves))
+    if kind == "namedtuple":
+        return structure[1](*children)
+    if kind == "tuple":
+        return tuple(children)
+    if kind == "list":
+        return children
+    return dict(zip(structure[1], children, strict=True))

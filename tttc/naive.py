@@ -1,0 +1,118 @@
+"""The naive loop: the specification that every compiled form is compared with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from tttc._checks import ScanInfo, named_leaves
+
+
+def cast_floating(tree: Any, dtype: torch.dtype) -> Any:
+    """The tree with its floating tensors in ``dtype``."""
+    return pytree.tree_map(
+        lambda x: x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x, tree
+    )
+
+
+def check_step_result(result: Any, carry: Any) -> tuple[Any, Any]:
+    """What a step returned, split; raises unless it is a carry like ``carry`` and an output of tensors."""
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise TypeError(
+            f"step: expected it to return (carry, output), got {type(result).__name__}"
+        )
+    new, z = result
+    expected, got = pytree.tree_structure(carry), pytree.tree_structure(new)
+    if expected != got:
+        raise ValueError(
+            f"step: expected it to return a carry like the one it was given, {expected}, got {got}"
+        )
+    for (name, old), leaf in zip(named_leaves(carry, "carry"), pytree.tree_leaves(new), strict=True):
+        if not isinstance(leaf, torch.Tensor):
+            raise TypeError(f"step: expected a tensor for {name}, got {type(leaf).__name__}")
+        if leaf.is_complex() or not leaf.is_floating_point():
+            raise TypeError(f"step: expected a floating dtype for {name}, got {leaf.dtype}")
+        if leaf.shape != old.shape:
+            raise ValueError(
+                f"step: expected {name} to keep its shape {tuple(old.shape)}, got {tuple(leaf.shape)}"
+            )
+    for name, leaf in named_leaves(z, "output"):
+        if not isinstance(leaf, torch.Tensor):
+            raise TypeError(f"step: expected a tensor for {name}, got {type(leaf).__name__}")
+    return new, z
+
+
+def run_one_token(step, anchor, carry, token, shared):
+    """The step on one token of one head of one sequence, its result checked, its carry in the carry's dtype."""
+    new, z = check_step_result(step(anchor, carry, token, shared), carry)
+    new = pytree.tree_map(lambda x, old: x.to(old.dtype), new, carry)
+    return new, z
+
+
+def abstract_output(step, anchor, tokens, shared, info: ScanInfo) -> Any:
+    """The output of the step for one token, as meta tensors without batch dimensions."""
+
+    def meta(x, lead):
+        if not isinstance(x, torch.Tensor):
+            return x
+        dtype = info.compute if x.is_floating_point() else x.dtype
+        return torch.empty([int(s) for s in x.shape[lead:]], dtype=dtype, device="meta")
+
+    state = pytree.tree_map(lambda x: meta(x, 2), anchor)
+    token = pytree.tree_map(lambda x: meta(x, 3), tokens)
+    params = pytree.tree_map(lambda x: meta(x, 1), shared)
+    with torch.autocast("cpu", enabled=False):
+        return run_one_token(step, state, state, token, params)[1]
+
+
+def naive_loop(
+    step: Any,
+    anchor: Any,
+    carry: Any,
+    place: int,
+    tokens: Any,
+    mini_batch_size: int,
+    shared: Any,
+    info: ScanInfo,
+) -> tuple[tuple[Any, Any], Any]:
+    """Token after token; state leaves ``[B, H, ...]`` in the compute dtype, token leaves ``[B, H, T, ...]``.
+
+    Returns ``((anchor, carry), z)``, z's leaves ``[B, H, T, ...]``. ``carry=None`` means: at the anchor.
+    """
+    carry = anchor if carry is None else carry
+    tokens = cast_floating(tokens, info.compute)
+    shared = cast_floating(shared, info.compute)
+    device = pytree.tree_leaves(tokens)[0].device
+    if info.batch == 0 or info.heads == 0 or info.length == 0:
+        z = pytree.tree_map(
+            lambda x: x.new_empty((info.batch, info.heads, info.length, *x.shape), device=device),
+            abstract_output(step, anchor, tokens, shared, info),
+        )
+    else:
+        with torch.autocast(device.type, enabled=False):
+            (anchor, carry), z = _loop(step, anchor, carry, place, tokens, mini_batch_size, shared)
+    if (place + info.length) % mini_batch_size == 0:
+        anchor = carry
+    return (anchor, carry), cast_floating(z, info.output)
+
+
+def _loop(step, anchor, carry, place, tokens, mini_batch_size, shared):
+    params = pytree.tree_map(lambda x: 0 if isinstance(x, torch.Tensor) else None, shared)
+    no_params = pytree.tree_map(lambda x: None, shared)
+
+    def one(anchor, carry, token, shared):
+        return run_one_token(step, anchor, carry, token, shared)
+
+    heads = torch.func.vmap(one, in_dims=(0, 0, 0, params))
+    batched = torch.func.vmap(heads, in_dims=(0, 0, 0, no_params))
+    length = pytree.tree_leaves(tokens)[0].shape[2]
+    outputs = []
+    for t in range(length):
+        if (place + t) % mini_batch_size == 0:
+            anchor = carry
+        token = pytree.tree_map(lambda x, t=t: x[:, :, t], tokens)
+        carry, z = batched(anchor, carry, token, shared)
+        outputs.append(z)
+    return (anchor, carry), pytree.tree_map(lambda *zs: torch.stack(zs, 2), *outputs)

@@ -1,0 +1,137 @@
+"""``tttc.scan``: the one primitive, a scan over tokens with two views of the state.
+
+Run eagerly, a scan is the naive per-token loop and nothing else: that loop is the
+specification every compiled form is compared with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils import _pytree as pytree
+
+from tttc import _scan_op, _tracing
+from tttc._checks import check_mini_batch_size, check_scan_inputs
+from tttc.naive import naive_loop
+
+Step = Callable[[Any, Any, Any, Any], tuple[Any, Any]]
+
+
+class ScanState(NamedTuple):
+    """The state a scan returns and accepts.
+
+    ``anchor`` and ``carry`` are pytrees like ``init``; each leaf is ``[B, H, ...]``.
+    ``place`` counts the tokens already read of the current mini-batch, ``0 <= place < b``;
+    at place 0 the anchor is the carry.
+    """
+
+    anchor: Any
+    carry: Any
+    place: int
+
+
+def scan(
+    step: Step,
+    init: Any,
+    tokens: Any,
+    mini_batch_size: int = 1,
+    *,
+    shared: Any = None,
+) -> tuple[ScanState, Any]:
+    """Scan ``step`` over tokens; the state of the scan is trained while it reads.
+
+    ``step(anchor, carry, token, shared) -> (carry, z)`` sees one token of one head of one
+    sequence. ``anchor`` is the carry as it stood at the start of the token's mini-batch, so
+    that ``mini_batch_size=1`` is online gradient descent.
+
+    Args:
+        step: the update of one token; it returns a carry like the one it was given, and an output.
+        init: pytree of floating tensors, each ``[B, H, ...]`` or ``[H, ...]``, or the
+            :class:`ScanState` of an earlier call.
+        tokens: pytree of tensors, each ``[B, H, T, ...]``.
+        mini_batch_size: tokens between two refreshes of the anchor, at least 1.
+        shared: pytree of parameters, each ``[H, ...]``; leaves that are no tensors pass through.
+
+    Returns:
+        ``(state, z)``: the :class:`ScanState` after the last token, and the outputs, leaves ``[B, H, T, ...]``.
+
+    The step computes in the widest dtype among its inputs, at least float32; states come out in
+    that dtype, floating outputs in the widest dtype of the tokens.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came.
+
+    Example:
+        >>> import torch, tttc
+        >>> def step(anchor, W, token, shared):          # linear attention
+        ...     k, v, q = token
+        ...     W = W + torch.outer(k, v)
+        ...     return W, q @ W
+        >>> k, v, q = torch.randn(3, 2, 4, 10, 8).unbind()
+        >>> state, z = tttc.scan(step, torch.zeros(4, 8, 8), (k, v, q), mini_batch_size=5)
+        >>> z.shape, state.carry.shape, state.place
+        (torch.Size([2, 4, 10, 8]), torch.Size([2, 4, 8, 8]), 0)
+
+    Source: the mini-batch inner loop of arXiv 2407.04620, section 2.4.
+    """
+    check_mini_batch_size(mini_batch_size)
+    if isinstance(init, ScanState):
+        anchor, carry, place = init.anchor, init.carry, init.place
+    else:
+        anchor, carry, place = init, None, 0
+    if not torch.compiler.is_dynamo_compiling():
+        return _scan_outside_capture(step, anchor, carry, place, tokens, mini_batch_size, shared)
+    structure = _tracing.describe((anchor, carry, tokens, shared))
+    if structure is None or not _tracing.is_plain_function(step):
+        # The step or its containers cannot be named in a captured graph: leave the graph here.
+        return _scan_beside_capture(step, anchor, carry, place, tokens, mini_batch_size, shared)
+    return _scan_in_capture(step, anchor, carry, place, tokens, mini_batch_size, shared, structure)
+
+
+def _scan_outside_capture(step, anchor, carry, place, tokens, mini_batch_size, shared):
+    anchor, carry, tokens, dtypes = check_scan_inputs(
+        step, anchor, carry, place, tokens, mini_batch_size, shared
+    )
+    backend = _tracing.active_backend()
+    if backend is not None:
+        lowered = backend(step, anchor, carry, place, tokens, mini_batch_size, shared)
+        if lowered is not None:
+            (anchor, carry), z = lowered
+            return ScanState(anchor, carry, (place + dtypes.length) % mini_batch_size), z
+    (anchor, carry), z = naive_loop(
+        step, anchor, carry, place, tokens, mini_batch_size, shared, dtypes
+    )
+    return ScanState(anchor, carry, (place + dtypes.length) % mini_batch_size), z
+
+
+@torch._dynamo.disable
+def _scan_beside_capture(step, anchor, carry, place, tokens, mini_batch_size, shared):
+    return _scan_outside_capture(step, anchor, carry, place, tokens, mini_batch_size, shared)
+
+
+def _scan_in_capture(step, anchor, carry, place, tokens, mini_batch_size, shared, structure):
+    """The same scan as one operator of the captured graph."""
+    anchor, carry, tokens, dtypes = check_scan_inputs(
+        step, anchor, carry, place, tokens, mini_batch_size, shared
+    )
+    anchor_leaves, anchor_spec = pytree.tree_flatten(anchor)
+    carry_leaves = [] if carry is None else pytree.tree_leaves(carry)
+    token_leaves = pytree.tree_leaves(tokens)
+    shared_leaves = [x for x in pytree.tree_leaves(shared) if isinstance(x, torch.Tensor)]
+    # Feature sizes are part of the program; len(range()) is how Dynamo is told to guard on them.
+    shapes = (
+        tuple(tuple(len(range(n)) for n in x.shape[2:]) for x in anchor_leaves),
+        tuple(tuple(len(range(n)) for n in x.shape[3:]) for x in token_leaves),
+        tuple(tuple(len(range(n)) for n in x.shape[1:]) for x in shared_leaves),
+    )
+    key = _scan_op.intern_step(step, structure, shapes)
+    out = torch.ops.tttc.scan(
+        anchor_leaves, carry_leaves, token_leaves, shared_leaves, key, mini_batch_size, place
+    )
+    n = len(anchor_leaves)
+    anchor = pytree.tree_unflatten(list(out[:n]), anchor_spec)
+    carry = pytree.tree_unflatten(list(out[n : 2 * n]), anchor_spec)
+    z = _tracing.rebuild(_scan_op.output_structure(key), list(out[2 * n :]))
+    return ScanState(anchor, carry, (place + dtypes.length) % mini_batch_size), z
