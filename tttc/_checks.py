@@ -28,6 +28,15 @@ def check_mini_batch_size(mini_batch_size: Any, name: str = "mini_batch_size") -
         raise ValueError(f"{name}: expected an int of at least 1, got {mini_batch_size}")
 
 
+def check_positive(value: Any, name: str) -> int:
+    """``value``, an int of at least 1; raise naming the argument otherwise."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an int of at least 1, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name}: expected an int of at least 1, got {value}")
+    return value
+
+
 def named_leaves(tree: Any, name: str) -> list[tuple[str, Any]]:
     """The leaves of a pytree with the names a user would write, ``tokens.k`` or ``shared['w']``."""
     return [

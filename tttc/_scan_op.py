@@ -119,6 +119,11 @@ def run_naive(anchor, carry, tokens, shared, key, mini_batch_size, place):
     ]
 
 
+def _fresh(x: torch.Tensor) -> torch.Tensor:
+    """A contiguous copy: results alias nothing, and have the strides the fakes promise."""
+    return x.clone(memory_format=torch.contiguous_format)
+
+
 @torch.library.custom_op("tttc::scan", mutates_args=())
 def scan_op(
     anchor: list[torch.Tensor],
@@ -132,7 +137,7 @@ def scan_op(
     """A scan by the naive loop; see :func:`tttc.scan`. Returns new anchor, new carry and output leaves."""
     with torch.no_grad():
         out = run_naive(anchor, carry, tokens, shared, key, mini_batch_size, place)
-    return [x.clone() for x in out]
+    return [_fresh(x) for x in out]
 
 
 @scan_op.register_fake
@@ -172,14 +177,14 @@ def scan_backward_op(
         )
     by_leaf = dict(zip((id(x) for x in wanted), got, strict=True))
     return [
-        torch.zeros_like(x) if by_leaf.get(id(x)) is None else by_leaf[id(x)].clone()
+        x.new_zeros(x.shape) if by_leaf.get(id(x)) is None else _fresh(by_leaf[id(x)])
         for x in leaves
     ]
 
 
 @scan_backward_op.register_fake
 def _scan_backward_fake(grads, anchor, carry, tokens, shared, key, mini_batch_size, place):
-    return [torch.empty_like(x) for x in (*anchor, *carry, *tokens, *shared)]
+    return [x.new_empty(x.shape) for x in (*anchor, *carry, *tokens, *shared)]
 
 
 def _setup_context(ctx, inputs, output):
