@@ -1,0 +1,111 @@
+"""Capture of a step for one token, as an ATen graph without batch dimensions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch._decomp import core_aten_decompositions, get_decompositions
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+from tttc.naive import run_one_token
+
+aten = torch.ops.aten
+
+_FURTHER = [
+    aten.native_layer_norm,
+    aten.native_layer_norm_backward,
+    aten.gelu,
+    aten.gelu_backward,
+    aten.silu,
+    aten.silu_backward,
+    aten.sigmoid_backward,
+    aten.tanh_backward,
+    aten.softplus,
+    aten.softplus_backward,
+    aten.huber_loss,
+    aten.huber_loss_backward,
+    aten.smooth_l1_loss,
+    aten.smooth_l1_loss_backward,
+    aten.mse_loss,
+    aten.mse_loss_backward,
+    aten.l1_loss,
+    aten.threshold_backward,
+    aten.leaky_relu,
+    aten.leaky_relu_backward,
+    aten.elu,
+    aten.elu_backward,
+    aten.hardtanh,
+    aten.hardtanh_backward,
+    aten.addmv,
+    aten.addmm,
+    aten.addr,
+    aten.addcmul,
+    aten.addcdiv,
+    aten.linalg_vector_norm,
+    aten.norm,
+    aten.var,
+    aten.var_mean,
+    aten._softmax,
+    aten._softmax_backward_data,
+    aten._log_softmax,
+    aten._log_softmax_backward_data,
+    aten.rsub,
+    aten.slice_backward,
+    aten.select_backward,
+    aten.clamp_min,
+    aten.clamp_max,
+    aten.masked_fill,
+    aten.log_sigmoid_forward,
+    aten.log_sigmoid_backward,
+    aten.native_dropout,
+    aten.triu,
+    aten.tril,
+    aten.pow,
+]
+
+
+def capture_step(
+    step: Callable[..., Any],
+    trees: Callable[..., Any],
+    shapes: Sequence[Sequence[tuple[int, ...]]],
+    integer_tokens: Sequence[torch.dtype | None],
+) -> torch.fx.GraphModule:
+    """Trace ``step`` for one token with :func:`make_fx`, which sees through ``torch.func.grad``.
+
+    Args:
+        step: the user's function.
+        trees: maps flat lists (anchor, carry, tokens, shared) to the trees the step takes.
+        shapes: of one token, of the leaves of anchor, tokens and shared.
+        integer_tokens: the dtype of each token leaf that is not floating, None for the others.
+
+    Returns:
+        An ATen graph on float32; its flat arguments are those of anchor, carry, tokens and shared
+        (``meta["counts"]`` says how many of each), its results those of the new carry, then of the output.
+    """
+    state = [torch.zeros(s) for s in shapes[0]]
+    tokens = [
+        torch.zeros(s, dtype=torch.float32 if dtype is None else dtype)
+        for s, dtype in zip(shapes[1], integer_tokens, strict=True)
+    ]
+    shared = [torch.zeros(s) for s in shapes[2]]
+    counts = (len(state), len(state), len(tokens), len(shared))
+
+    def flat(*leaves):
+        it = iter(leaves)
+        groups = [[next(it) for _ in range(n)] for n in counts]
+        new, z = run_one_token(step, *trees(*groups))
+        return (*pytree.tree_leaves(new), *pytree.tree_leaves(z))
+
+    # Floating casts say nothing to the compiler: the dtype computed in is the caller's.
+    table = {**core_aten_decompositions(), **get_decompositions(_FURTHER)}
+    with torch.autocast("cpu", enabled=False), torch.no_grad():
+        gm = make_fx(torch.func.functionalize(flat, remove="mutations"), decomposition_table=table, tracing_mode="fake")(
+            *state, *(torch.zeros_like(x) for x in state), *tokens, *shared
+        )
+    gm.graph.eliminate_dead_code()
+    gm.recompile()
+    gm.meta["counts"] = counts
+    return gm

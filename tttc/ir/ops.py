@@ -1,0 +1,203 @@
+"""The operators of the IR: ordinary functions on tensors, so that every stage runs.
+
+Each takes a spec that names the last axes of its operands; axes before them (batch, heads) are mapped
+over and broadcast as in torch. In graphs each node's ``meta["dims"]`` holds the names of its result.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from tttc.ir.functions import FUNCTIONS
+from tttc.ir.spec import Dims, parse, parse_relation
+
+Tensor = torch.Tensor
+
+
+def align(x: Any, dims: Dims, target: Dims) -> Any:
+    """``x`` with its last axes in the order of ``target``, size 1 where it lacks one."""
+    if not isinstance(x, Tensor) or dims == target:
+        return x
+    lead = x.ndim - len(dims)
+    order = [d for d in target if d in dims]
+    if tuple(order) != dims:
+        x = x.permute(*range(lead), *(lead + dims.index(d) for d in order))
+    if len(order) != len(target):
+        shape = iter(x.shape[lead:])
+        x = x.reshape(*x.shape[:lead], *(next(shape) if d in dims else 1 for d in target))
+    return x
+
+
+@lru_cache(maxsize=None)
+def _einsum_equation(spec: str) -> str:
+    parsed = parse(spec)
+    letter = {label: chr(ord("a") + i) for i, label in enumerate(parsed.labels)}
+    operands = ",".join("..." + "".join(letter[d] for d in o) for o in parsed.operands)
+    return f"{operands}->...{''.join(letter[d] for d in parsed.result)}"
+
+
+@lru_cache(maxsize=None)
+def _product_plan(spec: str) -> tuple[Dims, Dims, Dims] | None:
+    """How to run a contraction of two operands as one ``matmul``: orders of left, right and result."""
+    parsed = parse(spec)
+    if len(parsed.operands) != 2:
+        return None
+    left, right = parsed.operands
+    batch = [d for d in parsed.result if d in left and d in right]
+    rows = [d for d in parsed.result if d in left and d not in right]
+    columns = [d for d in parsed.result if d in right and d not in left]
+    inner = [d for d in parsed.summed if d in left and d in right]
+    if len(parsed.summed) != 1 or len(inner) != 1 or len(rows) != 1 or len(columns) != 1:
+        return None
+    return (
+        (*batch, rows[0], inner[0]),
+        (*batch, inner[0], columns[0]),
+        (*batch, rows[0], columns[0]),
+    )
+
+
+def contraction(spec: str, *operands: Tensor) -> Tensor:
+    """The product of the operands, summed over the names that the result lacks.
+
+    >>> contraction("t i, i j -> t j", torch.ones(2, 3), torch.ones(3, 4)).shape
+    torch.Size([2, 4])
+    """
+    parsed = parse(spec)
+    if len(operands) == 1:
+        (dims,) = parsed.operands
+        kept = tuple(d for d in dims if d in parsed.result)
+        axes = [i - len(dims) for i, d in enumerate(dims) if d not in parsed.result]
+        x = operands[0]
+        return align(x.sum(axes) if axes else x, kept, parsed.result)
+    plan = _product_plan(spec)
+    if plan is not None:
+        left, right, result = plan
+        product = torch.matmul(
+            align(operands[0], parsed.operands[0], left),
+            align(operands[1], parsed.operands[1], right),
+        )
+        return align(product, result, parsed.result)
+    if not parsed.summed:
+        x = align(operands[0], parsed.operands[0], parsed.result)
+        for y, dims in zip(operands[1:], parsed.operands[1:], strict=True):
+            x = x * align(y, dims, parsed.result)
+        return x
+    return torch.einsum(_einsum_equation(spec), *operands)
+
+
+def _causal(relation: str, x: Tensor, earlier: int, later: int) -> Tensor:
+    """The mask [later, earlier] of a relation."""
+    strict = parse_relation(relation).strict
+    mask = torch.ones(later, earlier, dtype=torch.bool, device=x.device)
+    return mask.tril(-1 if strict else 0)
+
+
+def _sizes(spec: str, operands: tuple[Tensor, ...]) -> dict[str, int]:
+    sizes = {}
+    for x, dims in zip(operands, parse(spec).operands, strict=True):
+        for i, d in enumerate(dims):
+            sizes[d] = x.shape[i - len(dims)]
+    return sizes
+
+
+def masked(relation: str, spec: str, x: Tensor) -> Tensor:
+    """``x`` where the relation between two of its token dimensions holds, zero elsewhere."""
+    r = parse_relation(relation)
+    sizes = _sizes(spec, (x,))
+    mask = _causal(relation, x, sizes[r.earlier], sizes[r.later])
+    dims = parse(spec).operands[0]
+    zero = torch.zeros((), dtype=x.dtype, device=x.device)
+    x = torch.where(align(mask, (r.later, r.earlier), dims), x, zero)
+    return align(x, dims, parse(spec).result)
+
+
+def masked_contraction(relation: str, spec: str, *operands: Tensor) -> Tensor:
+    """A contraction over the pairs of tokens for which the relation holds; the others contribute nothing.
+
+    An operand that is not finite reaches only the tokens that see it, as it does token by token.
+    """
+    parsed, r = parse(spec), parse_relation(relation)
+    sizes = _sizes(spec, operands)
+    # A token dimension that only the relation ties has the size of the other.
+    earlier = sizes.get(r.earlier, sizes.get(r.later, 0))
+    later = sizes.get(r.later, sizes.get(r.earlier, 0))
+    mask = _causal(relation, operands[0], earlier, later).to(operands[0].dtype)
+    pair = (r.later, r.earlier)
+    specs, values = list(parsed.operands), list(operands)
+    both = [i for i, o in enumerate(specs) if r.earlier in o and r.later in o]
+    if both:
+        i = both[0]
+        zero = torch.zeros((), dtype=values[i].dtype, device=values[i].device)
+        values[i] = torch.where(align(mask, pair, specs[i]) != 0, values[i], zero)
+    else:
+        specs.insert(0, pair)
+        values.insert(0, mask)
+        i = 0
+    text = f"{', '.join(' '.join(o) for o in specs)} -> {' '.join(parsed.result)}"
+    raw = contraction(text, *values)
+    rest = [k for k in range(len(values)) if k != i]
+    if raw.device.type == "cpu" and all(bool(values[k].isfinite().all()) for k in rest):
+        return raw
+    # Zero times infinity is not a number: where a pair that holds meets a value that is not finite the
+    # plain product is right, elsewhere the one without those values.
+    clean = [v if k == i else v.nan_to_num(0.0, 0.0, 0.0) for k, v in enumerate(values)]
+    held = align(mask, pair, specs[i]).expand_as(values[i])
+    meets = torch.zeros_like(raw, dtype=torch.bool)
+    for k in rest:
+        ones = [held if m == i else torch.ones_like(v) for m, v in enumerate(values)]
+        ones[k] = (~values[k].isfinite()).to(values[k].dtype)
+        meets = meets | (contraction(text, *ones) > 0)
+    return torch.where(meets, raw, contraction(text, *clean))
+
+
+def elementwise(function: str, spec: str, *operands: Any) -> Tensor:
+    """A function of :data:`tttc.ir.functions.FUNCTIONS` on operands aligned by name; numbers have no names.
+
+    >>> elementwise("add", "t j, j -> t j", torch.ones(2, 3), torch.ones(3)).sum()
+    tensor(12.)
+    """
+    parsed = parse(spec)
+    aligned = [align(x, d, parsed.result) for x, d in zip(operands, parsed.operands, strict=True)]
+    return FUNCTIONS[function].torch(*aligned)
+
+
+def reduction(function: str, spec: str, x: Tensor) -> Tensor:
+    """A reduction that is no sum (``amax``, ``amin``, ``prod``) over the names that the result lacks."""
+    parsed = parse(spec)
+    (dims,) = parsed.operands
+    for d in reversed(dims):
+        if d not in parsed.result:
+            axis = dims.index(d) - len(dims)
+            x = getattr(torch, function)(x, axis)
+            dims = tuple(e for e in dims if e != d)
+    return align(x, dims, parsed.result)
+
+
+def rename(spec: str, x: Tensor) -> Tensor:
+    """The same values under other names; the axes keep their places."""
+    return x
+
+
+def broadcast(spec: str, x: Any, like: Tensor) -> Tensor:
+    """``x`` repeated along the names it lacks, whose sizes are those of ``like``."""
+    parsed = parse(spec)
+    like = align(like, parsed.operands[1], parsed.result)
+    if not isinstance(x, Tensor):
+        return torch.full_like(like, x)
+    return align(x, parsed.operands[0], parsed.result).expand_as(like)
+
+
+def last(spec: str, x: Tensor) -> Tensor:
+    """The values of the last token of the mini-batch: the name that the result lacks."""
+    (dims,), result = parse(spec)
+    (d,) = [d for d in dims if d not in result]
+    return x.select(dims.index(d) - len(dims), -1)
+
+
+OPERATORS = {
+    f: f.__name__
+    for f in (contraction, masked_contraction, masked, elementwise, reduction, rename, broadcast, last)
+}
