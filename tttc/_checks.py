@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from tttc import _tracing
+
 
 @dataclass(frozen=True)
 class ScanInfo:
@@ -72,20 +74,119 @@ def _check_tensor(name: str, leaf: Any, device: torch.device | None) -> None:
 
 def _check_state_leaf(
     name: str, leaf: Any, batch: int, heads: int, device: torch.device, batched: bool
-) -> torch.Tensor:
+) -> None:
     _check_tensor(name, leaf, device)
     if not leaf.is_floating_point():
         raise TypeError(f"{name}: expected a floating dtype for a state, got {leaf.dtype}")
-    if leaf.ndim >= 2 and leaf.shape[1] == heads and (batched or leaf.shape[0] == batch):
-        if leaf.shape[0] != batch:
-            raise ValueError(f"{name}: expected batch size {batch} first, got {tuple(leaf.shape)}")
-        return leaf
-    if not batched and leaf.ndim >= 1 and leaf.shape[0] == heads:
-        return leaf.expand(batch, *leaf.shape)
-    shapes = "[B, H, ...]" if batched else "[B, H, ...] or [H, ...]"
-    raise ValueError(
-        f"{name}: expected {shapes} with B = {batch} and H = {heads}, got shape {tuple(leaf.shape)}"
-    )
+    if leaf.ndim >= 2 and leaf.shape[1] == heads and leaf.shape[0] == batch:
+        return
+    if batched or leaf.ndim < 1 or leaf.shape[0] != heads:
+        shapes = "[B, H, ...]" if batched else "[B, H, ...] or [H, ...]"
+        raise ValueError(
+            f"{name}: expected {shapes} with B = {batch} and H = {heads}, "
+            f"got shape {tuple(leaf.shape)}"
+        )
+
+
+def _with_batch(leaves, step, init, tokens, shared, batch, heads) -> list[torch.Tensor]:
+    """The checked leaves of ``init``, each ``[B, H, ...]``."""
+    # Heads first: they are constants of a captured program, and the batch size shall stay a symbol.
+    square = [x.ndim >= 2 and x.shape[0] == heads and x.shape[1] == heads for x in leaves]
+    if any(square) and batch == heads:
+        per_head = _reads_per_head(step, init, tokens, shared, square)
+        batched = [both and not per_head for both in square]
+    else:
+        batched = [x.ndim >= 2 and x.shape[1] == heads and x.shape[0] == batch for x in leaves]
+    return [
+        x if has_batch else x.expand(batch, *x.shape)
+        for x, has_batch in zip(leaves, batched, strict=True)
+    ]
+
+
+def check_step_result(result: Any, carry: Any) -> tuple[Any, Any]:
+    """What a step returned, split; raises unless it is a carry like ``carry`` and an output of tensors."""
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise TypeError(f"step: expected it to return (carry, output), got {type(result).__name__}")
+    new, z = result
+    expected, got = pytree.tree_structure(carry), pytree.tree_structure(new)
+    if expected != got:
+        raise ValueError(
+            f"step: expected it to return a carry like the one it was given, {expected}, got {got}"
+        )
+    for (name, old), leaf in zip(
+        named_leaves(carry, "carry"), pytree.tree_leaves(new), strict=True
+    ):
+        if not isinstance(leaf, torch.Tensor):
+            raise TypeError(f"step: expected a tensor for {name}, got {type(leaf).__name__}")
+        if leaf.is_complex() or not leaf.is_floating_point():
+            raise TypeError(f"step: expected a floating dtype for {name}, got {leaf.dtype}")
+        if leaf.shape != old.shape:
+            raise ValueError(
+                f"step: expected {name} to keep its shape {tuple(old.shape)}, got {tuple(leaf.shape)}"
+            )
+    for name, leaf in named_leaves(z, "output"):
+        if not isinstance(leaf, torch.Tensor):
+            raise TypeError(f"step: expected a tensor for {name}, got {type(leaf).__name__}")
+    return new, z
+
+
+def run_one_token(step, anchor, carry, token, shared):
+    """The step on one token of one head of one sequence, its result checked, its carry in the carry's dtype."""
+    new, z = check_step_result(step(anchor, carry, token, shared), carry)
+    new = pytree.tree_map(lambda x, old: x.to(old.dtype), new, carry)
+    return new, z
+
+
+def one_on_meta(x: Any, lead: int, compute: torch.dtype) -> Any:
+    """A tensor as the step sees it, without its ``lead`` batch dimensions, on the meta device."""
+    if not isinstance(x, torch.Tensor):
+        return x
+    dtype = compute if x.is_floating_point() else x.dtype
+    return torch.empty([int(n) for n in x.shape[lead:]], dtype=dtype, device="meta")
+
+
+def _runs(step: Any, state: Any, token: Any, shared: Any) -> bool:
+    try:
+        run_one_token(step, state, state, token, shared)
+    except Exception:  # whatever a user's step raises says that it does not take these shapes
+        return False
+    return True
+
+
+@torch._dynamo.assume_constant_result
+def _runs_described(step: Any, structure: Any, shapes: Any, dtypes: Any) -> bool:
+    return _runs(step, *_tracing.meta_trees(structure, shapes, dtypes))
+
+
+def _reads_per_head(step, init, tokens, shared, ambiguous: list[bool]) -> bool:
+    """Whether leaves of ``init`` that could be ``[B, H, ...]`` as well as ``[H, ...]`` are the latter.
+
+    Decided by running the step on the meta device; ``[B, H, ...]`` where both or none run.
+    """
+    groups = [
+        [x for x in pytree.tree_leaves(tree) if isinstance(x, torch.Tensor)]
+        for tree in (init, tokens, shared)
+    ]
+    compute = compute_dtype(*groups)
+    runs = []
+    for lead in ([2 if both else 1 for both in ambiguous], [1] * len(ambiguous)):
+        if torch.compiler.is_dynamo_compiling():
+            leads = (lead, [3] * len(groups[1]), [1] * len(groups[2]))
+            shapes = tuple(
+                _tracing.constant_shapes(x, n) for x, n in zip(groups, leads, strict=True)
+            )
+            dtypes = tuple(_tracing.seen_dtypes(x, compute) for x in groups)
+            structure = _tracing.describe((init, None, tokens, shared))
+            runs.append(_runs_described(step, structure, shapes, dtypes))
+        else:
+            state = pytree.tree_unflatten(
+                [one_on_meta(x, n, compute) for x, n in zip(groups[0], lead, strict=True)],
+                pytree.tree_structure(init),
+            )
+            token = pytree.tree_map(lambda x: one_on_meta(x, 3, compute), tokens)
+            params = pytree.tree_map(lambda x: one_on_meta(x, 1, compute), shared)
+            runs.append(_runs(step, state, token, params))
+    return runs[1] and not runs[0]
 
 
 def check_scan_inputs(step, anchor, carry, place, tokens, mini_batch_size, shared):
@@ -105,13 +206,17 @@ def check_scan_inputs(step, anchor, carry, place, tokens, mini_batch_size, share
         if leaf.is_complex():
             raise TypeError(f"{name}: expected a real dtype, got {leaf.dtype}")
         if leaf.ndim < 3:
-            raise ValueError(f"{name}: expected rank 3 or more, [B, H, T, ...], got {tuple(leaf.shape)}")
+            raise ValueError(
+                f"{name}: expected rank 3 or more, [B, H, T, ...], got {tuple(leaf.shape)}"
+            )
         if leaf.shape[:3] != first.shape[:3]:
             raise ValueError(
                 f"{name}: expected [B, H, T] = {tuple(first.shape[:3])} as in {first_name}, "
                 f"got {tuple(leaf.shape)}"
             )
     batch, heads, length = first.shape[:3]
+    if isinstance(place, bool) or not isinstance(place, (int, torch.SymInt)):
+        raise TypeError(f"init.place: expected an int, got {type(place).__name__}")
     if not 0 <= place < mini_batch_size:
         raise ValueError(
             f"init.place: expected a place in the mini-batch, 0 to {mini_batch_size - 1}, got {place}"
@@ -132,19 +237,30 @@ def check_scan_inputs(step, anchor, carry, place, tokens, mini_batch_size, share
     anchor_names = named_leaves(anchor, "init.anchor" if batched else "init")
     if not anchor_names:
         raise ValueError("init: expected at least one state tensor, got an empty tree")
-    anchors = [
+    for name, leaf in anchor_names:
         _check_state_leaf(name, leaf, batch, heads, first.device, batched)
-        for name, leaf in anchor_names
-    ]
+    anchors = [leaf for _, leaf in anchor_names]
     carries = []
     if batched:
         carry_names = named_leaves(carry, "init.carry")
-        carries = [
+        for name, leaf in carry_names:
             _check_state_leaf(name, leaf, batch, heads, first.device, batched)
-            for name, leaf in carry_names
-        ]
-        if [x.shape for x in carries] != [x.shape for x in anchors]:
-            raise ValueError("init.carry: expected a tree of the shapes of init.anchor")
+        carries = [leaf for _, leaf in carry_names]
+        if [name.partition(".carry")[2] for name, _ in carry_names] != [
+            name.partition(".anchor")[2] for name, _ in anchor_names
+        ]:
+            raise ValueError(
+                f"init.carry: expected a tree like init.anchor, {pytree.tree_structure(anchor)}, "
+                f"got {pytree.tree_structure(carry)}"
+            )
+        for (name, leaf), (like, other) in zip(carry_names, anchor_names, strict=True):
+            if leaf.shape != other.shape:
+                raise ValueError(
+                    f"{name}: expected the shape of {like}, {tuple(other.shape)}, "
+                    f"got {tuple(leaf.shape)}"
+                )
+    else:
+        anchors = _with_batch(anchors, step, anchor, tokens, shared, batch, heads)
     token_tensors = [leaf for _, leaf in token_leaves]
     compute = compute_dtype(token_tensors, shared_tensors, anchors, carries)
     info = ScanInfo(batch, heads, length, compute, output_dtype(token_tensors, compute))

@@ -15,8 +15,8 @@ import torch
 from torch.utils import _pytree as pytree
 
 from tttc import _tracing
-from tttc._checks import ScanInfo, compute_dtype, output_dtype
-from tttc.naive import naive_loop, run_one_token
+from tttc._checks import ScanInfo, compute_dtype, output_dtype, run_one_token
+from tttc.naive import naive_loop
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class InternedStep:
     step: Callable[..., Any]
     structure: Any  # of (anchor, carry, tokens, shared), as _tracing.describe gives it
     shapes: Any  # of one token: of the leaves of anchor, tokens, shared
+    dtypes: Any  # likewise, as the step sees them
     output: Any  # the tree of z, likewise
     outputs: tuple[tuple[tuple[int, ...], torch.dtype], ...]  # of one token: the leaves of z
 
@@ -35,7 +36,7 @@ class InternedStep:
         a, c, t, s = self.structure[2]
         return (
             _tracing.rebuild(a, list(anchor)),
-            _tracing.rebuild(a if c == ("constant", None) else c, list(carry)) if carry else None,
+            _tracing.rebuild(a if c == _tracing.NONE else c, list(carry)) if carry else None,
             _tracing.rebuild(t, list(tokens)),
             _tracing.rebuild(s, list(shared)),
         )
@@ -59,22 +60,18 @@ def interned(key: str) -> InternedStep:
 
 
 @torch._dynamo.assume_constant_result
-def intern_step(step: Callable[..., Any], structure: Any, shapes: Any) -> str:
-    """The key of a step with these trees and feature shapes; the same key for the same arguments.
+def intern_step(step: Callable[..., Any], structure: Any, shapes: Any, dtypes: Any) -> str:
+    """The key of a step with these trees, feature shapes and dtypes; the same key for the same arguments.
 
     The step is run once on meta tensors, which is where a wrong one raises.
     """
-    content = (step, structure, shapes)
+    content = (step, structure, shapes, dtypes)
     with _lock:
         if content in _by_content:
             return _by_content[content]
-    anchor, tokens, shared = (
-        _tracing.rebuild(described, [torch.empty(shape, device="meta") for shape in of_leaves])
-        for described, of_leaves in zip(
-            (structure[2][0], structure[2][2], structure[2][3]), shapes, strict=True
-        )
-    )
-    z = run_one_token(step, anchor, anchor, tokens, shared)[1]
+    anchor, tokens, shared = _tracing.meta_trees(structure, shapes, dtypes)
+    with torch.autocast("cpu", enabled=False):
+        z = run_one_token(step, anchor, anchor, tokens, shared)[1]
     output = _tracing.describe(z)
     if output is None:
         raise TypeError(
@@ -85,7 +82,7 @@ def intern_step(step: Callable[..., Any], structure: Any, shapes: Any) -> str:
     with _lock:
         if content not in _by_content:
             key = f"{step.__module__}.{step.__qualname__}#{next(_counter)}"
-            _by_key[key] = InternedStep(key, step, structure, shapes, output, outputs)
+            _by_key[key] = InternedStep(key, step, structure, shapes, dtypes, output, outputs)
             _by_content[content] = key
         return _by_content[content]
 
@@ -147,7 +144,9 @@ def scan_fake(anchor, carry, tokens, shared, key, mini_batch_size, place):
     lead = (info.batch, info.heads, info.length)
     states = [x.new_empty(x.shape, dtype=info.compute) for x in (*anchor, *anchor)]
     return states + [
-        tokens[0].new_empty((*lead, *shape), dtype=info.output if dtype.is_floating_point else dtype)
+        tokens[0].new_empty(
+            (*lead, *shape), dtype=info.output if dtype.is_floating_point else dtype
+        )
         for shape, dtype in interned(key).outputs
     ]
 
@@ -167,9 +166,9 @@ def scan_backward_op(
     inputs = [*anchor, *carry, *tokens, *shared]
     leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
     it = iter(leaves)
-    groups = [[next(it) for _ in group] for group in (anchor, carry, tokens, shared)]
+    parts = [[next(it) for _ in group] for group in (anchor, carry, tokens, shared)]
     with torch._C._ForceDispatchKeyGuard(*_EAGER_KEYS), torch.enable_grad():
-        out = run_naive(*groups, key, mini_batch_size, place)
+        out = run_naive(parts[0], parts[1], parts[2], parts[3], key, mini_batch_size, place)
         wanted = [x for x in leaves if x.requires_grad]
         pairs = [(o, g) for o, g in zip(out, grads, strict=True) if o.requires_grad]
         got = torch.autograd.grad(

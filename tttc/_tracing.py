@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 LEAF = ("leaf",)
+NONE = ("constant", None, "None")
 
 _backend: contextvars.ContextVar[Callable[..., Any] | None] = contextvars.ContextVar(
     "tttc_backend", default=None
@@ -46,7 +47,9 @@ def describe(tree: Any) -> Any:
     if isinstance(tree, torch.Tensor):
         return LEAF
     if tree is None or isinstance(tree, (bool, int, float, str)):
-        return ("constant", tree)
+        # With its text, because equal constants need not be the same program: 1, 1.0, True; 0.0, -0.0.
+        return ("constant", tree, repr(tree))
+    kind: tuple[str, Any]
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
         kind, children = ("namedtuple", type(tree)), list(tree)
     elif isinstance(tree, tuple):
@@ -83,3 +86,38 @@ def rebuild(structure: Any, leaves: list[Any]) -> Any:
     if kind == "list":
         return children
     return dict(zip(structure[1], children, strict=True))
+
+
+def constant_shapes(leaves: list[torch.Tensor], lead: list[int]) -> tuple[tuple[int, ...], ...]:
+    """The shapes without their ``lead`` first dimensions, as constants of the captured program."""
+    # len(range()) is how Dynamo is told to guard on a size instead of keeping it a symbol.
+    return tuple(
+        tuple(len(range(n)) for n in x.shape[skip:]) for x, skip in zip(leaves, lead, strict=True)
+    )
+
+
+def seen_dtypes(leaves: list[torch.Tensor], compute: torch.dtype) -> tuple[torch.dtype, ...]:
+    """The dtypes in which a step that computes in ``compute`` sees the leaves."""
+    return tuple(compute if x.is_floating_point() else x.dtype for x in leaves)
+
+
+def meta_trees(structure: Any, shapes: Any, dtypes: Any) -> tuple[Any, Any, Any]:
+    """State, token and shared as the step sees them, on the meta device.
+
+    ``structure`` describes (anchor, carry, tokens, shared); ``shapes`` and ``dtypes`` hold one tuple
+    for the leaves of each of anchor, tokens and shared.
+    """
+    state, _, tokens, shared = structure[2]
+    state, tokens, shared = (
+        rebuild(
+            described,
+            [
+                torch.empty(shape, dtype=dtype, device="meta")
+                for shape, dtype in zip(of_leaves, their_dtypes, strict=True)
+            ],
+        )
+        for described, of_leaves, their_dtypes in zip(
+            (state, tokens, shared), shapes, dtypes, strict=True
+        )
+    )
+    return state, tokens, shared

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from tttc._checks import ScanInfo, named_leaves
+from tttc._checks import ScanInfo, one_on_meta, run_one_token
 
 
 def cast_floating(tree: Any, dtype: torch.dtype) -> Any:
@@ -17,54 +17,12 @@ def cast_floating(tree: Any, dtype: torch.dtype) -> Any:
     )
 
 
-def check_step_result(result: Any, carry: Any) -> tuple[Any, Any]:
-    """What a step returned, split; raises unless it is a carry like ``carry`` and an output of tensors."""
-    if not isinstance(result, tuple) or len(result) != 2:
-        raise TypeError(
-            f"step: expected it to return (carry, output), got {type(result).__name__}"
-        )
-    new, z = result
-    expected, got = pytree.tree_structure(carry), pytree.tree_structure(new)
-    if expected != got:
-        raise ValueError(
-            f"step: expected it to return a carry like the one it was given, {expected}, got {got}"
-        )
-    for (name, old), leaf in zip(named_leaves(carry, "carry"), pytree.tree_leaves(new), strict=True):
-        if not isinstance(leaf, torch.Tensor):
-            raise TypeError(f"step: expected a tensor for {name}, got {type(leaf).__name__}")
-        if leaf.is_complex() or not leaf.is_floating_point():
-            raise TypeError(f"step: expected a floating dtype for {name}, got {leaf.dtype}")
-        if leaf.shape != old.shape:
-            raise ValueError(
-                f"step: expected {name} to keep its shape {tuple(old.shape)}, got {tuple(leaf.shape)}"
-            )
-    for name, leaf in named_leaves(z, "output"):
-        if not isinstance(leaf, torch.Tensor):
-            raise TypeError(f"step: expected a tensor for {name}, got {type(leaf).__name__}")
-    return new, z
-
-
-def run_one_token(step, anchor, carry, token, shared):
-    """The step on one token of one head of one sequence, its result checked, its carry in the carry's dtype."""
-    new, z = check_step_result(step(anchor, carry, token, shared), carry)
-    new = pytree.tree_map(lambda x, old: x.to(old.dtype), new, carry)
-    return new, z
-
-
 def abstract_output(step, anchor, tokens, shared, info: ScanInfo) -> Any:
     """The output of the step for one token, as meta tensors without batch dimensions."""
-
-    def meta(x, lead):
-        if not isinstance(x, torch.Tensor):
-            return x
-        dtype = info.compute if x.is_floating_point() else x.dtype
-        return torch.empty([int(s) for s in x.shape[lead:]], dtype=dtype, device="meta")
-
-    state = pytree.tree_map(lambda x: meta(x, 2), anchor)
-    token = pytree.tree_map(lambda x: meta(x, 3), tokens)
-    params = pytree.tree_map(lambda x: meta(x, 1), shared)
-    with torch.autocast("cpu", enabled=False):
-        return run_one_token(step, state, state, token, params)[1]
+    state = pytree.tree_map(lambda x: one_on_meta(x, 2, info.compute), anchor)
+    token = pytree.tree_map(lambda x: one_on_meta(x, 3, info.compute), tokens)
+    params = pytree.tree_map(lambda x: one_on_meta(x, 1, info.compute), shared)
+    return run_one_token(step, state, state, token, params)[1]
 
 
 def naive_loop(

@@ -49,7 +49,8 @@ def scan(
     Args:
         step: the update of one token; it returns a carry like the one it was given, and an output.
         init: pytree of floating tensors, each ``[B, H, ...]`` or ``[H, ...]``, or the
-            :class:`ScanState` of an earlier call.
+            :class:`ScanState` of an earlier call. Where B = H and a shape could be read both ways,
+            the reading under which the step runs is taken, ``[B, H, ...]`` if both do.
         tokens: pytree of tensors, each ``[B, H, T, ...]``.
         mini_batch_size: tokens between two refreshes of the anchor, at least 1.
         shared: pytree of parameters, each ``[H, ...]``; leaves that are no tensors pass through.
@@ -91,7 +92,7 @@ def scan(
 
 
 def _scan_outside_capture(step, anchor, carry, place, tokens, mini_batch_size, shared):
-    anchor, carry, tokens, dtypes = check_scan_inputs(
+    anchor, carry, tokens, info = check_scan_inputs(
         step, anchor, carry, place, tokens, mini_batch_size, shared
     )
     backend = _tracing.active_backend()
@@ -99,11 +100,11 @@ def _scan_outside_capture(step, anchor, carry, place, tokens, mini_batch_size, s
         lowered = backend(step, anchor, carry, place, tokens, mini_batch_size, shared)
         if lowered is not None:
             (anchor, carry), z = lowered
-            return ScanState(anchor, carry, (place + dtypes.length) % mini_batch_size), z
+            return ScanState(anchor, carry, (place + info.length) % mini_batch_size), z
     (anchor, carry), z = naive_loop(
-        step, anchor, carry, place, tokens, mini_batch_size, shared, dtypes
+        step, anchor, carry, place, tokens, mini_batch_size, shared, info
     )
-    return ScanState(anchor, carry, (place + dtypes.length) % mini_batch_size), z
+    return ScanState(anchor, carry, (place + info.length) % mini_batch_size), z
 
 
 @torch._dynamo.disable
@@ -113,20 +114,17 @@ def _scan_beside_capture(step, anchor, carry, place, tokens, mini_batch_size, sh
 
 def _scan_in_capture(step, anchor, carry, place, tokens, mini_batch_size, shared, structure):
     """The same scan as one operator of the captured graph."""
-    anchor, carry, tokens, dtypes = check_scan_inputs(
+    anchor, carry, tokens, info = check_scan_inputs(
         step, anchor, carry, place, tokens, mini_batch_size, shared
     )
     anchor_leaves, anchor_spec = pytree.tree_flatten(anchor)
     carry_leaves = [] if carry is None else pytree.tree_leaves(carry)
     token_leaves = pytree.tree_leaves(tokens)
     shared_leaves = [x for x in pytree.tree_leaves(shared) if isinstance(x, torch.Tensor)]
-    # Feature sizes are part of the program; len(range()) is how Dynamo is told to guard on them.
-    shapes = (
-        tuple(tuple(len(range(n)) for n in x.shape[2:]) for x in anchor_leaves),
-        tuple(tuple(len(range(n)) for n in x.shape[3:]) for x in token_leaves),
-        tuple(tuple(len(range(n)) for n in x.shape[1:]) for x in shared_leaves),
-    )
-    key = _scan_op.intern_step(step, structure, shapes)
+    groups = ((anchor_leaves, 2), (token_leaves, 3), (shared_leaves, 1))
+    shapes = tuple(_tracing.constant_shapes(x, [lead] * len(x)) for x, lead in groups)
+    dtypes = tuple(_tracing.seen_dtypes(x, info.compute) for x, _ in groups)
+    key = _scan_op.intern_step(step, structure, shapes, dtypes)
     out = torch.ops.tttc.scan(
         anchor_leaves, carry_leaves, token_leaves, shared_leaves, key, mini_batch_size, place
     )
@@ -134,4 +132,4 @@ def _scan_in_capture(step, anchor, carry, place, tokens, mini_batch_size, shared
     anchor = pytree.tree_unflatten(list(out[:n]), anchor_spec)
     carry = pytree.tree_unflatten(list(out[n : 2 * n]), anchor_spec)
     z = _tracing.rebuild(_scan_op.output_structure(key), list(out[2 * n :]))
-    return ScanState(anchor, carry, (place + dtypes.length) % mini_batch_size), z
+    return ScanState(anchor, carry, (place + info.length) % mini_batch_size), z

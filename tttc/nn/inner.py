@@ -95,8 +95,6 @@ def linear_step(
     return _update(linear_model, anchor, carry, token, shared)
 
 
-def mlp_step(
-    anchor: Carry, carry: Carry, token: Token, shared: Norm
-) -> tuple[Carry, torch.Tensor]:
+def mlp_step(anchor: Carry, carry: Carry, token: Token, shared: Norm) -> tuple[Carry, torch.Tensor]:
     """One token of TTT-MLP."""
     return _update(mlp_model, anchor, carry, token, shared)

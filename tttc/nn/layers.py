@@ -23,7 +23,7 @@ from tttc.nn.inner import (
     mlp_step,
 )
 from tttc.nn.rotary import rotary
-from tttc.scan import ScanState, Step, scan
+from tttc.scan import ScanState, scan
 
 INIT_STD = 0.02
 
@@ -46,7 +46,7 @@ class TTTLayer(nn.Module):
     method returns before anything is initialised, in :meth:`add_fast_weights`.
     """
 
-    step: ClassVar[Step]
+    step: ClassVar[Any]  # of one token, as :func:`tttc.scan` takes it
 
     def __init__(
         self,
