@@ -80,9 +80,11 @@ def largest(index: sympy.Expr) -> sympy.Expr:
     if isinstance(index, Remainder):
         return index.args[1] - 1
     if isinstance(index, Quotient):
-        quotient, _ = divide(largest(index.args[0]) + 1, index.args[1])
-        # ceil(n / m) - 1 is the largest quotient of numbers below n; exact where m divides n.
-        return quotient - 1 if not quotient.has(Quotient) else largest(index.args[0])
+        whole = largest(index.args[0])
+        quotient, rest = divide(whole + 1, index.args[1])
+        if quotient.has(Quotient):
+            return whole
+        return quotient - 1 if rest == 0 else quotient
     if isinstance(index, sympy.Add):
         return sympy.expand(sum(largest(term) for term in index.args))
     if isinstance(index, sympy.Mul):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import sympy
@@ -202,7 +203,7 @@ def row_space(members: Iterable[fx.Node], outputs: Sequence[fx.Node]) -> RowSpac
     inside = set(members)
     shapes: list[Shape] = []
     reductions = [n for n in inside if n.target in REDUCTIONS]
-    for node in sorted(reductions) or sorted(outputs, key=_size_hint, reverse=True):
+    for node in sorted(reductions) or sorted(outputs, key=_nominal_numel, reverse=True):
         if node.target in REDUCTIONS:
             operand = node.args[0]
             assert isinstance(operand, fx.Node)
@@ -223,22 +224,14 @@ def row_space(members: Iterable[fx.Node], outputs: Sequence[fx.Node]) -> RowSpac
     return None
 
 
-def _size_hint(node: fx.Node) -> int:
-    return size_hint(numel(shape_of(node.meta["val"])), node)
+def _nominal_numel(node: fx.Node) -> int:
+    return nominal(numel(shape_of(node.meta["val"])))
 
 
-def size_hint(expr: sympy.Expr, node: fx.Node) -> int:
-    """A size at the shapes the graph was captured with (1024 for a symbol without one)."""
-    if expr.is_Integer:
-        return int(expr)
-    known: dict[sympy.Expr, int] = {}
-    value = value_of(node)
-    for n in value.shape if value is not None else ():
-        if isinstance(n, torch.SymInt):
-            for symbol in n.node.expr.free_symbols:
-                hint = n.node.shape_env.backed_var_to_val.get(symbol, 1024)
-                known[symbol] = int(hint)
-    return int(expr.xreplace({s: sympy.Integer(known.get(s, 1024)) for s in expr.free_symbols}))
+@lru_cache(maxsize=None)
+def nominal(expr: sympy.Expr) -> int:
+    """A size with 1024 for every symbol: decisions must not depend on the shapes of the first call."""
+    return int(expr.xreplace({symbol: sympy.Integer(1024) for symbol in expr.free_symbols}))
 
 
 class _Planner:
@@ -406,7 +399,7 @@ class _Planner:
             return self.value(first, index, guard, False)
         after = (*index[:axis], tidy(index[axis] - size), *index[axis + 1 :])
         zero = sympy.Integer(0)
-        others = Bound(after[axis], zero, sympy.expand(node.meta["val"].shape[axis] and _rest(rest, axis)))
+        others = Bound(after[axis], zero, _rest(rest, axis))
         return self.choice(
             node,
             Bound(index[axis], zero, size),

@@ -1,0 +1,126 @@
+"""Simplify: fold numbers, drop what does nothing, share what is computed twice.
+
+Before::
+
+    a = elementwise("mul", "j,  -> j", x, 2.0)
+    b = elementwise("mul", ", j -> j", 0.5, a)
+    c = elementwise("sub", "j,  -> j", y, m)
+    d = elementwise("sub", "j,  -> j", y, m)
+
+After (``b`` is ``x``, ``d`` is ``c``)::
+
+    c = elementwise("sub", "j,  -> j", y, m)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from tttc.ir import ops
+from tttc.ir.body import Body, operands_of
+from tttc.ir.build import Builder, dims_of
+from tttc.ir.functions import FUNCTIONS
+
+Number = (int, float)
+COMMUTATIVE = {"add", "mul", "maximum", "minimum"}
+# What a function of numbers is, where it is exact to fold it.
+FOLDED = {"add", "sub", "mul", "div", "neg", "reciprocal"}
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, Number) and not isinstance(x, bool)
+
+
+class _Simplifier:
+    def __init__(self, body: Body) -> None:
+        self.body = body
+        self.graph = fx.Graph()
+        self.builder = Builder(self.graph)
+        self.env: dict[fx.Node, Any] = {}
+        self.seen: dict[Any, fx.Node] = {}
+
+    def run(self) -> Body:
+        for node in self.body.gm.graph.nodes:
+            if node.op == "placeholder":
+                new = self.graph.placeholder(str(node.target))
+                new.meta["dims"] = dims_of(node)
+                self.env[node] = new
+            elif node.op == "call_function":
+                operands = [self.env[x] if isinstance(x, fx.Node) else x for x in operands_of(node)]
+                self.env[node] = self.rewrite(node, operands)
+        self.graph.output(tuple(self.env[x] for x in self.body.results))
+        return self.body.with_graph(self.graph)
+
+    def rewrite(self, node: fx.Node, operands: list[Any]) -> Any:
+        """The node on new operands, simpler where a rule says so."""
+        if node.target is ops.elementwise:
+            return self.elementwise(str(node.args[0]), operands, dims_of(node))
+        if node.target is ops.rename:
+            return self.renamed(operands[0], dims_of(node))
+        if node.target is ops.contraction and len(operands) == 1 and dims_of(operands[0]) == dims_of(node):
+            return operands[0]
+        return self.shared(self.builder.copy(node, operands, dims_of(node)))
+
+    def elementwise(self, function: str, operands: list[Any], result: tuple[str, ...]) -> Any:
+        """An elementwise function, simplified."""
+        if function in FOLDED and all(_is_number(x) for x in operands):
+            return FUNCTIONS[function].torch(*operands)
+        if function in COMMUTATIVE and _is_number(operands[0]):
+            operands = operands[::-1]
+        x, y = operands[0], operands[1] if len(operands) > 1 else None
+        same = isinstance(x, fx.Node) and dims_of(x) == result
+        if function == "mul" and same and y == 1 and _is_number(y):
+            return x
+        if function in ("add", "sub") and same and _is_number(y) and y == 0:
+            return x
+        if function == "div" and _is_number(y):
+            return self.elementwise("mul", [x, 1.0 / y], result)
+        if function == "neg" and _is(x, "neg"):
+            return operands_of(x)[0]
+        if function == "mul" and _is_number(y) and _is(x, "mul") and _is_number(operands_of(x)[1]):
+            inner = operands_of(x)
+            return self.elementwise("mul", [inner[0], inner[1] * y], result)
+        if function == "mul" and _is_number(y) and y == -1 and same:
+            return self.elementwise("neg", [x], result)
+        if function == "add" and _is(y, "neg"):
+            return self.elementwise("sub", [x, operands_of(y)[0]], result)
+        if function == "sub" and _is(y, "neg"):
+            return self.elementwise("add", [x, operands_of(y)[0]], result)
+        return self.shared(self.builder.elementwise(function, *operands, result=result))
+
+    def renamed(self, x: Any, result: tuple[str, ...]) -> Any:
+        """A renaming of renamings is one; one that changes nothing is none."""
+        while isinstance(x, fx.Node) and x.target is ops.rename:
+            x = x.args[1]
+        if dims_of(x) == result:
+            return x
+        return self.shared(self.builder.call(ops.rename, (), (x,), result))
+
+    def shared(self, node: fx.Node) -> fx.Node:
+        """The node, or an earlier one that computes the same."""
+        arguments = node.args
+        if node.target is ops.elementwise and node.args[0] in COMMUTATIVE and len(node.args) == 4:
+            spec, x, y = node.args[1:]
+            pairs = sorted(zip(str(spec).split("->")[0].split(","), (x, y), strict=True), key=str)
+            arguments = (node.args[0], str(pairs))
+        key = (node.target, str(arguments), dims_of(node))
+        if key in self.seen:
+            self.graph.erase_node(node)
+            return self.seen[key]
+        self.seen[key] = node
+        return node
+
+
+def _is(x: Any, function: str) -> bool:
+    return isinstance(x, fx.Node) and x.target is ops.elementwise and x.args[0] == function
+
+
+def simplify(body: Body) -> Body:
+    """The body with its graph simplified until nothing changes."""
+    while True:
+        before = len(body.gm.graph.nodes)
+        body = _Simplifier(body).run()
+        if len(body.gm.graph.nodes) == before:
+            return body
