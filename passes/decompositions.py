@@ -10,7 +10,7 @@ from torch._decomp import get_decompositions
 
 aten = torch.ops.aten
 
-_PRIMITIVE = [
+_PRIMITIVE: list[Any] = [
     aten._fused_rms_norm,
     aten._fused_rms_norm_backward,
     aten._log_softmax,

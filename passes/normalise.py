@@ -389,7 +389,7 @@ class Normaliser:
         """Bind the results to the names of the state, give every axis its letter, write the specs."""
         states = [p for p in placeholders if p.name.startswith("anchor")]
         outputs: list[Any] = []
-        output_axes = []
+        output_shapes = []
         for i, value in enumerate(results):
             self.where = None
             if i < len(states):
@@ -400,11 +400,10 @@ class Normaliser:
                         raise NotLowerable("a state is used with its axes exchanged")
                 value = self.bind(value, want)
                 outputs.append(self.settle(value, want, anchor))
-                output_axes.append(shapes[anchor.name])
             else:
                 flat = [x for axis in value.axes for x in axis]
                 outputs.append((value, flat))
-                output_axes.append(value.shape)
+                output_shapes.append(value.shape)
         final = []
         for out in outputs:
             if isinstance(out, tuple):
@@ -435,7 +434,7 @@ class Normaliser:
             sizes,
             states=len(states),
             leaf_shapes=shapes,
-            output_shapes=output_axes,
+            output_shapes=output_shapes,
             constants=self.constants,
         )
 

@@ -137,31 +137,45 @@ def run_one_token(step, anchor, carry, token, shared):
     return new, z
 
 
-def one_on_meta(x: Any, lead: int, compute: torch.dtype) -> Any:
-    """A tensor as the step sees it, without its ``lead`` batch dimensions, on the meta device."""
+def run_tokens(step, anchor, carry, token, shared):
+    """:func:`run_one_token` mapped over sequences and heads: leaves ``[B, H, ...]``, of shared ``[H, ...]``."""
+    params = pytree.tree_map(lambda x: 0 if isinstance(x, torch.Tensor) else None, shared)
+    no_params = pytree.tree_map(lambda x: None, shared)
+
+    def one(anchor, carry, token, shared):
+        return run_one_token(step, anchor, carry, token, shared)
+
+    heads = torch.func.vmap(one, in_dims=(0, 0, 0, params))
+    return torch.func.vmap(heads, in_dims=(0, 0, 0, no_params))(anchor, carry, token, shared)
+
+
+def one_like(x: Any, skip: int, lead: tuple[int, ...], compute: torch.dtype) -> Any:
+    """A tensor uninitialised in the dtype the step sees, its first ``skip`` dimensions replaced by ``lead``."""
     if not isinstance(x, torch.Tensor):
         return x
     dtype = compute if x.is_floating_point() else x.dtype
-    return torch.empty([int(n) for n in x.shape[lead:]], dtype=dtype, device="meta")
+    shape = (*lead, *(int(n) for n in x.shape[skip:]))
+    return torch.empty(shape, dtype=dtype, device=x.device)
 
 
 def _runs(step: Any, state: Any, token: Any, shared: Any) -> bool:
     try:
-        run_one_token(step, state, state, token, shared)
+        run_tokens(step, state, state, token, shared)
     except Exception:  # whatever a user's step raises says that it does not take these shapes
         return False
     return True
 
 
 @torch._dynamo.assume_constant_result
-def _runs_described(step: Any, structure: Any, shapes: Any, dtypes: Any) -> bool:
-    return _runs(step, *_tracing.meta_trees(structure, shapes, dtypes))
+def _runs_described(step: Any, structure: Any, shapes: Any, dtypes: Any, device: Any) -> bool:
+    with _tracing.abstract_mode():
+        return _runs(step, *_tracing.one_token(structure, shapes, dtypes, device))
 
 
 def _reads_per_head(step, init, tokens, shared, ambiguous: list[bool]) -> bool:
     """Whether leaves of ``init`` that could be ``[B, H, ...]`` as well as ``[H, ...]`` are the latter.
 
-    Decided by running the step on the meta device; ``[B, H, ...]`` where both or none run.
+    Decided by running the step on shapes alone; ``[B, H, ...]`` where both or none run.
     """
     groups = [
         [x for x in pytree.tree_leaves(tree) if isinstance(x, torch.Tensor)]
@@ -177,15 +191,16 @@ def _reads_per_head(step, init, tokens, shared, ambiguous: list[bool]) -> bool:
             )
             dtypes = tuple(_tracing.seen_dtypes(x, compute) for x in groups)
             structure = _tracing.describe((init, None, tokens, shared))
-            runs.append(_runs_described(step, structure, shapes, dtypes))
+            runs.append(_runs_described(step, structure, shapes, dtypes, groups[1][0].device))
         else:
-            state = pytree.tree_unflatten(
-                [one_on_meta(x, n, compute) for x, n in zip(groups[0], lead, strict=True)],
-                pytree.tree_structure(init),
-            )
-            token = pytree.tree_map(lambda x: one_on_meta(x, 3, compute), tokens)
-            params = pytree.tree_map(lambda x: one_on_meta(x, 1, compute), shared)
-            runs.append(_runs(step, state, token, params))
+            with _tracing.abstract_mode():
+                state = pytree.tree_unflatten(
+                    [one_like(x, n, (1, 1), compute) for x, n in zip(groups[0], lead, strict=True)],
+                    pytree.tree_structure(init),
+                )
+                token = pytree.tree_map(lambda x: one_like(x, 3, (1, 1), compute), tokens)
+                params = pytree.tree_map(lambda x: one_like(x, 1, (1,), compute), shared)
+                runs.append(_runs(step, state, token, params))
     return runs[1] and not runs[0]
 
 

@@ -15,7 +15,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from tttc import _tracing
-from tttc._checks import ScanInfo, compute_dtype, output_dtype, run_one_token
+from tttc._checks import ScanInfo, compute_dtype, output_dtype, run_tokens
 from tttc.naive import naive_loop
 
 
@@ -60,25 +60,29 @@ def interned(key: str) -> InternedStep:
 
 
 @torch._dynamo.assume_constant_result
-def intern_step(step: Callable[..., Any], structure: Any, shapes: Any, dtypes: Any) -> str:
+def intern_step(
+    step: Callable[..., Any], structure: Any, shapes: Any, dtypes: Any, device: torch.device
+) -> str | None:
     """The key of a step with these trees, feature shapes and dtypes; the same key for the same arguments.
 
-    The step is run once on meta tensors, which is where a wrong one raises.
+    None where the step fails on a token like this, or returns what cannot be named in a graph. Nothing
+    is raised here, because Dynamo would report it as an error of its own.
     """
-    content = (step, structure, shapes, dtypes)
+    # With the text, because equal constants need not be the same program: 1, 1.0, True; 0.0, -0.0.
+    content = (step, structure, repr(structure), shapes, dtypes)
     with _lock:
         if content in _by_content:
             return _by_content[content]
-    anchor, tokens, shared = _tracing.meta_trees(structure, shapes, dtypes)
-    with torch.autocast("cpu", enabled=False):
-        z = run_one_token(step, anchor, anchor, tokens, shared)[1]
+    try:
+        with torch.autocast(device.type, enabled=False), _tracing.abstract_mode():
+            anchor, tokens, shared = _tracing.one_token(structure, shapes, dtypes, device)
+            z = run_tokens(step, anchor, anchor, tokens, shared)[1]
+    except Exception:  # whatever a user's step may raise
+        return None
     output = _tracing.describe(z)
     if output is None:
-        raise TypeError(
-            "step: expected an output of tensors in tuples, lists, dicts or named tuples, "
-            f"got {type(z).__name__}"
-        )
-    outputs = tuple((tuple(x.shape), x.dtype) for x in pytree.tree_leaves(z))
+        return None
+    outputs = tuple((tuple(x.shape[2:]), x.dtype) for x in pytree.tree_leaves(z))
     with _lock:
         if content not in _by_content:
             key = f"{step.__module__}.{step.__qualname__}#{next(_counter)}"

@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 LEAF = ("leaf",)
-NONE = ("constant", None, "None")
+NONE = ("constant", None)
 
 _backend: contextvars.ContextVar[Callable[..., Any] | None] = contextvars.ContextVar(
     "tttc_backend", default=None
@@ -47,8 +48,7 @@ def describe(tree: Any) -> Any:
     if isinstance(tree, torch.Tensor):
         return LEAF
     if tree is None or isinstance(tree, (bool, int, float, str)):
-        # With its text, because equal constants need not be the same program: 1, 1.0, True; 0.0, -0.0.
-        return ("constant", tree, repr(tree))
+        return ("constant", tree)
     kind: tuple[str, Any]
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
         kind, children = ("namedtuple", type(tree)), list(tree)
@@ -101,23 +101,24 @@ def seen_dtypes(leaves: list[torch.Tensor], compute: torch.dtype) -> tuple[torch
     return tuple(compute if x.is_floating_point() else x.dtype for x in leaves)
 
 
-def meta_trees(structure: Any, shapes: Any, dtypes: Any) -> tuple[Any, Any, Any]:
-    """State, token and shared as the step sees them, on the meta device.
+def one_token(structure: Any, shapes: Any, dtypes: Any, device: torch.device) -> Any:
+    """State, token and shared of one head of one sequence, uninitialised: ``[1, 1, ...]``, shared ``[1, ...]``.
 
     ``structure`` describes (anchor, carry, tokens, shared); ``shapes`` and ``dtypes`` hold one tuple
     for the leaves of each of anchor, tokens and shared.
     """
     state, _, tokens, shared = structure[2]
-    state, tokens, shared = (
-        rebuild(
-            described,
-            [
-                torch.empty(shape, dtype=dtype, device="meta")
-                for shape, dtype in zip(of_leaves, their_dtypes, strict=True)
-            ],
-        )
-        for described, of_leaves, their_dtypes in zip(
-            (state, tokens, shared), shapes, dtypes, strict=True
-        )
-    )
-    return state, tokens, shared
+    trees = []
+    groups = zip((state, tokens, shared), ((1, 1), (1, 1), (1,)), shapes, dtypes, strict=True)
+    for described, lead, of_leaves, theirs in groups:
+        leaves = [
+            torch.empty((*lead, *shape), dtype=dtype, device=device)
+            for shape, dtype in zip(of_leaves, theirs, strict=True)
+        ]
+        trees.append(rebuild(described, leaves))
+    return trees
+
+
+def abstract_mode() -> FakeTensorMode:
+    """Within it a step runs on shapes, dtypes and devices alone; it may touch real tensors it closes over."""
+    return FakeTensorMode(allow_non_fake_inputs=True)

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from tttc._checks import ScanInfo, one_on_meta, run_one_token
+from tttc import _tracing
+from tttc._checks import ScanInfo, one_like, run_tokens
 
 
 def cast_floating(tree: Any, dtype: torch.dtype) -> Any:
@@ -18,11 +19,12 @@ def cast_floating(tree: Any, dtype: torch.dtype) -> Any:
 
 
 def abstract_output(step, anchor, tokens, shared, info: ScanInfo) -> Any:
-    """The output of the step for one token, as meta tensors without batch dimensions."""
-    state = pytree.tree_map(lambda x: one_on_meta(x, 2, info.compute), anchor)
-    token = pytree.tree_map(lambda x: one_on_meta(x, 3, info.compute), tokens)
-    params = pytree.tree_map(lambda x: one_on_meta(x, 1, info.compute), shared)
-    return run_one_token(step, state, state, token, params)[1]
+    """The output of the step for one token of one head of one sequence, ``[1, 1, ...]``; no values."""
+    with _tracing.abstract_mode():
+        state = pytree.tree_map(lambda x: one_like(x, 2, (1, 1), info.compute), anchor)
+        token = pytree.tree_map(lambda x: one_like(x, 3, (1, 1), info.compute), tokens)
+        params = pytree.tree_map(lambda x: one_like(x, 1, (1,), info.compute), shared)
+        return run_tokens(step, state, state, token, params)[1]
 
 
 def naive_loop(
@@ -43,13 +45,18 @@ def naive_loop(
     tokens = cast_floating(tokens, info.compute)
     shared = cast_floating(shared, info.compute)
     device = pytree.tree_leaves(tokens)[0].device
+    autocast_off = torch.autocast(device.type, enabled=False)
     if info.batch == 0 or info.heads == 0 or info.length == 0:
+        with autocast_off:
+            abstract = abstract_output(step, anchor, tokens, shared, info)
         z = pytree.tree_map(
-            lambda x: x.new_empty((info.batch, info.heads, info.length, *x.shape), device=device),
-            abstract_output(step, anchor, tokens, shared, info),
+            lambda x: torch.empty(
+                (info.batch, info.heads, info.length, *x.shape[2:]), dtype=x.dtype, device=device
+            ),
+            abstract,
         )
     else:
-        with torch.autocast(device.type, enabled=False):
+        with autocast_off:
             (anchor, carry), z = _loop(step, anchor, carry, place, tokens, mini_batch_size, shared)
     if (place + info.length) % mini_batch_size == 0:
         anchor = carry
@@ -57,20 +64,12 @@ def naive_loop(
 
 
 def _loop(step, anchor, carry, place, tokens, mini_batch_size, shared):
-    params = pytree.tree_map(lambda x: 0 if isinstance(x, torch.Tensor) else None, shared)
-    no_params = pytree.tree_map(lambda x: None, shared)
-
-    def one(anchor, carry, token, shared):
-        return run_one_token(step, anchor, carry, token, shared)
-
-    heads = torch.func.vmap(one, in_dims=(0, 0, 0, params))
-    batched = torch.func.vmap(heads, in_dims=(0, 0, 0, no_params))
     length = pytree.tree_leaves(tokens)[0].shape[2]
     outputs = []
     for t in range(length):
         if (place + t) % mini_batch_size == 0:
             anchor = carry
         token = pytree.tree_map(lambda x, t=t: x[:, :, t], tokens)
-        carry, z = batched(anchor, carry, token, shared)
+        carry, z = run_tokens(step, anchor, carry, token, shared)
         outputs.append(z)
     return (anchor, carry), pytree.tree_map(lambda *zs: torch.stack(zs, 2), *outputs)

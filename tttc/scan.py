@@ -86,7 +86,7 @@ def scan(
         return _scan_outside_capture(step, anchor, carry, place, tokens, mini_batch_size, shared)
     structure = _tracing.describe((anchor, carry, tokens, shared))
     if structure is None or not _tracing.is_plain_function(step):
-        # The step or its containers cannot be named in a captured graph: leave the graph here.
+        # The step or its containers cannot be named in a captured graph.
         return _scan_beside_capture(step, anchor, carry, place, tokens, mini_batch_size, shared)
     return _scan_in_capture(step, anchor, carry, place, tokens, mini_batch_size, shared, structure)
 
@@ -107,13 +107,17 @@ def _scan_outside_capture(step, anchor, carry, place, tokens, mini_batch_size, s
     return ScanState(anchor, carry, (place + info.length) % mini_batch_size), z
 
 
-@torch._dynamo.disable
+@torch._dynamo.disable(
+    reason="the step of tttc.scan cannot be carried in a graph: it fails on a token, or it is no "
+    "function that closes over nothing, or a container it uses is no tuple, list, dict or named tuple"
+)
 def _scan_beside_capture(step, anchor, carry, place, tokens, mini_batch_size, shared):
     return _scan_outside_capture(step, anchor, carry, place, tokens, mini_batch_size, shared)
 
 
 def _scan_in_capture(step, anchor, carry, place, tokens, mini_batch_size, shared, structure):
     """The same scan as one operator of the captured graph."""
+    given = (step, anchor, carry, place, tokens, mini_batch_size, shared)
     anchor, carry, tokens, info = check_scan_inputs(
         step, anchor, carry, place, tokens, mini_batch_size, shared
     )
@@ -124,7 +128,9 @@ def _scan_in_capture(step, anchor, carry, place, tokens, mini_batch_size, shared
     groups = ((anchor_leaves, 2), (token_leaves, 3), (shared_leaves, 1))
     shapes = tuple(_tracing.constant_shapes(x, [lead] * len(x)) for x, lead in groups)
     dtypes = tuple(_tracing.seen_dtypes(x, info.compute) for x, _ in groups)
-    key = _scan_op.intern_step(step, structure, shapes, dtypes)
+    key = _scan_op.intern_step(step, structure, shapes, dtypes, token_leaves[0].device)
+    if key is None:
+        return _scan_beside_capture(*given)
     out = torch.ops.tttc.scan(
         anchor_leaves, carry_leaves, token_leaves, shared_leaves, key, mini_batch_size, place
     )

@@ -10,7 +10,7 @@ from torch._decomp import core_aten_decompositions, get_decompositions
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-from tttc.naive import run_one_token
+from tttc._checks import run_one_token
 
 aten = torch.ops.aten
 
@@ -71,7 +71,7 @@ def capture_step(
     step: Callable[..., Any],
     trees: Callable[..., Any],
     shapes: Sequence[Sequence[tuple[int, ...]]],
-    integer_tokens: Sequence[torch.dtype | None],
+    dtypes: Sequence[Sequence[torch.dtype]],
 ) -> torch.fx.GraphModule:
     """Trace ``step`` for one token with :func:`make_fx`, which sees through ``torch.func.grad``.
 
@@ -79,18 +79,19 @@ def capture_step(
         step: the user's function.
         trees: maps flat lists (anchor, carry, tokens, shared) to the trees the step takes.
         shapes: of one token, of the leaves of anchor, tokens and shared.
-        integer_tokens: the dtype of each token leaf that is not floating, None for the others.
+        dtypes: likewise; whatever is floating is traced in float32.
 
     Returns:
         An ATen graph on float32; its flat arguments are those of anchor, carry, tokens and shared
         (``meta["counts"]`` says how many of each), its results those of the new carry, then of the output.
     """
-    state = [torch.zeros(s) for s in shapes[0]]
-    tokens = [
-        torch.zeros(s, dtype=torch.float32 if dtype is None else dtype)
-        for s, dtype in zip(shapes[1], integer_tokens, strict=True)
-    ]
-    shared = [torch.zeros(s) for s in shapes[2]]
+    state, tokens, shared = (
+        [
+            torch.zeros(shape, dtype=torch.float32 if dtype.is_floating_point else dtype)
+            for shape, dtype in zip(shapes_of, dtypes_of, strict=True)
+        ]
+        for shapes_of, dtypes_of in zip(shapes, dtypes, strict=True)
+    )
     counts = (len(state), len(state), len(tokens), len(shared))
 
     def flat(*leaves):

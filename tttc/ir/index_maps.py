@@ -12,7 +12,7 @@ the index variables do not remove them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cache
 from math import prod
 from typing import Any
 
@@ -66,13 +66,13 @@ def shape_of(value: torch.Tensor) -> Shape:
     return tuple(as_expr(n) for n in value.shape)
 
 
-@lru_cache(maxsize=None)
+@cache
 def numel(shape: Shape) -> sympy.Expr:
     """The number of elements, in a form that compares equal where it is equal."""
     return sympy.expand(prod(shape, start=sympy.Integer(1)))
 
 
-@lru_cache(maxsize=None)
+@cache
 def largest(index: sympy.Expr) -> sympy.Expr:
     """An upper bound of an index expression; exact for mixed-radix sums."""
     if isinstance(index, IndexVariable):
@@ -96,7 +96,7 @@ def largest(index: sympy.Expr) -> sympy.Expr:
     return index
 
 
-@lru_cache(maxsize=None)
+@cache
 def smallest(index: sympy.Expr) -> sympy.Expr:
     """A lower bound of an index expression."""
     return sympy.expand(-largest(sympy.expand(-index))) if _varies(index) else index
@@ -120,7 +120,7 @@ def is_at_least(index: sympy.Expr, bound: sympy.Expr) -> bool:
     return bool(sympy.expand(smallest(index) - bound).is_nonnegative)
 
 
-@lru_cache(maxsize=None)
+@cache
 def tidy(index: sympy.Expr) -> sympy.Expr:
     """Expanded, with ``n*(a // n) + a % n`` put together again as ``a``."""
     index = sympy.expand(index)
@@ -134,7 +134,7 @@ def tidy(index: sympy.Expr) -> sympy.Expr:
     return index
 
 
-@lru_cache(maxsize=None)
+@cache
 def divide(index: sympy.Expr, n: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr]:
     """Quotient and remainder of an index expression by a size."""
     quotient = rest = sympy.Integer(0)
@@ -144,7 +144,7 @@ def divide(index: sympy.Expr, n: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr]:
             quotient += ratio
         else:
             rest += term
-    if rest == 0 or is_below(rest, n) and is_at_least(rest, sympy.Integer(0)):
+    if rest == 0 or (is_below(rest, n) and is_at_least(rest, sympy.Integer(0))):
         return quotient, rest
     # Nothing was proved about the parts: divide the whole, which is known not to be negative.
     return Quotient(index, n), Remainder(index, n)
@@ -158,7 +158,7 @@ def linear(index: Sequence[sympy.Expr], shape: Sequence[sympy.Expr]) -> sympy.Ex
     return tidy(place)
 
 
-@lru_cache(maxsize=None)
+@cache
 def reshape(index: Index, source: Shape, target: Shape) -> Index:
     """The position in ``target`` of the element at ``index`` in ``source``, both contiguous views of one."""
     # Groups of dimensions with equal products are independent, which keeps the expressions short.
@@ -202,6 +202,12 @@ def _at_least_zero(place: sympy.Expr, n: sympy.Expr) -> sympy.Expr:
     return place + n if place.is_negative else place
 
 
+def _arguments(node: fx.Node, *defaults: Any) -> tuple[Any, ...]:
+    """What follows the operand, filled up with defaults."""
+    given = node.args[1:]
+    return (*given, *defaults[len(given) :])
+
+
 def _permute(node: fx.Node, index: Index, shape: Shape) -> Index:
     order: Any = node.args[1]
     at = {_axis(d, len(shape)): index[j] for j, d in enumerate(order)}
@@ -209,7 +215,7 @@ def _permute(node: fx.Node, index: Index, shape: Shape) -> Index:
 
 
 def _transpose(node: fx.Node, index: Index, shape: Shape) -> Index:
-    a, b = (_axis(d, len(shape)) for d in ((0, 1) if len(node.args) == 1 else node.args[1:3]))  # type: ignore[arg-type]
+    a, b = (_axis(d, len(shape)) for d in _arguments(node, 0, 1))
     out = list(index)
     if shape and len(shape) > 1:
         out[a], out[b] = index[b], index[a]
@@ -217,7 +223,7 @@ def _transpose(node: fx.Node, index: Index, shape: Shape) -> Index:
 
 
 def _unsqueeze(node: fx.Node, index: Index, shape: Shape) -> Index:
-    axis = _axis(node.args[1], len(index))  # type: ignore[arg-type]
+    axis = _axis(_arguments(node)[0], len(index))
     return index[:axis] + index[axis + 1 :]
 
 
@@ -229,26 +235,26 @@ def _squeeze(node: fx.Node, index: Index, shape: Shape) -> Index:
 
 
 def _slice(node: fx.Node, index: Index, shape: Shape) -> Index:
-    dim, start, _, step = (*node.args[1:], *(0, None, None, 1)[len(node.args) - 1 :])
-    axis = _axis(dim, len(shape))  # type: ignore[arg-type]
+    dim, start, _, step = _arguments(node, 0, None, None, 1)
+    axis = _axis(dim, len(shape))
     first = _at_least_zero(as_expr(0 if start is None else start), shape[axis])
     return (*index[:axis], tidy(index[axis] * as_expr(step) + first), *index[axis + 1 :])
 
 
 def _select(node: fx.Node, index: Index, shape: Shape) -> Index:
-    axis = _axis(node.args[1], len(shape))  # type: ignore[arg-type]
+    axis = _axis(_arguments(node)[0], len(shape))
     return (*index[:axis], _at_least_zero(as_expr(node.args[2]), shape[axis]), *index[axis:])
 
 
 def _flip(node: fx.Node, index: Index, shape: Shape) -> Index:
-    axes = {_axis(d, len(shape)) for d in node.args[1]}  # type: ignore[union-attr, arg-type]
+    axes = {_axis(d, len(shape)) for d in _arguments(node)[0]}
     return tuple(tidy(shape[d] - 1 - i) if d in axes else i for d, i in enumerate(index))
 
 
 def _roll(node: fx.Node, index: Index, shape: Shape) -> Index:
     out = list(index)
-    for shift, dim in zip(node.args[1], node.args[2], strict=True):  # type: ignore[arg-type]
-        axis = _axis(dim, len(shape))  # type: ignore[arg-type]
+    for shift, dim in zip(*_arguments(node), strict=True):
+        axis = _axis(dim, len(shape))
         back = (-as_expr(shift)) % shape[axis] if shape[axis].is_Integer else -as_expr(shift)
         if back.is_negative:
             back = back + shape[axis]

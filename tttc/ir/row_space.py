@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import sympy
@@ -45,30 +45,27 @@ MAX_COLUMNS = 16384
 MAX_LOADS_OF_ONE_INPUT = 4
 
 CASTS = frozenset([aten._to_copy.default, prims.convert_element_type.default])
+
+
+def _overloads(overload: str, names: str) -> list[Any]:
+    return [getattr(getattr(aten, name), overload) for name in names.split()]
+
+
 POINTWISE = CASTS | frozenset(
     [
-        *(getattr(aten, name).Tensor for name in "add sub mul div remainder bitwise_and bitwise_or".split()),
-        *(getattr(aten, name).Scalar for name in "add sub mul div remainder rsub".split()),
-        *(
-            getattr(getattr(aten, name), overload)
-            for name in "eq ne lt le gt ge".split()
-            for overload in ("Tensor", "Scalar")
+        *_overloads("Tensor", "add sub mul div remainder bitwise_and bitwise_or eq ne lt le gt ge"),
+        *_overloads("Scalar", "add sub mul div remainder rsub eq ne lt le gt ge"),
+        *_overloads(
+            "default", "abs ceil cos erf exp exp2 floor log log1p log2 neg reciprocal relu"
         ),
-        *(
-            getattr(aten, name).default
-            for name in (
-                "abs ceil cos erf exp exp2 floor isinf isnan log log1p log2 logical_and logical_not logical_or "
-                "maximum minimum neg reciprocal relu rsqrt sigmoid sign sin sqrt tanh bitwise_not clamp clamp_min "
-                "clamp_max square"
-            ).split()
-        ),
+        *_overloads("default", "rsqrt sigmoid sign sin sqrt square tanh isinf isnan"),
+        *_overloads("default", "logical_and logical_not logical_or bitwise_not"),
+        *_overloads("default", "maximum minimum clamp clamp_min clamp_max"),
         aten.pow.Tensor_Scalar,
         aten.where.self,
     ]
 )
-REDUCTIONS = frozenset(
-    [aten.sum.dim_IntList, aten.mean.dim, aten.amax.default, aten.amin.default]
-)
+REDUCTIONS = frozenset([aten.sum.dim_IntList, aten.mean.dim, aten.amax.default, aten.amin.default])
 CHOICES = frozenset(
     [
         aten.cat.default,
@@ -97,8 +94,10 @@ RANGES: dict[Any, Callable[[fx.Node], tuple[Any, Any]]] = {
 FREE = frozenset([*VIEWS, *CONSTANTS, *RANGES])
 COMPUTE = frozenset([*POINTWISE, *REDUCTIONS, *CHOICES, *COPIES])
 DTYPES = frozenset(
-    [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool]
-    + [torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64]
+    [
+        *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+        *(torch.bool, torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64),
+    ]
 )
 
 
@@ -185,7 +184,7 @@ def is_known(node: fx.Node) -> bool:
             return False
         if tensor is not None and (tensor.dtype not in DTYPES or tensor.device != value.device):
             return False
-    allowed = {
+    allowed: dict[Any, set[str]] = {
         aten._to_copy.default: {"dtype"},
         aten.add.Tensor: {"alpha"},
         aten.sub.Tensor: {"alpha"},
@@ -212,7 +211,9 @@ def row_space(members: Iterable[fx.Node], outputs: Sequence[fx.Node]) -> RowSpac
             shape = shape_of(node.meta["val"])
         if shape not in shapes:
             shapes.append(shape)
-    for output in outputs:  # the same rows, cut up as an output has them, may be what permutations need
+    for (
+        output
+    ) in outputs:  # the same rows, cut up as an output has them, may be what permutations need
         shape = shape_of(output.meta["val"])
         if reductions and shape not in shapes and shape and shape[-1] == shapes[0][-1]:
             shapes.append(shape)
@@ -228,7 +229,7 @@ def _nominal_numel(node: fx.Node) -> int:
     return nominal(numel(shape_of(node.meta["val"])))
 
 
-@lru_cache(maxsize=None)
+@cache
 def nominal(expr: sympy.Expr) -> int:
     """A size with 1024 for every symbol: decisions must not depend on the shapes of the first call."""
     return int(expr.xreplace({symbol: sympy.Integer(1024) for symbol in expr.free_symbols}))
@@ -252,14 +253,14 @@ class _Planner:
 
     def plan(self, outputs: Sequence[fx.Node]) -> RowSpace:
         stores = []
-        for node in sorted(outputs, reverse=True):  # users first, so that their reads place what they read
+        for node in sorted(
+            outputs, reverse=True
+        ):  # users first, so that their reads place what they read
             index = self.onto.get(node) or self.place(shape_of(node.meta["val"]))
             stores.append(Store(node, self.value(node, index, frozenset(), True), index))
         order = {node: i for i, node in enumerate(outputs)}
         stores.sort(key=lambda s: order[s.node])
-        return RowSpace(
-            self.rows, self.column, self.whole_rows, tuple(self.steps), tuple(stores)
-        )
+        return RowSpace(self.rows, self.column, self.whole_rows, tuple(self.steps), tuple(stores))
 
     def place(self, shape: Shape) -> Index:
         """The position in an output of this shape that belongs to the place in the row space."""

@@ -1,0 +1,245 @@
+"""Partition the memory-bound nodes of a graph into groups that are worth a kernel each."""
+
+from __future__ import annotations
+
+import heapq
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import networkx as nx
+import sympy
+import torch
+from torch import fx
+
+from tttc.ir.index_maps import VIEWS, as_expr, numel, shape_of
+from tttc.ir.row_space import COMPUTE, FREE, is_known, is_size, nominal, row_space, value_of
+
+MAX_NODES = 128
+MAX_TENSORS = 32  # arguments of one kernel
+
+
+class Memory:
+    """Which node reads what, and how many bytes that is."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.nodes = list(graph.nodes)
+        self.free = {n for n in self.nodes if n.target in FREE and is_known(n)}
+        self.kept = [n for n in self.nodes if n not in self.free]
+        self.sources = {n: list(self._sources(n)) for n in self.kept}
+        tensors = {n: t for n in self.nodes if (t := value_of(n)) is not None}
+        self.bytes = {n: _bytes(t) for n, t in tensors.items()}
+        self.nominal_bytes = {n: nominal(b) for n, b in self.bytes.items()}
+        self.consumers: dict[fx.Node, set[fx.Node]] = defaultdict(set)
+        for node, sources in self.sources.items():
+            for source, _ in sources:
+                self.consumers[source].add(node)
+
+    def _sources(self, node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
+        """Pairs of a node that is kept in memory and the view of it that ``node`` reads."""
+        for operand in node.all_input_nodes:
+            stack = [operand]
+            while stack:
+                at = stack.pop()
+                if at in self.free:
+                    stack.extend(at.all_input_nodes)
+                else:
+                    yield at, operand
+
+    def closure(self, members: Iterable[fx.Node]) -> list[fx.Node]:
+        """The members with the views and constants they read through, in order."""
+        inside = set(members)
+        stack = list(inside)
+        while stack:
+            for operand in stack.pop().all_input_nodes:
+                if operand in self.free and operand not in inside:
+                    inside.add(operand)
+                    stack.append(operand)
+        return sorted(inside)
+
+    def inputs(self, members: set[fx.Node]) -> dict[fx.Node, set[fx.Node]]:
+        """Tensors read from outside, and through which views."""
+        read: dict[fx.Node, set[fx.Node]] = {}
+        for node in members:
+            for source, view in self.sources[node]:
+                if source in self.bytes and source not in members:
+                    read.setdefault(source, set()).add(view)
+        return read
+
+    def outputs(self, members: set[fx.Node]) -> list[fx.Node]:
+        """Members that are read from outside."""
+        return sorted(n for n in members if not self.consumers[n] <= members)
+
+    def traffic(self, members: set[fx.Node]) -> sympy.Expr:
+        """Bytes read and written by members that run as one."""
+        return sympy.expand(sum(self._moved(members, lambda node: self.bytes[node])))
+
+    def nominal_traffic(self, members: set[fx.Node]) -> int:
+        """The same at nominal sizes."""
+        return sum(self._moved(members, self.nominal_bytes.__getitem__))
+
+    def _moved(self, members: set[fx.Node], size: Callable[[fx.Node], Any]) -> Iterator[Any]:
+        for node in self.outputs(members):
+            yield size(node)
+        for source, views in self.inputs(members).items():
+            parts = [v for v in views if v is source or v.target in VIEWS]
+            # A slice reads less than all of it, a broadcast or two overlapping slices no more.
+            if sum(self.nominal_bytes[v] for v in parts) < self.nominal_bytes[source]:
+                yield from map(size, parts)
+            else:
+                yield size(source)
+
+
+def _bytes(value: torch.Tensor) -> sympy.Expr:
+    return numel(shape_of(value)) * value.element_size()
+
+
+class Partition:
+    """Groups of nodes, merged greedily while no cycle arises between them."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.memory = Memory(graph)
+        self._legal: dict[Any, bool] = {}
+        kept = self.memory.kept
+        self.bit = {n: 1 << i for i, n in enumerate(kept)}
+        self.group_of: dict[fx.Node, int] = {n: i for i, n in enumerate(kept)}
+        self.members: dict[int, set[fx.Node]] = {i: {n} for i, n in enumerate(kept)}
+        self.mask = {i: self.bit[n] for i, n in enumerate(kept)}
+        self.order = nx.DiGraph()  # of groups: an edge where one must run before the other
+        self.order.add_nodes_from(self.members)
+        for node in kept:
+            for source, _ in self.memory.sources[node]:
+                self.order.add_edge(self.group_of[source], self.group_of[node])
+        self._order_mutations(kept)
+        self.below: dict[int, int] = {}  # bits of the nodes that a group leads to
+        for i in reversed(range(len(kept))):
+            reach = 0
+            for s in self.order.successors(i):
+                reach |= self.mask[s] | self.below[s]
+            self.below[i] = reach
+        self.fusable = {
+            i for i, n in enumerate(kept) if n.target in COMPUTE and is_known(n) and self.legal({n})
+        }
+        self.traffic = {i: self.cost(self.members[i]) for i in self.fusable}
+
+    def _order_mutations(self, kept: list[fx.Node]) -> None:
+        """A node that writes into its operands stays where it is among all others."""
+        for i, node in enumerate(kept):
+            schema = getattr(node.target, "_schema", None)
+            if schema is not None and schema.is_mutable:
+                self.order.add_edges_from((j, i) for j in range(i))
+                self.order.add_edges_from((i, j) for j in range(i + 1, len(kept)))
+
+    def cost(self, members: set[fx.Node]) -> int:
+        return self.memory.nominal_traffic(members)
+
+    def legal(self, members: set[fx.Node]) -> bool:
+        """Whether the members have a row space; asked once for equal structures (equal layers, say)."""
+        nodes = self.memory.closure(members)
+        outputs = self.memory.outputs(members) or sorted(members)[-1:]
+        key = structure(nodes, outputs)
+        if key not in self._legal:
+            self._legal[key] = row_space(nodes, outputs) is not None
+        return self._legal[key]
+
+    def run(self) -> None:
+        """Merge until nothing is saved any more."""
+        queue: list[tuple[int, int, int]] = []
+
+        def offer(a: int, b: int) -> None:
+            both = self.members[a] | self.members[b]
+            saved = self.traffic[a] + self.traffic[b] - self.cost(both)
+            if saved > 0:
+                heapq.heappush(queue, (-saved, min(a, b), max(a, b)))
+
+        for a in sorted(self.fusable):
+            for b in self.neighbours(a):
+                if a < b:
+                    offer(a, b)
+        fresh = len(self.memory.kept)
+        while queue:
+            _, a, b = heapq.heappop(queue)
+            if a not in self.fusable or b not in self.fusable or not self.may_merge(a, b):
+                continue
+            self.merge(a, b, fresh)
+            for other in self.neighbours(fresh):
+                offer(fresh, other)
+            fresh += 1
+
+    def neighbours(self, group: int) -> list[int]:
+        """Fusable groups that produce for this one, read from it, or read what it reads."""
+        near: set[int] = set()
+        for node in self.members[group]:
+            near.update(self.group_of[c] for c in self.memory.consumers[node])
+            for source, _ in self.memory.sources[node]:
+                if source in self.memory.bytes:
+                    near.add(self.group_of[source])
+                    near.update(self.group_of[c] for c in self.memory.consumers[source])
+        near.discard(group)
+        return sorted(near & self.fusable)
+
+    def may_merge(self, a: int, b: int) -> bool:
+        if self.below[b] & self.mask[a]:
+            a, b = b, a
+        if any(s != b and self.below[s] & self.mask[b] for s in self.order.successors(a)):
+            return False  # a path from a to b through something outside both
+        both = self.members[a] | self.members[b]
+        tensors = len(self.memory.inputs(both)) + len(self.memory.outputs(both))
+        if len(both) > MAX_NODES or tensors > MAX_TENSORS or not self._one_device(both):
+            return False
+        return self.legal(both)
+
+    def _one_device(self, members: set[fx.Node]) -> bool:
+        return len({n.meta["val"].device for n in members}) == 1
+
+    def merge(self, a: int, b: int, into: int) -> None:
+        before = {*self.order.predecessors(a), *self.order.predecessors(b)} - {a, b}
+        after = {*self.order.successors(a), *self.order.successors(b)} - {a, b}
+        self.members[into] = self.members.pop(a) | self.members.pop(b)
+        self.mask[into] = self.mask.pop(a) | self.mask.pop(b)
+        self.below[into] = (self.below.pop(a) | self.below.pop(b)) & ~self.mask[into]
+        self.fusable -= {a, b}
+        self.fusable.add(into)
+        self.traffic[into] = self.cost(self.members[into])
+        for node in self.members[into]:
+            self.group_of[node] = into
+        self.order.remove_nodes_from([a, b])
+        self.order.add_node(into)
+        self.order.add_edges_from((p, into) for p in before)
+        self.order.add_edges_from((into, s) for s in after)
+        for group, reach in self.below.items():
+            if group != into and reach & self.mask[into]:
+                self.below[group] = reach | self.mask[into] | self.below[into]
+
+
+def structure(nodes: list[fx.Node], outputs: list[fx.Node]) -> Any:
+    """A key that is equal for nodes that compute the same thing from inputs of the same kind."""
+    number: dict[fx.Node, int] = {}
+
+    def kind(node: fx.Node) -> Any:
+        value = value_of(node)
+        if value is None:
+            return as_expr(node) if is_size(node) else None
+        strides = tuple(as_expr(s) for s in value.stride())
+        return shape_of(value), strides, value.dtype, value.device
+
+    def plain(arg: Any) -> Any:
+        if isinstance(arg, fx.Node):
+            if arg not in number:
+                number[arg] = len(number)
+                return number[arg], kind(arg)
+            return number[arg]
+        if isinstance(arg, torch.SymInt):
+            return as_expr(arg)
+        if isinstance(arg, (list, tuple)):
+            return tuple(plain(a) for a in arg)
+        # 1 == True == 1.0, and these are not the same program.
+        return type(arg).__name__, str(arg)
+
+    out = []
+    for node in nodes:
+        args = plain(node.args)
+        kwargs = tuple((k, plain(v)) for k, v in sorted(node.kwargs.items()))
+        number[node] = len(number)
+        out.append((node.target, args, kwargs, kind(node)))
+    return tuple(out), tuple(number[n] for n in outputs)

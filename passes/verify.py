@@ -1,0 +1,94 @@
+"""Translation validation: run a graph before and after a pass, in float64 on random inputs, and compare."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from tttc.ir.body import TOKEN, Body, role
+from tttc.ir.build import dims_of
+from tttc.ir.errors import CheckError
+
+TOLERANCE = 1e-9
+
+
+def random_arguments(
+    body: Body, length: int | None = None, at_anchor: bool = False, seed: int = 0
+) -> list[torch.Tensor]:
+    """Random float64 arguments for a body; ``length`` tokens where it is batched or tokens are asked for."""
+    generator = torch.Generator().manual_seed(seed)
+    made: dict[tuple[str, int], torch.Tensor] = {}
+    for node in body.placeholders:
+        kind, index = role(node)
+        if kind == "constant":
+            made[kind, index] = body.constants[index].to(torch.float64)
+            continue
+        if kind == "carry" and at_anchor:
+            made[kind, index] = made["anchor", index]
+            continue
+        shape = [body.sizes[d] for d in dims_of(node) if d != TOKEN]
+        if kind == "token" and length is not None:
+            shape.insert(0, length)
+        # Scaled like weights and activations are: away from overflow, of both signs.
+        scale = 0.5 if kind in ("token", "shared") else 0.3
+        made[kind, index] = scale * torch.randn(shape, generator=generator, dtype=torch.float64)
+    return [made[role(n)] for n in body.placeholders]
+
+
+def run_tokens(body: Body, arguments: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """A one-token body run over tokens, one after another: new carry, then outputs stacked."""
+    kinds = [role(n)[0] for n in body.placeholders]
+    length = next(x.shape[0] for x, k in zip(arguments, kinds, strict=True) if k == "token")
+    values = list(arguments)
+    carries = [i for i, k in enumerate(kinds) if k == "carry"]
+    outputs = []
+    for t in range(length):
+        now = [x[t] if k == "token" else x for x, k in zip(values, kinds, strict=True)]
+        results = body.gm(*now)
+        for i, x in zip(carries, results[: body.states], strict=True):
+            values[i] = x
+        outputs.append(results[body.states :])
+    stacked = [torch.stack(z) for z in zip(*outputs, strict=True)]
+    return [values[i] for i in carries] + stacked
+
+
+def compare(name: str, expected: Sequence[Any], got: Sequence[Any]) -> None:
+    """Raise :class:`CheckError` where results differ by more than 1e-9, relative to their size."""
+    if len(expected) != len(got):
+        raise CheckError(f"{name}: {len(expected)} results before, {len(got)} after")
+    for i, (x, y) in enumerate(zip(expected, got, strict=True)):
+        if x.shape != y.shape:
+            raise CheckError(f"{name}: result {i} had shape {tuple(x.shape)}, has {tuple(y.shape)}")
+        finite = x.isfinite()
+        if not torch.equal(finite, y.isfinite()):
+            raise CheckError(f"{name}: result {i} is finite elsewhere than before")
+        scale = float(x[finite].abs().max()) if finite.any() else 0.0
+        error = float((x[finite] - y[finite]).abs().max()) if finite.any() else 0.0
+        if error > TOLERANCE * max(1.0, scale):
+            raise CheckError(f"{name}: result {i} changed by {error:.3g} (values up to {scale:.3g})")
+
+
+def verify_pass(
+    name: str, before: Body | fx.GraphModule, after: Body, mini_batch_size: int, at_anchor: bool
+) -> None:
+    """Check one pass: the graph before it and the graph after it must compute the same."""
+    for length in sorted({1, min(3, mini_batch_size), mini_batch_size}):
+        if not after.batched:
+            arguments = random_arguments(after)
+            run = before.gm if isinstance(before, Body) else before
+            padded = [x.reshape(after.leaf_shapes.get(str(n.target), x.shape))
+                      for x, n in zip(arguments, after.placeholders, strict=True)]  # fmt: skip
+            inputs = arguments if isinstance(before, Body) else [
+                x for x, n in zip(padded, after.placeholders, strict=True) if role(n)[0] != "constant"
+            ]
+            expected = [x.squeeze() if not isinstance(before, Body) else x for x in run(*inputs)]
+            got = [x.squeeze() if not isinstance(before, Body) else x for x in after.gm(*arguments)]
+            compare(name, expected, got)
+            return
+        arguments = random_arguments(after, length, at_anchor)
+        assert isinstance(before, Body)
+        old = before.gm(*arguments) if before.batched else run_tokens(before, arguments)
+        compare(name, old, after.gm(*arguments))

@@ -1,0 +1,3 @@
+"""``tttc.compile``: the one place that knows every phase."""
+
+from __future__ import annotations

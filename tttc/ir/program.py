@@ -1,0 +1,33 @@
+"""A scan as the compiler sees it: its bodies, and the stages they came through."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from tttc.ir.body import Body
+
+
+@dataclass
+class Program:
+    """Everything derived from one step at one mini-batch size.
+
+    ``token`` handles one token; ``continued`` a mini-batch (or part of one) from any carry; ``full`` one that
+    starts at its anchor. Where tokens can only run one after another the last two are None and ``reason``
+    says why.
+    """
+
+    name: str
+    mini_batch_size: int
+    token: Body
+    continued: Body | None = None
+    full: Body | None = None
+    reason: str | None = None
+    stages: dict[str, Body | fx.GraphModule] = field(default_factory=dict)
+    verified: bool = False
+
+    @property
+    def sequential(self) -> bool:
+        """Whether tokens run one after another."""
+        return self.full is None
