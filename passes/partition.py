@@ -120,7 +120,7 @@ class Partition:
         self.fusable = {
             i for i, n in enumerate(kept) if n.target in COMPUTE and is_known(n) and self.legal({n})
         }
-        self.traffic = {i: self.cost(self.members[i]) for i in self.fusable}
+        self.traffic = {i: self.memory.nominal_traffic(self.members[i]) for i in self.fusable}
 
     def _order_mutations(self, kept: list[fx.Node]) -> None:
         """A node that writes into its operands stays where it is among all others."""
@@ -129,9 +129,6 @@ class Partition:
             if schema is not None and schema.is_mutable:
                 self.order.add_edges_from((j, i) for j in range(i))
                 self.order.add_edges_from((i, j) for j in range(i + 1, len(kept)))
-
-    def cost(self, members: set[fx.Node]) -> int:
-        return self.memory.nominal_traffic(members)
 
     def legal(self, members: set[fx.Node]) -> bool:
         """Whether the members have a row space; asked once for equal structures (equal layers, say)."""
@@ -148,7 +145,7 @@ class Partition:
 
         def offer(a: int, b: int) -> None:
             both = self.members[a] | self.members[b]
-            saved = self.traffic[a] + self.traffic[b] - self.cost(both)
+            saved = self.traffic[a] + self.traffic[b] - self.memory.nominal_traffic(both)
             if saved > 0:
                 heapq.heappush(queue, (-saved, min(a, b), max(a, b)))
 
@@ -200,7 +197,7 @@ class Partition:
         self.below[into] = (self.below.pop(a) | self.below.pop(b)) & ~self.mask[into]
         self.fusable -= {a, b}
         self.fusable.add(into)
-        self.traffic[into] = self.cost(self.members[into])
+        self.traffic[into] = self.memory.nominal_traffic(self.members[into])
         for node in self.members[into]:
             self.group_of[node] = into
         self.order.remove_nodes_from([a, b])
