@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import guard_scalar
 
 LEAF = ("leaf",)
 NONE = ("constant", None)
@@ -47,8 +48,11 @@ def describe(tree: Any) -> Any:
     """Nested tuples of constants that say what ``tree`` is, or None where they can't."""
     if isinstance(tree, torch.Tensor):
         return LEAF
-    if tree is None or isinstance(tree, (bool, int, float, str)):
+    if tree is None or isinstance(tree, (bool, str)):
         return ("constant", tree)
+    if isinstance(tree, (int, float)):
+        # Under capture a number may be a symbol: its value becomes part of the program.
+        return ("constant", guard_scalar(tree))
     kind: tuple[str, Any]
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
         kind, children = ("namedtuple", type(tree)), list(tree)

@@ -1,3 +1,257 @@
 """``tttc.compile``: the one place that knows every phase."""
 
 from __future__ import annotations
+
+import copy
+import functools
+import threading
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._dynamo.backends.common import aot_autograd
+
+from tttc import _tracing
+from tttc._checks import check_mini_batch_size
+from tttc._scan_op import interned
+from tttc.ir.errors import CheckError, NotLowerable
+from tttc.pipeline import build_program
+import tttc.runtime.fused_scan  # noqa: F401  (registers the operator)
+
+BACKENDS = ("auto", "triton", "torch")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What :func:`compile` was asked for."""
+
+    backend: str = "auto"
+    mini_batch_size: int | None = None
+    strict: bool = False
+    verify: bool = False
+
+
+class TTTCWarning(UserWarning):
+    """A TTT layer runs eagerly, or approximates what its model says; each is said once."""
+
+
+_warned: set[str] = set()
+_warn_lock = threading.Lock()
+
+
+def warn_once(message: str) -> None:
+    """Warn unless the same was said before in this process."""
+    with _warn_lock:
+        if message in _warned:
+            return
+        _warned.add(message)
+    warnings.warn(message, TTTCWarning, stacklevel=3)
+
+
+def check_options(options: Options) -> Options:
+    """Raise where an option is not what it may be."""
+    if options.backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {options.backend!r}")
+    if options.mini_batch_size is not None:
+        check_mini_batch_size(options.mini_batch_size)
+    return options
+
+
+# -- the graph of the model ---------------------------------------------------------------------------
+
+
+def lower_scans(gm: fx.GraphModule, options: Options) -> fx.GraphModule:
+    """Replace each ``tttc::scan`` by its compiled form, in the graph TorchDynamo captured.
+
+    A scan that can't be lowered stays the naive loop, with one warning; under ``strict`` it raises.
+    """
+    for node in list(gm.graph.nodes):
+        if node.op != "call_function" or node.target not in (
+            torch.ops.tttc.scan,
+            torch.ops.tttc.scan.default,
+        ):
+            continue
+        anchor, carry, tokens, shared, key, mini_batch_size, place = node.args
+        if options.mini_batch_size is not None:
+            mini_batch_size = options.mini_batch_size
+        try:
+            build_program(interned(key), mini_batch_size, options.verify)
+        except NotLowerable as error:
+            if options.strict:
+                raise
+            warn_once(f"the TTT layer with step {key.rpartition('#')[0]} runs eagerly: {error}")
+            continue
+        with gm.graph.inserting_before(node):
+            new = gm.graph.call_function(
+                torch.ops.tttc.fused_scan.default,
+                (anchor, carry, tokens, shared, key, mini_batch_size, place, options.backend),
+            )
+            new.meta = dict(node.meta)
+        node.replace_all_uses_with(new)
+        gm.graph.erase_node(node)
+    gm.recompile()
+    return gm
+
+
+def _compile_graph(gm: fx.GraphModule, example_inputs: list[Any], options: Options) -> Callable[..., Any]:
+    """An ATen graph, forward or backward, as AOTAutograd hands it over."""
+    return gm.forward
+
+
+def compile_graph(
+    gm: fx.GraphModule, example_inputs: list[Any], options: Options
+) -> Callable[..., Any]:
+    """A TorchDynamo graph as a callable: scans lowered, then AOTAutograd, then fusion."""
+    lower_scans(gm, options)
+    compiler = functools.partial(_compile_graph, options=options)
+    return aot_autograd(fw_compiler=compiler, bw_compiler=compiler)(gm, example_inputs)
+
+
+def dynamo_backend(
+    gm: fx.GraphModule, example_inputs: list[Any], **kwargs: Any
+) -> Callable[..., Any]:
+    """``torch.compile(model, backend="tttc")``: the same compiler through PyTorch's own door.
+
+    ``options={"backend": ..., "strict": ...}`` takes what :func:`compile` takes.
+    """
+    given = kwargs.get("options") or {}
+    try:
+        options = Options(**given)
+    except TypeError:
+        known = ", ".join(Options.__dataclass_fields__)
+        raise TypeError(f"options: expected some of {known}, got {', '.join(given)}") from None
+    return compile_graph(gm, example_inputs, check_options(options))
+
+
+# -- what the user holds --------------------------------------------------------------------------------
+
+
+def _scan_directly(options: Options) -> Callable[..., Any]:
+    """The lowering of scans that run outside a captured graph, under a compiled model."""
+
+    def run(step, anchor, carry, place, tokens, mini_batch_size, shared):
+        if not _tracing.is_plain_function(step):
+            reason = "its step closes over variables: pass them through shared="
+            if options.strict:
+                raise NotLowerable(reason)
+            name = getattr(step, "__qualname__", type(step).__name__)
+            warn_once(f"the TTT layer with step {name} runs eagerly: {reason}")
+        return None
+
+    return run
+
+
+class CompiledModule(nn.Module):
+    """A module compiled by :func:`compile`; it shares parameters, buffers and submodules with the original.
+
+    Its ``state_dict`` has the original's keys; moving, training and loading either moves, trains and loads both.
+    """
+
+    def __init__(self, module: nn.Module, options: Options) -> None:
+        super().__init__()
+        object.__setattr__(self, "_tttc_module", module)
+        object.__setattr__(self, "_tttc_options", options)
+        object.__setattr__(self, "_tttc_call", _compiled_call(module, options))
+        for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+            self.__dict__[name] = module.__dict__[name]
+
+    @property
+    def training(self) -> bool:
+        """Whether the original is in training mode."""
+        return self._tttc_module.training
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        module = self.__dict__.get("_tttc_module")
+        if module is not None:
+            module.training = mode
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_tttc_module"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the original computes."""
+        return self._tttc_call(*args, **kwargs)
+
+    def extra_repr(self) -> str:
+        """The options the module was compiled with."""
+        return f"compiled by tttc, backend={self._tttc_options.backend}"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompiledModule:
+        return CompiledModule(copy.deepcopy(self._tttc_module, memo), self._tttc_options)
+
+    def __reduce__(self) -> Any:
+        return (CompiledModule, (self._tttc_module, self._tttc_options))
+
+
+def _compiled_call(target: Callable[..., Any], options: Options) -> Callable[..., Any]:
+    backend = functools.partial(compile_graph, options=options)
+    compiled = torch.compile(target, backend=backend, dynamic=True)
+    direct = _scan_directly(options)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with _tracing.use_backend(direct):
+            try:
+                return compiled(*args, **kwargs)
+            except torch._dynamo.exc.BackendCompilerFailed as error:
+                if isinstance(error.inner_exception, (NotLowerable, CheckError)):
+                    raise error.inner_exception from None
+                raise
+
+    return call
+
+
+def compile(
+    model: Callable[..., Any],
+    *,
+    backend: str = "auto",
+    mini_batch_size: int | None = None,
+    strict: bool = False,
+    verify: bool = False,
+) -> Any:
+    """Compile a model that contains TTT layers.
+
+    Args:
+        model: an ``nn.Module`` or a function; its scans (:func:`tttc.scan`) are lowered, whatever surrounds
+            them is captured by TorchDynamo and fused where it only moves memory.
+        backend: "triton" (fused kernels), "torch" (the same graphs by torch operations, any device) or
+            "auto": Triton for tensors on a GPU, torch elsewhere.
+        mini_batch_size: None for exactly what the model says. An int of at least 1 asks every scan for
+            mini-batches of that size, an approximation where the model says another; it warns once.
+        strict: raise :class:`NotLowerable` where a TTT layer can't be lowered, instead of running it
+            eagerly with one warning.
+        verify: after every pass run the graph before and after it in float64, and compare to 1e-9.
+
+    Returns:
+        A module (same parameters, same ``state_dict`` keys) or a function, called like ``model``.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+
+    Example:
+        >>> import torch, tttc
+        >>> layer = tttc.nn.TTTLinear(64, 4, mini_batch_size=16)
+        >>> compiled = tttc.compile(layer, backend="torch")
+        >>> x = torch.randn(2, 40, 64)
+        >>> torch.allclose(compiled(x), layer(x), atol=1e-4)
+        True
+    """
+    if not callable(model):
+        raise TypeError(f"model: expected an nn.Module or a function, got {type(model).__name__}")
+    options = check_options(Options(backend, mini_batch_size, strict, verify))
+    if mini_batch_size is not None:
+        warn_once(
+            f"mini_batch_size={mini_batch_size}: every scan is run with mini-batches of that size, "
+            "which approximates a model that says another"
+        )
+    if isinstance(model, CompiledModule):
+        return CompiledModule(model._tttc_module, options)
+    if isinstance(model, nn.Module):
+        return CompiledModule(model, options)
+    return functools.wraps(model)(_compiled_call(model, options))

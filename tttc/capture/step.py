@@ -102,7 +102,9 @@ def capture_step(
 
     # Floating casts say nothing to the compiler: the dtype computed in is the caller's.
     table = {**core_aten_decompositions(), **get_decompositions(_FURTHER)}
-    with torch.autocast("cpu", enabled=False), torch.no_grad():
+    # Inside a capture of TorchDynamo, make_fx would take up its symbolic sizes: features have none.
+    plain = torch._guards.tracing(None)
+    with plain, torch.autocast("cpu", enabled=False), torch.no_grad():
         gm = make_fx(torch.func.functionalize(flat, remove="mutations"), decomposition_table=table, tracing_mode="fake")(
             *state, *(torch.zeros_like(x) for x in state), *tokens, *shared
         )
