@@ -25,7 +25,7 @@ class CausalConv(nn.Module):
         Products are summed in float32 at least.
 
     Raises:
-        ValueError: ``kernel`` or ``channels`` below 1.
+        ValueError: ``kernel`` or ``channels`` below 1; a state of another shape.
 
     Example:
         >>> import torch, tttc
@@ -67,10 +67,10 @@ class CausalConv(nn.Module):
         length = x.shape[1]
         if state is None:
             state = x.new_zeros(x.shape[0], self.kernel - 1, self.channels)
-        elif state.ndim != 3 or state.shape[1:] != (self.kernel - 1, self.channels):
+        elif state.shape != (x.shape[0], self.kernel - 1, self.channels):
             raise ValueError(
-                f"state: expected shape [B, {self.kernel - 1}, {self.channels}] (the last inputs of "
-                f"the convolution), got {tuple(state.shape)}"
+                f"state: expected the last inputs of the convolution, shape [B, {self.kernel - 1}, "
+                f"{self.channels}] with B = {x.shape[0]}, got {tuple(state.shape)}"
             )
         padded = torch.cat([state.to(x.dtype), x], 1)
         # Shifted sums rather than conv1d: they stay elementwise, so they fuse, and T = 0 works.
