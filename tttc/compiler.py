@@ -14,7 +14,7 @@ import torch
 from torch import fx, nn
 from torch._dynamo.backends.common import aot_autograd
 
-from tttc import _tracing
+from tttc import _recorder, _tracing
 from tttc._checks import check_mini_batch_size
 from tttc._scan_op import interned
 from tttc.ir.errors import CheckError, NotLowerable
@@ -78,8 +78,10 @@ def lower_scans(gm: fx.GraphModule, options: Options) -> fx.GraphModule:
         if options.mini_batch_size is not None:
             mini_batch_size = options.mini_batch_size
         try:
-            build_program(interned(key), mini_batch_size, options.verify)
+            program = build_program(interned(key), mini_batch_size, options.verify)
+            _recorder.site(node, key, mini_batch_size, program)
         except NotLowerable as error:
+            _recorder.site(node, key, mini_batch_size, None, str(error))
             if options.strict:
                 raise
             warn_once(f"the TTT layer with step {key.rpartition('#')[0]} runs eagerly: {error}")
@@ -98,16 +100,20 @@ def lower_scans(gm: fx.GraphModule, options: Options) -> fx.GraphModule:
 
 def _compile_graph(gm: fx.GraphModule, example_inputs: list[Any], options: Options) -> Callable[..., Any]:
     """An ATen graph, forward or backward, as AOTAutograd hands it over."""
-    return gm.forward
+    stage = _recorder.graph("aten", gm)
+    return _recorder.watched(stage, gm.forward)
 
 
 def compile_graph(
     gm: fx.GraphModule, example_inputs: list[Any], options: Options
 ) -> Callable[..., Any]:
     """A TorchDynamo graph as a callable: scans lowered, then AOTAutograd, then fusion."""
-    lower_scans(gm, options)
-    compiler = functools.partial(_compile_graph, options=options)
-    return aot_autograd(fw_compiler=compiler, bw_compiler=compiler)(gm, example_inputs)
+    with _recorder.attempt():
+        stage = _recorder.graph("captured", gm)
+        lower_scans(gm, options)
+        compiler = functools.partial(_compile_graph, options=options)
+        run = aot_autograd(fw_compiler=compiler, bw_compiler=compiler)(gm, example_inputs)
+        return _recorder.watched(stage, run)
 
 
 def dynamo_backend(
@@ -139,6 +145,7 @@ def _scan_directly(options: Options) -> Callable[..., Any]:
                 raise NotLowerable(reason)
             name = getattr(step, "__qualname__", type(step).__name__)
             warn_once(f"the TTT layer with step {name} runs eagerly: {reason}")
+            _recorder.eager_site(name, mini_batch_size, reason)
         return None
 
     return run
