@@ -126,21 +126,30 @@ class _Dualiser:
                     changed = True
         return opened
 
-    @staticmethod
-    def _scaled(node: fx.Node) -> bool:
+    def _scaled(self, node: fx.Node) -> bool:
         """A value times per-token numbers, or renamed: opened, the numbers join the others of the product."""
         if linear_kind(node) == "view":
             return node.target is ops.rename
         if node.target is not ops.elementwise or linear_kind(node) != "product":
             return False
-        return any(all(d in (TOKEN, EARLIER) for d in dims_of(x)) for x in operands_of(node))
+        return any(self._per_token(x) for x in operands_of(node))
+
+    @staticmethod
+    def _per_token(x: Any) -> bool:
+        return all(d in (TOKEN, EARLIER) for d in dims_of(x))
 
     def _causal_sum(self, node: fx.Node) -> bool:
         """A linear value made of a causal sum: worth opening, so that sums share their last product."""
         if node not in self._sums:
-            self._sums[node] = bool(linear_kind(node)) and (
-                node.target is ops.masked_contraction
-                or any(self._causal_sum(x) for x in node.all_input_nodes)
+            inside = [x for x in node.all_input_nodes if self._causal_sum(x)]
+            kind = linear_kind(node)
+            passes_on = kind in ("sum", "view") or (
+                kind == "product"
+                and len(inside) == 1
+                and all(self._per_token(x) for x in operands_of(node) if x is not inside[0])
+            )
+            self._sums[node] = bool(kind) and (
+                node.target is ops.masked_contraction or (bool(inside) and passes_on)
             )
         return self._sums[node]
 
@@ -211,6 +220,8 @@ class _Dualiser:
     def evaluate(self, term: Term, result: Dims) -> _Final | tuple[float, Any]:
         """Evaluate a product but for its last step."""
         operands = [_Operand(self.env.get(x, x), labels) for x, labels in term.factors]
+        operands = self._scaled_by(abs(term.coefficient), operands)
+        term = Term(1.0 if term.coefficient > 0 else -1.0, term.factors, term.relations) if operands else term
         operands = self._scalars_first(operands, term.relations)
         operands += [_Operand(None, (r.later, r.earlier), (r,)) for r in term.relations]
         if not operands:
@@ -227,6 +238,17 @@ class _Dualiser:
             operands.append(self.multiply(pair, rest, result if not operands else None))
         (only,) = operands
         return term.coefficient, self._settle(only, result)
+
+    def _scaled_by(self, factor: float, operands: list[_Operand]) -> list[_Operand]:
+        """The factors with a number multiplied into the smallest."""
+        if factor == 1.0 or not operands:
+            return operands
+        small = min(operands, key=lambda o: element_count(dims_of(o.node), self.sizes))
+        key = ("scaled", small.node, factor)
+        if key not in self.memo:
+            self.memo[key] = self.builder.elementwise("mul", small.node, factor)
+        scaled = _Operand(self.memo[key], small.labels)
+        return [scaled if o is small else o for o in operands]
 
     def _scalars_first(self, operands: list[_Operand], relations: Sequence[Relation]) -> list[_Operand]:
         """Per-token numbers are multiplied with each other first: terms then share the product."""

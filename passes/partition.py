@@ -12,8 +12,9 @@ import sympy
 import torch
 from torch import fx
 
-from tttc.ir.index_maps import VIEWS, as_expr, numel, shape_of
-from tttc.ir.row_space import COMPUTE, FREE, is_known, is_size, nominal, row_space, value_of
+from tttc.ir.index_maps import VIEWS, numel, shape_of
+from tttc.ir.row_space import COMPUTE, FREE, is_known, nominal, row_space, value_of
+from tttc.ir.structure import structure
 
 MAX_NODES = 128
 MAX_TENSORS = 32  # arguments of one kernel
@@ -207,36 +208,3 @@ class Partition:
         for group, reach in self.below.items():
             if group != into and reach & self.mask[into]:
                 self.below[group] = reach | self.mask[into] | self.below[into]
-
-
-def structure(nodes: list[fx.Node], outputs: list[fx.Node]) -> Any:
-    """A key that is equal for nodes that compute the same thing from inputs of the same kind."""
-    number: dict[fx.Node, int] = {}
-
-    def kind(node: fx.Node) -> Any:
-        value = value_of(node)
-        if value is None:
-            return as_expr(node) if is_size(node) else None
-        strides = tuple(as_expr(s) for s in value.stride())
-        return shape_of(value), strides, value.dtype, value.device
-
-    def plain(arg: Any) -> Any:
-        if isinstance(arg, fx.Node):
-            if arg not in number:
-                number[arg] = len(number)
-                return number[arg], kind(arg)
-            return number[arg]
-        if isinstance(arg, torch.SymInt):
-            return as_expr(arg)
-        if isinstance(arg, (list, tuple)):
-            return tuple(plain(a) for a in arg)
-        # 1 == True == 1.0, and these are not the same program.
-        return type(arg).__name__, str(arg)
-
-    out = []
-    for node in nodes:
-        args = plain(node.args)
-        kwargs = tuple((k, plain(v)) for k, v in sorted(node.kwargs.items()))
-        number[node] = len(number)
-        out.append((node.target, args, kwargs, kind(node)))
-    return tuple(out), tuple(number[n] for n in outputs)

@@ -26,6 +26,7 @@ class Program:
     reason: str | None = None
     stages: dict[str, Body | fx.GraphModule] = field(default_factory=dict)
     verified: bool = False
+    kernels: dict = field(default_factory=dict)
 
     @property
     def sequential(self) -> bool:

@@ -246,6 +246,10 @@ class _Planner:
         if whole_rows and not (columns.is_Integer and 0 < columns <= MAX_COLUMNS):
             raise _NoRowSpaceError
         self.steps: list[Step] = []
+        zero = sympy.Integer(0)
+        self.everywhere: Index = tuple(
+            zero if v.size == 1 else v for v in (*self.rows, self.column)
+        )
         self.memo: dict[Any, Ref] = {}
         self.onto: dict[fx.Node, Index] = {}  # where a node is read once at each of its positions
         self.reduced: set[fx.Node] = set()
@@ -264,13 +268,10 @@ class _Planner:
 
     def place(self, shape: Shape) -> Index:
         """The position in an output of this shape that belongs to the place in the row space."""
-        everything: Index = (*self.rows, self.column)
-        if shape == self.shape:
-            return everything
         if numel(shape) == numel(self.shape):
-            return reshape(everything, self.shape, shape)
+            return reshape(self.everywhere, self.shape, shape)
         if numel(shape) == numel(self.shape[:-1]):
-            return reshape(self.rows, self.shape[:-1], shape)
+            return reshape(self.everywhere[:-1], self.shape[:-1], shape)
         raise _NoRowSpaceError
 
     def add(self, kind: str, node: fx.Node, **fields: Any) -> Ref:
@@ -353,7 +354,7 @@ class _Planner:
         of_rows = frozenset(b for b in guard if not b.index.has(self.column))
         # A reduction of part of the rows (a broadcast row, say) does not read every position once.
         onto = numel(shape) == numel(self.shape) and len(shape) == len(self.shape)
-        source = self.value(operand, (*outer, self.column), of_rows, onto and not of_rows)
+        source = self.value(operand, (*outer, self.everywhere[-1]), of_rows, onto and not of_rows)
         return self.add("reduce", node, args=(source,))
 
     def choose(self, node: fx.Node, index: Index, guard: Guard) -> Ref:

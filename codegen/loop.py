@@ -1,0 +1,125 @@
+"""What one scan kernel does, before it is rendered: a graph, where its arguments come from, where its results go."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from tttc.ir.body import Body, role
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where an argument of the graph comes from.
+
+    ``kind``: "state" (carried from mini-batch to mini-batch, loaded once), "saved" (one value a mini-batch,
+    ``[B, H, N, ...]``), "token" (a tile of tokens, ``[B, H, T, ...]``), "shared" (``[H, ...]``) or
+    "constant" (no leading axes).
+    """
+
+    kind: str
+    name: str  # of the tensor in the kernel's signature
+
+
+@dataclass(frozen=True)
+class Sink:
+    """Where a result of the graph goes.
+
+    ``kind``: "state" (the next value of the state ``name``), "token" (stored tile by tile, ``[B, H, T, ...]``),
+    "sum" (added up over the mini-batches of a program, ``[B, H, ...]``).
+    """
+
+    kind: str
+    name: str
+
+
+@dataclass
+class Loop:
+    """One kernel: a program a (batch, head), or a (batch, head, mini-batch) where ``parallel``."""
+
+    name: str
+    graph: fx.Graph
+    sizes: dict[str, int]
+    mini_batch_size: int
+    sources: dict[fx.Node, Source]
+    sinks: list[tuple[fx.Node, Sink]]
+    tokens: bool = True  # the graph handles a tile of tokens (dimension t), not one token
+    refresh: int | None = None  # one token at a time: the anchors are refreshed every so many
+    reverse: bool = False  # mini-batches from the last to the first
+    parallel: bool = False  # mini-batches are independent
+    save: tuple[str, ...] = ()  # states stored at the start of every mini-batch, as ``saved_<name>``
+    store_state: bool = True  # the states are stored after the last mini-batch
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def states(self) -> list[str]:
+        """The names of the carried states, in order."""
+        return list(dict.fromkeys(s.name for s in self.sources.values() if s.kind == "state"))
+
+
+def scan_loop(
+    name: str,
+    body: Body,
+    mini_batch_size: int,
+    live: set[int],
+    *,
+    outputs: bool = True,
+    states: bool = True,
+    save: bool = False,
+    parallel: bool = False,
+    continued: bool = False,
+    store_state: bool = True,
+) -> Loop:
+    """The loop of a forward body.
+
+    Args:
+        live: the state leaves to compute.
+        outputs: compute the outputs.
+        states: carry the states (False: each mini-batch finds its anchors saved).
+        save: store the anchors of every mini-batch.
+        parallel: mini-batches run independently, from saved anchors.
+        continued: one mini-batch, or part of one, from a carry that has left its anchor.
+        store_state: store the states after the last mini-batch.
+    """
+    sources: dict[fx.Node, Source] = {}
+    for node in body.placeholders:
+        kind, index = role(node)
+        if kind in ("anchor", "carry"):
+            if parallel:
+                sources[node] = Source("saved", f"anchor_{index}")
+            elif body.batched and not continued:
+                sources[node] = Source("state", f"anchor_{index}")
+            else:
+                sources[node] = Source("state", f"{kind}_{index}")
+        else:
+            sources[node] = Source(kind, f"{kind}_{index}")
+    sinks: list[tuple[fx.Node, Sink]] = []
+    results = body.results
+    if states:
+        target = "anchor" if body.batched and not continued else "carry"
+        sinks += [(results[i], Sink("state", f"{target}_{i}")) for i in sorted(live)]
+    if outputs:
+        sinks += [
+            (node, Sink("token", f"output_{k}")) for k, node in enumerate(results[body.states :])
+        ]
+    loop = Loop(
+        name,
+        body.gm.graph,
+        body.sizes,
+        mini_batch_size if body.batched else 1,
+        sources,
+        sinks,
+        tokens=body.batched,
+        refresh=None if body.batched else mini_batch_size,
+        parallel=parallel,
+        save=tuple(f"anchor_{i}" for i in sorted(live)) if save else (),
+        store_state=store_state,
+    )
+    return loop
+
+
+def constant_tensors(body: Body, device: torch.device) -> dict[str, torch.Tensor]:
+    """The constants of a body by the names a loop gives them."""
+    return {f"constant_{i}": x.to(device) for i, x in enumerate(body.constants)}

@@ -1,0 +1,53 @@
+"""How the elementwise functions of the IR are written in Triton."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+FUNCTIONS: dict[str, str] = {
+    "add": "{0} + {1}",
+    "sub": "{0} - {1}",
+    "neg": "-{0}",
+    "mul": "{0} * {1}",
+    "div": "{0} / {1}",
+    "reciprocal": "1.0 / {0}",
+    "exp": "tl.exp({0})",
+    "log": "tl.log({0})",
+    "log1p": "tl.log(1.0 + {0})",
+    "expm1": "tl.exp({0}) - 1.0",
+    "sqrt": "tl.sqrt({0})",
+    "rsqrt": "tl.rsqrt({0})",
+    "sin": "tl.sin({0})",
+    "cos": "tl.cos({0})",
+    # exp overflows to infinity, where this is 1, as it should be.
+    "tanh": "1.0 - 2.0 / (tl.exp(2.0 * {0}) + 1.0)",
+    "sigmoid": "tl.sigmoid({0})",
+    "erf": "tl.erf({0})",
+    "abs": "tl.abs({0})",
+    "sign": "tl.where({0} > 0, 1.0, tl.where({0} < 0, -1.0, {0} * 0.0))",
+    "pow": "tl.exp2({1} * tl.log2({0}))",
+    "maximum": "tl.maximum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)",
+    "minimum": "tl.minimum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)",
+    "where": "tl.where({0}, {1}, {2})",
+    "gt": "{0} > {1}",
+    "ge": "{0} >= {1}",
+    "lt": "{0} < {1}",
+    "le": "{0} <= {1}",
+    "eq": "{0} == {1}",
+    "ne": "{0} != {1}",
+    "and": "{0} & {1}",
+    "or": "{0} | {1}",
+    "not": "({0} == 0)",
+    "isnan": "{0} != {0}",
+    "float": "tl.where({0}, 1.0, 0.0)",
+}
+
+
+def number(x: Any) -> str:
+    """A Python number as Triton source."""
+    if isinstance(x, bool):
+        return "1" if x else "0"
+    if isinstance(x, float) and not math.isfinite(x):
+        return f'float("{x}")'
+    return repr(float(x))

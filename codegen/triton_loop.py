@@ -1,0 +1,741 @@
+"""Rendering a :class:`~tttc.codegen.loop.Loop` as a Triton kernel a person can read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from tttc.codegen.kernel import Kernel
+from tttc.codegen.loop import Loop, Source
+from tttc.codegen.schedule import Schedule
+from tttc.codegen.triton_functions import FUNCTIONS, number
+from tttc.ir import ops
+from tttc.ir.body import EARLIER, TOKEN, operands_of, spec_of
+from tttc.ir.build import dims_of
+from tttc.ir.errors import NotLowerable
+from tttc.ir.functions import FUNCTIONS as IR_FUNCTIONS
+from tttc.ir.spec import Dims, parse, parse_relation
+
+LARGEST_BROADCAST = 1 << 17  # elements of a broadcast product that registers can hold for a moment
+
+
+def padded(size: int, least: int = 1) -> int:
+    """The next power of two, at least ``least``: what a tile's side must be."""
+    return max(least, 1 << (size - 1).bit_length())
+
+
+@dataclass
+class Tile:
+    """A variable of the kernel: its name, what its axes are, and along which it is zero beyond the size."""
+
+    name: str
+    dims: Dims
+    zero: frozenset[str] = frozenset()
+
+
+def base(dim: str) -> str:
+    """The dimension a numbered copy stands for: ``s1`` for ``s``."""
+    return dim.rstrip("0123456789") if dim.rstrip("0123456789") in (TOKEN, EARLIER) else dim
+
+
+class Renderer:
+    """Renders one loop under one schedule."""
+
+    def __init__(self, loop: Loop, schedule: Schedule) -> None:
+        self.loop = loop
+        self.schedule = schedule
+        self.lines: list[str] = []
+        self.indent = 1
+        self.tiles: dict[fx.Node, Tile] = {}
+        self.counter = 0
+        self.arguments: list[str] = []
+        self.strides: dict[str, list[str]] = {}
+        self.used = self._used()
+        self.dims = self._dims()
+        self.dotted = self._dotted()
+
+    # -- what is needed ------------------------------------------------------------------------------
+
+    def _used(self) -> set[fx.Node]:
+        stack = [n for n, _ in self.loop.sinks]
+        used: set[fx.Node] = set()
+        while stack:
+            node = stack.pop()
+            if node not in used:
+                used.add(node)
+                stack += node.all_input_nodes
+        return used
+
+    def _dims(self) -> list[str]:
+        found: dict[str, None] = {}
+        for node in self.loop.graph.nodes:
+            if node in self.used:
+                labels = parse(spec_of(node)).labels if node.op == "call_function" else ()
+                for d in (*dims_of(node), *labels):
+                    found.setdefault(d)
+                if node.target in (ops.masked_contraction, ops.masked):
+                    r = parse_relation(node.args[0])
+                    found.setdefault(r.later)
+                    found.setdefault(r.earlier)
+        tokens = [d for d in found if base(d) in (TOKEN, EARLIER)]
+        features = [d for d in found if d not in tokens]
+        return features + tokens if self.schedule.feature_major else tokens + features
+
+    def _dotted(self) -> set[str]:
+        """Dimensions that take part in a matrix product: their tiles have sides of at least 16."""
+        found: set[str] = set()
+        for node in self.loop.graph.nodes:
+            if node in self.used and self._dot_labels(node) is not None:
+                found |= set(parse(spec_of(node)).labels)
+        return found
+
+    def size(self, dim: str) -> int:
+        """The size of a dimension."""
+        if base(dim) in (TOKEN, EARLIER):
+            return self.loop.mini_batch_size
+        return self.loop.sizes[dim]
+
+    def side(self, dim: str) -> int:
+        """The side of tiles along a dimension."""
+        return padded(self.size(dim), 16 if dim in self.dotted else 1)
+
+    def ragged(self, dim: str) -> bool:
+        """Whether tiles reach beyond the size of a feature dimension."""
+        return base(dim) not in (TOKEN, EARLIER) and self.side(dim) != self.size(dim)
+
+    def order(self, dims: Dims) -> Dims:
+        """Dimensions in the order of axes of tiles."""
+        return tuple(sorted(dims, key=self.dims.index))
+
+    # -- writing --------------------------------------------------------------------------------------
+
+    def write(self, line: str = "") -> None:
+        """One line at the current depth."""
+        self.lines.append("    " * self.indent + line if line else "")
+
+    def fresh(self, prefix: str) -> str:
+        """A new variable."""
+        self.counter += 1
+        return f"{prefix}{self.counter}"
+
+    def let(self, prefix: str, value: str, dims: Dims, zero: frozenset[str] = frozenset(), note: str = "") -> Tile:
+        """Assign a value to a new variable."""
+        name = self.fresh(prefix)
+        self.write(f"{name} = {value}" + (f"  # {note}" if note else ""))
+        return Tile(name, dims, zero)
+
+    def index(self, dims: Dims, target: Dims) -> str:
+        """The subscript that lines axes ``dims`` up with ``target``."""
+        if dims == target or not dims:
+            return ""
+        return "[" + ", ".join(":" if d in dims else "None" for d in target) + "]"
+
+    def line_up(self, tile: Tile, target: Dims) -> str:
+        """A tile with axes of size 1 where it lacks those of ``target``."""
+        return tile.name + self.index(tile.dims, target)
+
+    def mask(self, dims: Dims, target: Dims) -> str:
+        """The condition that indices along ``dims`` are within their sizes, lined up with ``target``."""
+        names = {d: "in_" + (base(d) if base(d) in (TOKEN, EARLIER) else d) for d in dims}
+        parts = [names[d] + self.index((d,), target) for d in target if d in dims]
+        return " & ".join(parts)
+
+    def cleared(self, tile: Tile, dims: Dims) -> Tile:
+        """The tile with zeros beyond the sizes of ``dims``."""
+        missing = tuple(d for d in tile.dims if d in dims and d not in tile.zero)
+        if not missing:
+            return tile
+        value = f"tl.where({self.mask(missing, tile.dims)}, {tile.name}, 0.0)"
+        return self.let("m", value, tile.dims, tile.zero | set(missing))
+
+    def sorted_tile(self, name: str, dims: Dims, zero: frozenset[str]) -> Tile:
+        """A tile whose axes are in the kernel's order, transposed where they weren't."""
+        target = self.order(dims)
+        if target == dims:
+            return Tile(name, dims, zero)
+        if len(dims) == 2:
+            return Tile(f"tl.trans({name})", target, zero)
+        axes = ", ".join(str(dims.index(d)) for d in target)
+        return Tile(f"tl.permute({name}, ({axes}))", target, zero)
+
+    # -- arguments ---------------------------------------------------------------------------------------
+
+    def declare(self, tensor: str, lead: tuple[str, ...], dims: Dims) -> None:
+        """A tensor argument with its strides."""
+        if tensor in self.strides:
+            return
+        self.strides[tensor] = [*lead, *dims]
+        self.arguments.append(tensor)
+
+    def stride(self, tensor: str, axis: str) -> str:
+        """The name of a stride argument."""
+        return f"{tensor}_s{self.strides[tensor].index(axis)}"
+
+    def offset(self, tensor: str, dims: Dims, rows: str | None) -> str:
+        """The offsets of a tile within a tensor, axes in the order the tensor's memory is read best."""
+        parts = []
+        for d in dims:
+            position = rows if rows is not None and base(d) in (TOKEN, EARLIER) else d
+            axis = "T" if base(d) in (TOKEN, EARLIER) else d
+            parts.append(f"{position}{self.index((d,), dims)} * {self.stride(tensor, axis)}")
+        return " + ".join(parts)
+
+    def load(self, tensor: str, pointer: str, dims: Dims, rows: str | None) -> Tile:
+        """Load a tile as it lies in memory (tokens first), then turn it where the kernel wants it turned."""
+        memory = tuple(d for d in dims if base(d) in (TOKEN, EARLIER)) + tuple(
+            d for d in dims if base(d) not in (TOKEN, EARLIER)
+        )
+        ragged = tuple(d for d in memory if self.ragged(d))
+        offset = self.offset(tensor, memory, rows)
+        address = f"{pointer} + {offset}" if offset else pointer
+        condition = f", mask={self.mask(ragged, memory)}, other=0.0" if ragged else ""
+        name = self.fresh("x")
+        self.write(f"{name} = tl.load({address}{condition}).to(tl.float32)")
+        return self.sorted_tile(name, memory, frozenset(ragged))
+
+    def store(self, tensor: str, pointer: str, tile: Tile, rows: str | None) -> None:
+        """Store a tile; rows of tokens beyond the sequence are left out."""
+        memory = tuple(d for d in tile.dims if base(d) in (TOKEN, EARLIER)) + tuple(
+            d for d in tile.dims if base(d) not in (TOKEN, EARLIER)
+        )
+        value = tile.name
+        if memory != tile.dims:
+            value = f"tl.trans({value})" if len(memory) == 2 else (
+                f"tl.permute({value}, ({', '.join(str(tile.dims.index(d)) for d in memory)}))"
+            )
+        bounded = tuple(
+            d for d in memory if self.ragged(d) or (base(d) in (TOKEN, EARLIER) and rows is not None)
+        )
+        offset = self.offset(tensor, memory, rows)
+        address = f"{pointer} + {offset}" if offset else pointer
+        condition = f", mask={self.mask(bounded, memory)}" if bounded else ""
+        self.write(f"tl.store({address}, {value}.to({tensor}.dtype.element_ty){condition})")
+
+    # -- operators -----------------------------------------------------------------------------------------
+
+    def tile(self, x: Any) -> Tile:
+        """The tile of a node or number."""
+        if isinstance(x, fx.Node):
+            return self.tiles[x]
+        return Tile(number(x), ())
+
+    def emit(self, node: fx.Node) -> None:
+        """One operator."""
+        if node.target is ops.rename:
+            source = self.tile(operands_of(node)[0])
+            names = dict(zip(dims_of(node.args[1]), dims_of(node), strict=True))
+            dims = tuple(names[d] for d in source.dims)
+            zero = frozenset(names[d] for d in source.zero)
+            self.tiles[node] = self.sorted_tile(source.name, dims, zero)
+            return
+        render = {
+            ops.elementwise: self._elementwise,
+            ops.contraction: self._contraction,
+            ops.masked_contraction: self._masked_contraction,
+            ops.masked: self._masked,
+            ops.reduction: self._reduction,
+            ops.broadcast: self._broadcast,
+            ops.last: self._last,
+        }[node.target]
+        self.tiles[node] = render(node)
+
+    def _elementwise(self, node: fx.Node) -> Tile:
+        function = str(node.args[0])
+        operands = operands_of(node)
+        target = self.order(dims_of(node))
+        fused = self._accumulated(node, function, operands, target)
+        if fused is not None:
+            return fused
+        tiles = [self.tile(x) for x in operands]
+        values = [self.line_up(t, target) for t in tiles]
+        zero: frozenset[str] = frozenset()
+        kind = IR_FUNCTIONS[function].linear
+        if kind == "product":
+            zero = frozenset().union(*(t.zero for t in tiles))
+        elif kind == "first":
+            zero = tiles[0].zero
+        elif kind == "sum":
+            zero = frozenset.intersection(*(t.zero & frozenset(t.dims) for t in tiles))
+        return self.let("e", FUNCTIONS[function].format(*values), target, zero)
+
+    def _accumulated(
+        self, node: fx.Node, function: str, operands: tuple[Any, ...], target: Dims
+    ) -> Tile | None:
+        """A sum with a matrix product in it, made by the matrix unit."""
+        if not self.schedule.accumulate or function not in ("add", "sub"):
+            return None
+        x, y = operands
+        if self._pending(y) and self._is_tile(x, target):
+            pending, other, negative = y, x, function == "sub"
+        elif function == "add" and self._pending(x) and self._is_tile(y, target):
+            pending, other, negative = x, y, False
+        else:
+            return None
+        return self._dot(pending, self.tile(other), negative)
+
+    def _is_tile(self, x: Any, target: Dims) -> bool:
+        return isinstance(x, fx.Node) and x in self.tiles and self.tiles[x].dims == target
+
+    def _pending(self, x: Any) -> bool:
+        """Whether a node is a matrix product that its one user makes itself."""
+        return isinstance(x, fx.Node) and x in self.used and x not in self.tiles
+
+    def _deferred(self, node: fx.Node) -> bool:
+        """A matrix product whose only user is a sum of the same shape, which accumulates into the other operand."""
+        if not self.schedule.accumulate or self._dot_labels(node) is None:
+            return False
+        users = [u for u in node.users if u in self.used]
+        if len(users) != 1 or any(n is node for n, _ in self.loop.sinks):
+            return False
+        (user,) = users
+        if user.target is not ops.elementwise or user.args[0] not in ("add", "sub"):
+            return False
+        operands = operands_of(user)
+        other = operands[0] if operands[1] is node else operands[1]
+        if user.args[0] == "sub" and operands[1] is not node:
+            return False
+        if not isinstance(other, fx.Node) or other is node or self._deferred_candidate(other, user):
+            return False
+        return dims_of(other) != () and self.order(dims_of(other)) == self.order(dims_of(node))
+
+    def _deferred_candidate(self, other: fx.Node, user: fx.Node) -> bool:
+        """Of two products in a sum the second accumulates into the first."""
+        operands = operands_of(user)
+        return self._dot_labels(other) is not None and operands[1] is other and operands[0] is not other and (
+            [u for u in other.users if u in self.used] == [user] and user.args[0] == "add"
+        )
+
+    def _dot_labels(self, node: fx.Node) -> tuple[str, str, str] | None:
+        """Rows, columns and inner dimension of a product the matrix unit can make, else None."""
+        if node.op != "call_function" or node.target not in (ops.contraction, ops.masked_contraction):
+            return None
+        spec = parse(spec_of(node))
+        if len(spec.operands) != 2 or len(spec.result) != 2 or len(spec.labels) != 3:
+            return None
+        (inner,) = spec.summed
+        left, right = (set(o) for o in spec.operands)
+        if len(left) != 2 or len(right) != 2 or inner not in left or inner not in right:
+            return None
+        if not self.loop.tokens and min(self.size(d) for d in spec.labels) < 8:
+            return None
+        if min(self.size(d) for d in spec.labels) < 2:
+            return None
+        rows, columns = self.order(spec.result)
+        return rows, columns, inner
+
+    def _dot(self, node: fx.Node, accumulator: Tile | None = None, negative: bool = False) -> Tile:
+        """A matrix product, causal where the node is."""
+        labels = self._dot_labels(node)
+        assert labels is not None
+        rows, columns, inner = labels
+        spec = parse(spec_of(node))
+        by_dims = {frozenset(o): x for x, o in zip(operands_of(node), spec.operands, strict=True)}
+        left = self.tile(by_dims[frozenset((rows, inner))])
+        right = self.tile(by_dims[frozenset((inner, columns))])
+        if node.target is ops.masked_contraction:
+            r = parse_relation(node.args[0])
+            pair = {r.earlier, r.later}
+            if set(left.dims) == pair:
+                left = self._causal(left, node.args[0])
+            else:
+                right = self._causal(right, node.args[0])
+        elif base(inner) in (TOKEN, EARLIER):
+            small = left if self._elements(left) <= self._elements(right) else right
+            cleared = self.cleared(small, (inner,))
+            left, right = (cleared, right) if small is left else (left, cleared)
+        if self.ragged(inner):
+            left, right = self.cleared(left, (inner,)), self.cleared(right, (inner,))
+        if negative:
+            small_left = self._elements(left) <= self._elements(right)
+            negated = self.let("n", f"-{(left if small_left else right).name}", (left if small_left else right).dims)
+            left, right = (negated, right) if small_left else (left, negated)
+        a = self._operand(left, (rows, inner))
+        b = self._operand(right, (inner, columns))
+        extra = f", acc={accumulator.name}" if accumulator is not None else ""
+        zero = frozenset(d for d in (rows,) if d in left.zero) | frozenset(d for d in (columns,) if d in right.zero)
+        if accumulator is not None:
+            zero &= accumulator.zero
+        text = f"tl.dot({a}, {b}{extra}, input_precision=PRECISION)"
+        return self.let("c", text, (rows, columns), zero, note=str(spec))
+
+    def _elements(self, tile: Tile) -> int:
+        count = 1
+        for d in tile.dims:
+            count *= self.side(d)
+        return count
+
+    def _operand(self, tile: Tile, dims: Dims) -> str:
+        name = f"{tile.name}.to(DOT)"
+        return name if tile.dims == dims else f"tl.trans({name})"
+
+    def _causal(self, tile: Tile, relation: Any) -> Tile:
+        """A tile over pairs of tokens, zero where the relation does not hold."""
+        r = parse_relation(str(relation))
+        comparison = "<" if r.strict else "<="
+        later = r.later + self.index((r.later,), tile.dims)
+        earlier = r.earlier + self.index((r.earlier,), tile.dims)
+        return self.let("m", f"tl.where({earlier} {comparison} {later}, {tile.name}, 0.0)", tile.dims, tile.zero)
+
+    def _contraction(self, node: fx.Node) -> Tile:
+        if self._dot_labels(node) is not None:
+            return self._dot(node)
+        return self._broadcast_product(node, [self.tile(x) for x in operands_of(node)])
+
+    def _masked_contraction(self, node: fx.Node) -> Tile:
+        if self._dot_labels(node) is not None:
+            return self._dot(node)
+        r = parse_relation(str(node.args[0]))
+        tiles = [self.tile(x) for x in operands_of(node)]
+        pair = self.order((r.later, r.earlier))
+        both = [i for i, t in enumerate(tiles) if set(pair) <= set(t.dims)]
+        if both:
+            tiles[both[0]] = self._causal(tiles[both[0]], node.args[0])
+        else:
+            ones = Tile(f"tl.full(({', '.join(str(self.side(d)) for d in pair)}), 1.0, tl.float32)", pair)
+            tiles.append(self._causal(ones, node.args[0]))
+        if len(tiles) == 2 and not both:
+            # One operand under a causal sum: a matrix product with the mask.
+            (x,) = [t for t in tiles[:1]]
+            spec = parse(spec_of(node))
+            if len(x.dims) == 2 and len(spec.result) == 2:
+                tile = tiles[1]
+                rows, columns = self.order(spec.result)
+                (inner,) = [d for d in x.dims if d not in spec.result]
+                if min(self.side(d) for d in (rows, columns, inner)) >= 16:
+                    left, right = (tile, x) if rows in tile.dims else (x, tile)
+                    a, b = self._operand(left, (rows, inner)), self._operand(right, (inner, columns))
+                    text = f"tl.dot({a}, {b}, input_precision=PRECISION)"
+                    return self.let("c", text, (rows, columns), note=str(spec))
+        return self._broadcast_product(node, tiles, masked=True)
+
+    def _broadcast_product(self, node: fx.Node, tiles: list[Tile], masked: bool = False) -> Tile:
+        """A product without the matrix unit: multiply, then add up."""
+        spec = parse(spec_of(node))
+        result = self.order(spec.result)
+        every = self.order(tuple(dict.fromkeys(d for t in tiles for d in t.dims)))
+        summed = tuple(d for d in every if d not in result)
+        volume = 1
+        for d in every:
+            volume *= self.side(d)
+        if volume > LARGEST_BROADCAST:
+            raise NotLowerable(f"a product over {' '.join(every)} is too large for registers")
+        if any(base(d) in (TOKEN, EARLIER) for d in summed) and not masked:
+            d = next(x for x in summed if base(x) in (TOKEN, EARLIER))
+            i = min((i for i, t in enumerate(tiles) if d in t.dims), key=lambda i: self._elements(tiles[i]))
+            tiles[i] = self.cleared(tiles[i], (d,))
+        ragged = tuple(d for d in summed if self.ragged(d))
+        tiles = [self.cleared(t, ragged) for t in tiles]
+        zero = frozenset().union(*(t.zero for t in tiles)) & frozenset(result)
+        value = " * ".join(self.line_up(t, every) for t in tiles)
+        for d in reversed(summed):
+            value = f"tl.sum({value}, {every.index(d)})"
+        return self.let("c" if summed else "e", value, result, zero, note=str(spec) if summed else "")
+
+    def _masked(self, node: fx.Node) -> Tile:
+        return self._causal(self.tile(operands_of(node)[0]), node.args[0])
+
+    def _reduction(self, node: fx.Node) -> Tile:
+        function = str(node.args[0])
+        if function not in ("amax", "amin"):
+            raise NotLowerable(f"the reduction {function} has no Triton form")
+        tile = self.tile(operands_of(node)[0])
+        result = self.order(dims_of(node))
+        gone = [d for d in tile.dims if d not in result]
+        worst = "-inf" if function == "amax" else "inf"
+        ragged = tuple(d for d in gone if self.ragged(d))
+        value, name = tile.name, {"amax": "tl.max", "amin": "tl.min"}[function]
+        if ragged:
+            value = f'tl.where({self.mask(ragged, tile.dims)}, {value}, float("{worst}"))'
+        poison = f"tl.where({tile.name} != {tile.name}, {tile.name}, 0.0)"
+        for d in reversed(gone):
+            axis = tile.dims.index(d)
+            value, poison = f"{name}({value}, {axis})", f"tl.sum({poison}, {axis})"
+        return self.let("r", f"{value} + {poison}", result)
+
+    def _broadcast(self, node: fx.Node) -> Tile:
+        tile = self.tile(operands_of(node)[0])
+        target = self.order(dims_of(node))
+        shape = ", ".join(str(self.side(d)) for d in target)
+        return self.let("e", f"{self.line_up(tile, target)} + tl.zeros(({shape},), tl.float32)", target)
+
+    def _last(self, node: fx.Node) -> Tile:
+        (source,) = operands_of(node)
+        (gone,) = [d for d in dims_of(source) if d not in dims_of(node)]
+        where = self.loop.sources.get(source)
+        if where is not None and where.kind == "token":
+            features = tuple(d for d in dims_of(source) if d != gone)
+            pointer = f"{where.name}_ptr + tl.cast(last, tl.int64) * {self.stride(where.name, 'T')}"
+            return self.load(where.name, pointer, features, None)
+        tile = self.tile(source)
+        result = self.order(dims_of(node))
+        at = f"(first + {gone}){self.index((gone,), tile.dims)} == last"
+        return self.let("c", f"tl.sum(tl.where({at}, {tile.name}, 0.0), {tile.dims.index(gone)})", result)
+
+    # -- the kernel --------------------------------------------------------------------------------------
+
+    def render(self) -> str:
+        """The source of the kernel."""
+        loop = self.loop
+        self._declare_arguments()
+        body_start = len(self.lines)
+        self._prologue()
+        self._invariants()
+        if loop.parallel:
+            self._mini_batch()
+        elif loop.tokens:
+            stages = f", num_stages={self.schedule.num_stages}" if self.schedule.num_stages > 1 else ""
+            self.write(f"for step in tl.range(0, tl.cdiv(T, {loop.mini_batch_size}){stages}):")
+            self.indent += 1
+            if loop.reverse:
+                self.write(f"n = tl.cdiv(T, {loop.mini_batch_size}) - 1 - step")
+            else:
+                self.write("n = step")
+            self._mini_batch()
+            self.indent -= 1
+        else:
+            stages = f", num_stages={self.schedule.num_stages}" if self.schedule.num_stages > 1 else ""
+            self.write(f"for n in tl.range(0, T{stages}):")
+            self.indent += 1
+            self._mini_batch()
+            self.indent -= 1
+        self._epilogue()
+        body = self.lines[body_start:]
+        self.lines = []
+        self.indent = 0
+        self._header()
+        return "\n".join([*self.lines, *body]) + "\n"
+
+    def _header(self) -> None:
+        loop = self.loop
+        what = "in parallel" if loop.parallel else ("backwards" if loop.reverse else "one after another")
+        unit = f"mini-batches of {loop.mini_batch_size} tokens" if loop.tokens else "tokens"
+        self.write(f'"""{loop.name}: one program a batch and head; {unit} {what}."""')
+        self.write()
+        self.write("import triton")
+        self.write("import triton.language as tl")
+        self.write()
+        self.write()
+        self.write("@triton.jit")
+        self.write(f"def {loop.name}(")
+        for name in self.arguments:
+            strides = ", ".join(f"{name}_s{i}" for i in range(len(self.strides[name])))
+            self.write(f"    {name}, {strides}," if strides else f"    {name},")
+        extra = ["T", "H"] + (["place"] if loop.refresh else [])
+        self.write(f"    {', '.join(extra)},")
+        self.write("    DOT: tl.constexpr, PRECISION: tl.constexpr,")
+        self.write("):")
+
+    def _declare_arguments(self) -> None:
+        lead = {"state": ("B", "H"), "saved": ("B", "H", "N"), "token": ("B", "H", "T"),
+                "shared": ("H",), "constant": ()}  # fmt: skip
+        for node, source in self.loop.sources.items():
+            if self._wanted_source(node, source):
+                features = tuple(d for d in dims_of(node) if base(d) not in (TOKEN, EARLIER))
+                name = f"saved_{source.name}" if source.kind == "saved" else source.name
+                self.declare(name, lead[source.kind], features)
+        for node, sink in self.loop.sinks:
+            features = tuple(d for d in dims_of(node) if base(d) not in (TOKEN, EARLIER))
+            if sink.kind == "token":
+                self.declare(sink.name, ("B", "H", "T"), features)
+            elif sink.kind == "sum":
+                self.declare(sink.name, ("B", "H"), features)
+        if not self.loop.parallel:
+            for name, dims in self._state_dims().items():
+                if name in self.loop.save:
+                    self.declare(f"saved_{name}", ("B", "H", "N"), dims)
+            for name, dims in self._stored_states().items():
+                self.declare(f"new_{name}", ("B", "H"), dims)
+
+    def _wanted_source(self, node: fx.Node, source: Source) -> bool:
+        if source.kind == "state" and not self.loop.parallel:
+            return source.name in self._state_dims()
+        return node in self.used
+
+    def _state_dims(self) -> dict[str, Dims]:
+        """The states carried: those read, and those made."""
+        made = {s.name for _, s in self.loop.sinks if s.kind == "state"}
+        found: dict[str, Dims] = {}
+        for node, source in self.loop.sources.items():
+            if source.kind != "state":
+                continue
+            partner = source.name.replace("anchor", "carry")
+            if node in self.used or source.name in made or (self.loop.refresh and partner in made):
+                found.setdefault(source.name, dims_of(node))
+        return found
+
+    def _stored_states(self) -> dict[str, Dims]:
+        """The states stored after the last mini-batch: those that change."""
+        if not self.loop.store_state or self.loop.parallel:
+            return {}
+        made = {s.name for _, s in self.loop.sinks if s.kind == "state"}
+        return {
+            name: dims for name, dims in self._state_dims().items() if name in made or self.loop.refresh
+        }
+
+    def _pointer(self, tensor: str, *axes: tuple[str, str]) -> None:
+        terms = " + ".join(f"{value} * {self.stride(tensor, axis)}" for value, axis in axes)
+        self.write(f"{tensor}_ptr = {tensor} + {terms}")
+
+    def _prologue(self) -> None:
+        loop = self.loop
+        self.write("head = (tl.program_id(0) % H).to(tl.int64)")
+        self.write("sequence = (tl.program_id(0) // H).to(tl.int64)")
+        if loop.parallel:
+            self.write("n = tl.program_id(1)")
+        for d in self.dims:
+            self.write(f"{d} = tl.arange(0, {self.side(d)})")
+            if self.ragged(d):
+                self.write(f"in_{d} = {d} < {self.size(d)}")
+        for tensor, axes in self.strides.items():
+            at = [("sequence", "B"), ("head", "H")]
+            if tensor.startswith("new_") or "B" in axes:
+                self._pointer(tensor, *at)
+            elif "H" in axes:
+                self._pointer(tensor, ("head", "H"))
+            else:
+                self.write(f"{tensor}_ptr = {tensor}")
+
+    def _invariants(self) -> None:
+        """What does not change from mini-batch to mini-batch: parameters, states to start from."""
+        states = self._state_dims() if not self.loop.parallel else {}
+        for node, source in self.loop.sources.items():
+            if source.kind in ("shared", "constant") and node in self.used:
+                tile = self.load(source.name, f"{source.name}_ptr", dims_of(node), None)
+                self.tiles[node] = self._named(tile, source.name + "_v")
+        for name, dims in states.items():
+            self._named(self.load(name, f"{name}_ptr", dims, None), name + "_v")
+        for node, source in self.loop.sources.items():
+            if source.kind == "state" and source.name in states:
+                dims = self.order(dims_of(node))
+                zero = frozenset(d for d in dims if self.ragged(d))
+                self.tiles[node] = Tile(source.name + "_v", dims, frozenset() if zero else zero)
+        for node, sink in self.loop.sinks:
+            if sink.kind == "sum":
+                shape = ", ".join(str(self.side(d)) for d in self.order(dims_of(node)))
+                zeros = f"tl.zeros(({shape},), tl.float32)" if shape else "0.0"
+                self.write(f"{sink.name}_v = {zeros}")
+        self.invariant = set(self.tiles)
+        for node in self.loop.graph.nodes:
+            if node.op != "call_function" or node not in self.used or self._deferred(node):
+                continue
+            inputs = node.all_input_nodes
+            fixed = [x for x in inputs if x in self.invariant and not self._changes(x)]
+            if inputs and len(fixed) == len(inputs):
+                self.emit(node)
+                self.invariant.add(node)
+
+    def _changes(self, node: fx.Node) -> bool:
+        source = self.loop.sources.get(node)
+        return source is not None and source.kind in ("state", "token", "saved")
+
+    def _named(self, tile: Tile, name: str) -> Tile:
+        self.write(f"{name} = {tile.name}")
+        return Tile(name, tile.dims, tile.zero)
+
+    def _mini_batch(self) -> None:
+        """One turn of the loop."""
+        loop = self.loop
+        b = loop.mini_batch_size
+        if loop.tokens:
+            self.write(f"first = n * {b}")
+            self.write(f"count = tl.minimum(T - first, {b})")
+            self.write("last = first + count - 1")
+            token = TOKEN if TOKEN in self.dims else next(d for d in self.dims if base(d) == TOKEN)
+            # Rows beyond the sequence repeat its last token: finite where that is, and never counted.
+            self.write(f"rows = tl.cast(tl.minimum(first + {token}, last), tl.int64)")
+            self.write(f"in_t = {token} < count")
+            if any(base(d) == EARLIER for d in self.dims):
+                earlier = next(d for d in self.dims if base(d) == EARLIER)
+                self.write(f"in_s = {earlier} < count")
+        else:
+            self.write("last = n")
+        if loop.refresh and any(name.startswith("anchor") for name in self._state_dims()):
+            pairs = [(n, n.replace("anchor", "carry")) for n in self._state_dims() if n.startswith("anchor")]
+            if loop.refresh == 1:
+                for a, c in pairs:
+                    self.write(f"{a}_v = {c}_v")
+            else:
+                self.write(f"if (place + n) % {loop.refresh} == 0:")
+                for a, c in pairs:
+                    self.write(f"    {a}_v = {c}_v")
+        for name in loop.save:
+            dims = self._state_dims()[name]
+            pointer = f"saved_{name}_ptr + tl.cast(n, tl.int64) * {self.stride('saved_' + name, 'N')}"
+            self.store(f"saved_{name}", pointer, Tile(name + "_v", self.order(dims)), None)
+        for node, source in loop.sources.items():
+            if node not in self.used:
+                continue
+            if source.kind == "saved":
+                name = f"saved_{source.name}"
+                pointer = f"{name}_ptr + tl.cast(n, tl.int64) * {self.stride(name, 'N')}"
+                self.tiles[node] = self.load(name, pointer, dims_of(node), None)
+            elif source.kind == "token" and self._whole(node):
+                pointer = f"{source.name}_ptr"
+                if loop.tokens:
+                    self.tiles[node] = self.load(source.name, pointer, dims_of(node), "rows")
+                else:
+                    pointer += f" + tl.cast(n, tl.int64) * {self.stride(source.name, 'T')}"
+                    self.tiles[node] = self.load(source.name, pointer, dims_of(node), None)
+        for node in loop.graph.nodes:
+            if (
+                node.op == "call_function"
+                and node in self.used
+                and node not in self.invariant
+                and not self._deferred(node)
+            ):
+                self.emit(node)
+        self._sinks()
+
+    def _whole(self, node: fx.Node) -> bool:
+        """Whether a token argument is needed for all tokens, not only for the last."""
+        return any(u in self.used and u.target is not ops.last for u in node.users) or any(
+            n is node for n, _ in self.loop.sinks
+        )
+
+    def _sinks(self) -> None:
+        updates = []
+        for node, sink in self.loop.sinks:
+            tile = self.tiles[node]
+            if sink.kind == "token":
+                pointer = f"{sink.name}_ptr"
+                if self.loop.tokens:
+                    self.store(sink.name, pointer, tile, "rows")
+                else:
+                    pointer += f" + tl.cast(n, tl.int64) * {self.stride(sink.name, 'T')}"
+                    self.store(sink.name, pointer, tile, None)
+            elif sink.kind == "sum":
+                self.write(f"{sink.name}_v += {tile.name}")
+            else:
+                updates.append((f"{sink.name}_v", tile.name))
+        for target, value in updates:
+            if target != value:
+                self.write(f"{target} = {value}")
+
+    def _epilogue(self) -> None:
+        loop = self.loop
+        for name, dims in self._stored_states().items():
+            self.store(f"new_{name}", f"new_{name}_ptr", Tile(name + "_v", self.order(dims)), None)
+        for node, sink in loop.sinks:
+            if sink.kind == "sum":
+                tile = Tile(f"{sink.name}_v", self.order(dims_of(node)))
+                self.store(sink.name, f"{sink.name}_ptr", tile, None)
+
+
+def render(loop: Loop, schedule: Schedule) -> Kernel:
+    """The kernel of a loop under a schedule.
+
+    Raises:
+        NotLowerable: where an operator has no Triton form.
+    """
+    renderer = Renderer(loop, schedule)
+    source = renderer.render()
+    config = {
+        "arguments": [(name, len(renderer.strides[name])) for name in renderer.arguments],
+        "schedule": schedule,
+        "place": bool(loop.refresh),
+        "parallel": loop.parallel,
+        "mini_batch_size": loop.mini_batch_size,
+    }
+    return Kernel(loop.name, source, config)
