@@ -1,0 +1,136 @@
+"""Index expressions, sizes and memory layouts as the text of a kernel and of its launcher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import sympy
+import torch
+from torch import fx
+from tttc.codegen.rowwise_ops import NotEmittableError
+
+from tttc.ir.index_maps import (
+    Index,
+    IndexVariable,
+    Quotient,
+    Remainder,
+    Shape,
+    as_expr,
+    linear,
+    shape_of,
+)
+from tttc.ir.row_space import RowSpace, is_size, nominal, value_of
+
+ROW = IndexVariable("row", sympy.Integer(2**31))
+
+
+def write(expr: sympy.Expr, name: Callable[[sympy.Symbol], str]) -> str:
+    """Python text of an index expression or a size."""
+
+    def rank(term: sympy.Expr) -> tuple[bool, str]:
+        # Index variables first: they are 64 bits wide, and so is then every product with a size.
+        return not term.has(IndexVariable), str(term)
+
+    def atom(e: sympy.Expr) -> str:
+        return text(e) if e.is_Symbol or (e.is_Integer and e >= 0) else f"({text(e)})"
+
+    def text(e: sympy.Expr) -> str:
+        if e.is_Integer:
+            return str(int(e))
+        if e.is_Symbol:
+            return name(e)
+        if isinstance(e, Quotient):
+            return f"{atom(e.args[0])} // {atom(e.args[1])}"
+        if isinstance(e, Remainder):
+            return f"{atom(e.args[0])} % {atom(e.args[1])}"
+        if e.is_Add:
+            return " + ".join(
+                text(t) if t.is_Mul or t.is_Symbol else atom(t) for t in sorted(e.args, key=rank)
+            )
+        if e.is_Mul:
+            return " * ".join(atom(f) for f in sorted(e.args, key=rank))
+        if e.is_Pow and e.exp.is_Integer and e.exp > 0:
+            return " * ".join([atom(e.base)] * int(e.exp))
+        raise NotEmittableError(f"a size given by {e}")
+
+    return text(sympy.expand(expr))
+
+
+def by_row_number(place: sympy.Expr, rows: tuple[IndexVariable, ...]) -> sympy.Expr:
+    """The expression in the number of the row instead of the rows' indices, where that takes none of them."""
+    last = [v for v in rows if v.size != 1][-1:]
+    if not last or not place.has(*rows):
+        return place
+    others = [v if v.size != 1 and v != last[0] else sympy.Integer(0) for v in rows]
+    rest = linear(others, [v.size for v in rows])
+    numbered = sympy.expand(place.xreplace({last[0]: ROW - rest}))
+    return place if numbered.has(*rows) else numbered
+
+
+def memory_order(value: torch.Tensor) -> tuple[int, ...] | None:
+    """The dimensions from outermost to innermost if they fill memory without gaps, else None."""
+    shape = shape_of(value)
+    strides = [as_expr(s) for s in value.stride()]
+    identity = tuple(range(len(shape)))
+    by_stride = sorted(identity, key=lambda d: -nominal(strides[d]))
+    for order in (identity, tuple(by_stride)):
+        expected = sympy.Integer(1)
+        for d in reversed(order):
+            if shape[d] != 1 and sympy.expand(strides[d] - expected) != 0:
+                break
+            expected = expected * shape[d]
+        else:
+            return order
+    return None
+
+
+def ordered_place(index: Index, shape: Shape, order: tuple[int, ...]) -> sympy.Expr:
+    """The offset of a position in a gapless layout."""
+    return linear([index[d] for d in order], [shape[d] for d in order])
+
+
+def axes(index: Index, column: IndexVariable) -> tuple[bool, bool]:
+    """Whether positions differ by row, by column."""
+    variables = set().union(*(i.atoms(IndexVariable) for i in index))
+    return bool(variables - {column}), column in variables
+
+
+class Names:
+    """What arguments, sizes and indices are called, and which of them a kernel uses."""
+
+    def __init__(self, inputs: list[fx.Node], space: RowSpace) -> None:
+        self.space = space
+        self.arguments = {n: f"n{i}" if is_size(n) else f"x{i}" for i, n in enumerate(inputs)}
+        self.row_indices: set[IndexVariable] = set()
+        self.sizes: dict[str, str] = {}  # used ones: how the launcher finds them
+        self._found: dict[sympy.Symbol, tuple[str, str]] = {}
+        for node, argument in self.arguments.items():
+            value = value_of(node)
+            if value is None:
+                self._find(as_expr(node), argument)
+                continue
+            for d, n in enumerate(shape_of(value)):
+                self._find(n, f"{argument}.shape[{d}]")
+
+    def _find(self, size: sympy.Expr, where: str) -> None:
+        if size.is_Symbol and size not in self._found:
+            self._found[size] = f"s{len(self._found)}", where
+
+    def of(self, symbol: sympy.Symbol) -> str:
+        """The name of a size or an index variable, noted as used."""
+        if symbol == ROW:
+            return "row"
+        if symbol == self.space.column:
+            return "col"
+        if isinstance(symbol, IndexVariable):
+            self.row_indices.add(symbol)
+            return symbol.name
+        if symbol not in self._found:
+            raise NotEmittableError(f"the size {symbol} can not be told from the arguments")
+        name, where = self._found[symbol]
+        self.sizes[name] = where
+        return name
+
+    def text(self, expr: sympy.Expr) -> str:
+        """An index expression in the kernel, or a size anywhere."""
+        return write(by_row_number(expr, self.space.rows), self.of)
