@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import operator
 import threading
 import warnings
 from collections.abc import Callable
@@ -86,16 +87,30 @@ def lower_scans(gm: fx.GraphModule, options: Options) -> fx.GraphModule:
                 raise
             warn_once(f"the TTT layer with step {key.rpartition('#')[0]} runs eagerly: {error}")
             continue
-        with gm.graph.inserting_before(node):
-            new = gm.graph.call_function(
-                torch.ops.tttc.fused_scan.default,
-                (anchor, carry, tokens, shared, key, mini_batch_size, place, options.backend),
-            )
-            new.meta = dict(node.meta)
-        node.replace_all_uses_with(new)
-        gm.graph.erase_node(node)
+        _replace_scan(gm.graph, node, mini_batch_size, options.backend)
     gm.recompile()
     return gm
+
+
+def _replace_scan(graph: fx.Graph, node: fx.Node, mini_batch_size: int, backend: str) -> None:
+    """Put ``tttc::fused_scan`` in the place of a scan; states that nobody reads are not computed."""
+    picks = [u for u in node.users if u.target is operator.getitem and not u.users]
+    for pick in picks:
+        graph.erase_node(pick)
+    skipped = 2 * len(node.args[0])  # type: ignore[arg-type]
+    states = any(u.target is not operator.getitem or u.args[1] < skipped for u in node.users)
+    with graph.inserting_before(node):
+        new = graph.call_function(
+            torch.ops.tttc.fused_scan.default,
+            (*node.args[:5], mini_batch_size, node.args[6], backend, states),
+        )
+        new.meta = dict(node.meta)
+    for user in list(node.users):
+        if states:
+            user.replace_input_with(node, new)
+        else:
+            user.args = (new, user.args[1] - skipped)
+    graph.erase_node(node)
 
 
 def _compile_graph(gm: fx.GraphModule, example_inputs: list[Any], options: Options) -> Callable[..., Any]:
@@ -135,20 +150,41 @@ def dynamo_backend(
 # -- what the user holds --------------------------------------------------------------------------------
 
 
-def _scan_directly(options: Options) -> Callable[..., Any]:
+class _DirectScans:
     """The lowering of scans that run outside a captured graph, under a compiled model."""
 
-    def run(step, anchor, carry, place, tokens, mini_batch_size, shared):
-        if not _tracing.is_plain_function(step):
-            reason = "its step closes over variables: pass them through shared="
-            if options.strict:
-                raise NotLowerable(reason)
-            name = getattr(step, "__qualname__", type(step).__name__)
-            warn_once(f"the TTT layer with step {name} runs eagerly: {reason}")
-            _recorder.eager_site(name, mini_batch_size, reason)
-        return None
+    def __init__(self, options: Options) -> None:
+        self.options = options
 
-    return run
+    def takes(self, step: Callable[..., Any], structure: Any, mini_batch_size: int) -> bool:
+        """Whether a scan can be lowered from here; says once why not."""
+        if structure is None:
+            reason = "a container it uses is no tuple, list, dict or named tuple"
+        elif not _tracing.is_plain_function(step):
+            reason = "its step closes over variables: pass them through shared="
+        else:
+            return True
+        self._refuse(getattr(step, "__qualname__", type(step).__name__), mini_batch_size, reason)
+        return False
+
+    def __call__(self, call: Any, mini_batch_size: int, place: int) -> list[torch.Tensor] | None:
+        """The scan by ``tttc::fused_scan``, or None where it can't be lowered."""
+        if self.options.mini_batch_size is not None:
+            mini_batch_size = self.options.mini_batch_size
+        try:
+            build_program(interned(call.key), mini_batch_size, self.options.verify)
+        except NotLowerable as error:
+            self._refuse(call.key.rpartition("#")[0], mini_batch_size, str(error))
+            return None
+        return torch.ops.tttc.fused_scan(
+            *call[1:5], call.key, mini_batch_size, place, self.options.backend, True
+        )
+
+    def _refuse(self, name: str, mini_batch_size: int, reason: str) -> None:
+        if self.options.strict:
+            raise NotLowerable(reason)
+        warn_once(f"the TTT layer with step {name} runs eagerly: {reason}")
+        _recorder.eager_site(name, mini_batch_size, reason)
 
 
 class CompiledModule(nn.Module):
@@ -200,7 +236,7 @@ class CompiledModule(nn.Module):
 def _compiled_call(target: Callable[..., Any], options: Options) -> Callable[..., Any]:
     backend = functools.partial(compile_graph, options=options)
     compiled = torch.compile(target, backend=backend, dynamic=True)
-    direct = _scan_directly(options)
+    direct = _DirectScans(options)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         with _tracing.use_backend(direct):

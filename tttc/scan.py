@@ -92,15 +92,17 @@ def scan(
 
 
 def _scan_outside_capture(step, anchor, carry, place, tokens, mini_batch_size, shared):
+    given = (step, anchor, carry)
     anchor, carry, tokens, info = check_scan_inputs(
         step, anchor, carry, place, tokens, mini_batch_size, shared
     )
     backend = _tracing.active_backend()
-    if backend is not None:
-        lowered = backend(step, anchor, carry, place, tokens, mini_batch_size, shared)
-        if lowered is not None:
-            (anchor, carry), z = lowered
-            return ScanState(anchor, carry, (place + info.length) % mini_batch_size), z
+    structure = None if backend is None else _tracing.describe((given[1], given[2], tokens, shared))
+    if backend is not None and backend.takes(step, structure, mini_batch_size):
+        call = _flatten(step, anchor, carry, tokens, shared, structure, info)
+        out = None if call is None else backend(call, mini_batch_size, place)
+        if call is not None and out is not None:
+            return call.state_and_output(out, (place + info.length) % mini_batch_size)
     (anchor, carry), z = naive_loop(
         step, anchor, carry, place, tokens, mini_batch_size, shared, info
     )
@@ -121,7 +123,37 @@ def _scan_in_capture(step, anchor, carry, place, tokens, mini_batch_size, shared
     anchor, carry, tokens, info = check_scan_inputs(
         step, anchor, carry, place, tokens, mini_batch_size, shared
     )
-    anchor_leaves, anchor_spec = pytree.tree_flatten(anchor)
+    call = _flatten(step, anchor, carry, tokens, shared, structure, info)
+    if call is None:
+        return _scan_beside_capture(*given)
+    out = torch.ops.tttc.scan(
+        call.anchor, call.carry, call.tokens, call.shared, call.key, mini_batch_size, place
+    )
+    return call.state_and_output(out, (place + info.length) % mini_batch_size)
+
+
+class _FlatCall(NamedTuple):
+    """A scan's arguments as ``torch.ops.tttc.scan`` takes them."""
+
+    key: str
+    anchor: list[torch.Tensor]
+    carry: list[torch.Tensor]
+    tokens: list[torch.Tensor]
+    shared: list[torch.Tensor]
+    spec: Any  # of the state
+
+    def state_and_output(self, out: list[torch.Tensor], place: int) -> tuple[ScanState, Any]:
+        """The operator's flat results as a scan returns them."""
+        n = len(self.anchor)
+        anchor = pytree.tree_unflatten(list(out[:n]), self.spec)
+        carry = pytree.tree_unflatten(list(out[n : 2 * n]), self.spec)
+        z = _tracing.rebuild(_scan_op.output_structure(self.key), list(out[2 * n :]))
+        return ScanState(anchor, carry, place), z
+
+
+def _flatten(step, anchor, carry, tokens, shared, structure, info) -> _FlatCall | None:
+    """The call flat, its step interned; None where the step fails on one token."""
+    anchor_leaves, spec = pytree.tree_flatten(anchor)
     carry_leaves = [] if carry is None else pytree.tree_leaves(carry)
     token_leaves = pytree.tree_leaves(tokens)
     shared_leaves = [x for x in pytree.tree_leaves(shared) if isinstance(x, torch.Tensor)]
@@ -130,12 +162,5 @@ def _scan_in_capture(step, anchor, carry, place, tokens, mini_batch_size, shared
     dtypes = tuple(_tracing.seen_dtypes(x, info.compute) for x, _ in groups)
     key = _scan_op.intern_step(step, structure, shapes, dtypes, token_leaves[0].device)
     if key is None:
-        return _scan_beside_capture(*given)
-    out = torch.ops.tttc.scan(
-        anchor_leaves, carry_leaves, token_leaves, shared_leaves, key, mini_batch_size, place
-    )
-    n = len(anchor_leaves)
-    anchor = pytree.tree_unflatten(list(out[:n]), anchor_spec)
-    carry = pytree.tree_unflatten(list(out[n : 2 * n]), anchor_spec)
-    z = _tracing.rebuild(_scan_op.output_structure(key), list(out[2 * n :]))
-    return ScanState(anchor, carry, (place + info.length) % mini_batch_size), z
+        return None
+    return _FlatCall(key, anchor_leaves, carry_leaves, token_leaves, shared_leaves, spec)

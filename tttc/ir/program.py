@@ -27,6 +27,7 @@ class Program:
     stages: dict[str, Body | fx.GraphModule] = field(default_factory=dict)
     verified: bool = False
     kernels: dict = field(default_factory=dict)
+    no_kernels: str | None = None  # why Triton can not express it
 
     @property
     def sequential(self) -> bool:

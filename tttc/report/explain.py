@@ -1,0 +1,330 @@
+"""``tttc.explain``: what the compiler did to a model, every stage of it runnable."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import sympy
+import torch
+from torch import fx
+
+from tttc import _recorder
+from tttc.compiler import CompiledModule, compile
+from tttc.ir.body import Body
+from tttc.report import scans as running
+from tttc.report.costs import StageCost, stage_cost
+
+if TYPE_CHECKING:
+    from tttc.codegen.kernel import Kernel
+
+MANY = 1 << 16  # compilations of one function: an explanation must not count against the user's
+
+
+@dataclass
+class StageReport:
+    """One stage of a scan: its cost per mini-batch and head, its error there against the naive loop."""
+
+    name: str
+    nodes: int
+    cost: StageCost | None  # None for the captured step, which is no graph of the IR
+    error: float | None
+
+
+@dataclass
+class ScanReport:
+    """One distinct scan of a model: a step, feature shapes and a mini-batch size.
+
+    ``form`` is "dual" (a mini-batch at a time), "sequential" (token by token, fused) or "eager" (the naive
+    loop), and ``reason`` says why it is not dual. ``orders`` are the products whose order of evaluation was
+    chosen, with the cost of evaluating them at once. ``errors`` are those of outputs and states of the compiled
+    scan against the naive loop in float64 over the first ``checked`` tokens of the input, relative to the
+    largest value.
+    """
+
+    name: str
+    step: str
+    where: str | None
+    mini_batch_size: int
+    layers: list[str]
+    sites: list[str]
+    form: str
+    reason: str | None = None
+    stages: list[StageReport] = field(default_factory=list)
+    orders: list[str] = field(default_factory=list)
+    errors: dict[str, float] = field(default_factory=dict)
+    checked: int = 0
+    batch: int = 0
+    heads: int = 0
+    tokens: int = 0
+    element_size: int = 4
+    kernels: list[Kernel] = field(default_factory=list)
+
+    @property
+    def before(self) -> StageCost | None:
+        """The cost of the step as the user wrote it, over a mini-batch."""
+        return self._cost("simplify_step", "normalise")
+
+    @property
+    def after(self) -> StageCost | None:
+        """The cost of what runs in its place."""
+        return self._cost("simplify", "simplify_step", "normalise")
+
+    def _cost(self, *names: str) -> StageCost | None:
+        by_name = {s.name: s.cost for s in self.stages}
+        return next((by_name[n] for n in names if n in by_name), None)
+
+    def total(self, cost: StageCost, what: str) -> float:
+        """A field of a cost over the whole input: all sequences, heads and mini-batches."""
+        return self.batch * self.heads * self.tokens / self.mini_batch_size * cost.number(what)
+
+
+@dataclass
+class ModelReport:
+    """One captured graph of the model: nodes of each of its stages, bytes its memory-bound operations move."""
+
+    name: str
+    nodes: dict[str, int]
+    regions: int = 0
+    bytes_before: float | None = None
+    bytes_after: float | None = None
+
+
+class Explanation:
+    """What :func:`explain` found.
+
+    Attributes:
+        stages: ordered ``{name: torch.fx.GraphModule}``, each of which runs: ``ex.stages[n](*ex.example_inputs(n))``.
+            ``model.captured`` is the graph TorchDynamo captured, its scans the naive loop; ``model.aten`` the
+            same in ATen operators, its scans compiled; ``model.fused`` after fusion. Then come the stages of each
+            distinct scan: ``dualise``, or ``scan1.dualise`` where there are several.
+        scans: one :class:`ScanReport` for each distinct scan.
+        models: one :class:`ModelReport` for each captured graph.
+        layers: ``{name of a layer: name of its scan}``; equal layers share one.
+        kernels: the emitted kernels, each with ``name``, ``source``, ``path``, ``config``, ``resources``, ``cost``.
+    """
+
+    def __init__(self) -> None:
+        self.stages: dict[str, fx.GraphModule] = {}
+        self.scans: list[ScanReport] = []
+        self.models: list[ModelReport] = []
+        self.layers: dict[str, str] = {}
+        self.kernels: list[Kernel] = []
+        self._inputs: dict[str, tuple[Any, ...]] = {}
+
+    def example_inputs(self, stage: str) -> tuple[Any, ...]:
+        """Arguments for a stage, taken from the model's own input.
+
+        A stage of the model gets what it was called with; a stage of a scan one mini-batch of the first head of
+        the first sequence, or one token of it.
+
+        Raises:
+            KeyError: there is no such stage.
+            ValueError: the stage was never called.
+        """
+        if stage not in self.stages:
+            raise KeyError(f"stage: expected one of {', '.join(self.stages)}, got {stage!r}")
+        if stage not in self._inputs:
+            raise ValueError(f"stage: {stage} was never called with the input given")
+        return self._inputs[stage]
+
+    def __str__(self) -> str:
+        from tttc.report.render import explanation
+        from tttc.report.text import plain
+
+        return plain(*explanation(self))
+
+    def __rich__(self) -> Any:
+        from rich.console import Group
+
+        from tttc.report.render import explanation
+
+        return Group(*explanation(self))
+
+    def __repr__(self) -> str:
+        return (
+            f"<Explanation: {len(self.stages)} stages, {len(self.scans)} distinct scans in "
+            f"{len(self.layers)} layers, {len(self.kernels)} kernels>"
+        )
+
+
+def explain(
+    model: Callable[..., Any],
+    *args: Any,
+    backend: str | None = None,
+    mini_batch_size: int | None = None,
+    check_tokens: int | None = 256,
+    **kwargs: Any,
+) -> Explanation:
+    """Compile a model for an input, run it once, and say what the compiler did.
+
+    Args:
+        model: an ``nn.Module`` or function as :func:`tttc.compile` takes it, or what that returned for a module.
+        args, kwargs: what the model is called with.
+        backend: as for :func:`tttc.compile`; "auto" where nothing else is said.
+        mini_batch_size: as for :func:`tttc.compile`.
+        check_tokens: how many tokens of each distinct scan are compared with the naive loop in float64, which
+            takes milliseconds a token; None for all, 0 for none.
+
+    Returns:
+        An :class:`Explanation`; ``print`` it.
+
+    Raises:
+        TypeError, ValueError: as :func:`tttc.compile`, or whatever the model raises.
+
+    Example:
+        >>> import torch, tttc
+        >>> layer = tttc.nn.TTTLinear(64, num_heads=4, mini_batch_size=8)
+        >>> ex = tttc.explain(layer, torch.randn(1, 16, 64), backend="torch")
+        >>> ex.scans[0].form, ex.scans[0].errors["outputs"] < 1e-5
+        ('dual', True)
+        >>> carry_and_outputs = ex.stages["dualise"](*ex.example_inputs("dualise"))
+    """
+    if isinstance(model, CompiledModule):
+        options = model._tttc_options
+        model, backend = model._tttc_module, backend or options.backend
+        mini_batch_size = mini_batch_size or options.mini_batch_size
+    compiled = compile(model, backend=backend or "auto", mini_batch_size=mini_batch_size)
+    limits = {"recompile_limit": MANY, "accumulated_recompile_limit": MANY}
+    with _recorder.record() as recording, torch._dynamo.config.patch(limits), torch.no_grad():
+        compiled(*args, **kwargs)
+    explanation = Explanation()
+    calls: dict[tuple[str, int], running.Call] = {}
+    _add_models(explanation, recording, calls)
+    _add_scans(explanation, recording, calls, check_tokens)
+    explanation.kernels += recording.kernels
+    return explanation
+
+
+# -- graphs of the model ----------------------------------------------------------------------------------
+
+
+def _add_models(
+    explanation: Explanation,
+    recording: _recorder.Recording,
+    calls: dict[tuple[str, int], running.Call],
+) -> None:
+    several = sum(s.name == "captured" for s in recording.stages) > 1
+    for stage in recording.stages:
+        if stage.name == "captured":
+            prefix = f"model{len(explanation.models)}" if several else "model"
+            explanation.models.append(ModelReport(prefix, {}))
+        report = explanation.models[-1]
+        name = f"{report.name}.{stage.name}"
+        explanation.stages[name] = stage.module
+        report.nodes[stage.name] = sum(n.op.startswith("call_") for n in stage.module.graph.nodes)
+        if stage.inputs is not None:
+            explanation._inputs[name] = stage.inputs
+        fusion = stage.module.meta.get("fusion")
+        if fusion is not None and stage.inputs is not None:
+            sizes = _sizes(stage.module, stage.inputs)
+            report.regions = fusion.regions
+            report.bytes_before = float(fusion.bytes_before.subs(sizes))
+            report.bytes_after = float(fusion.bytes_after.subs(sizes))
+        if stage.name == "aten" and stage.inputs is not None:
+            calls.update(running.collect_calls(stage.module, stage.inputs))
+
+
+def _sizes(gm: fx.GraphModule, inputs: tuple[Any, ...]) -> dict[sympy.Expr, int]:
+    """The values of the size symbols of a graph on these inputs."""
+    table: dict[sympy.Expr, int] = {}
+
+    def take(symbolic: Any, number: Any) -> None:
+        if isinstance(symbolic, torch.SymInt) and isinstance(symbolic.node.expr, sympy.Symbol):
+            table[symbolic.node.expr] = int(number)
+
+    placeholders = (n for n in gm.graph.nodes if n.op == "placeholder")
+    for node, value in zip(placeholders, inputs, strict=True):
+        like = node.meta.get("val")
+        take(like, value)
+        if isinstance(like, torch.Tensor):
+            for symbolic, number in zip(like.shape, value.shape, strict=True):
+                take(symbolic, number)
+    return table
+
+
+# -- scans ----------------------------------------------------------------------------------------------
+
+
+def _add_scans(
+    explanation: Explanation,
+    recording: _recorder.Recording,
+    calls: Mapping[tuple[str, int], running.Call],
+    check_tokens: int | None,
+) -> None:
+    distinct: dict[tuple[str, int], list[_recorder.Site]] = {}
+    for site in recording.sites:
+        distinct.setdefault((site.key, site.mini_batch_size), []).append(site)
+    for i, (key, sites) in enumerate(distinct.items()):
+        call = calls.get(key)
+        report = _scan_report(f"scan{i}", sites, call)
+        explanation.scans.append(report)
+        for layer in report.layers:
+            explanation.layers[layer] = report.name
+        prefix = f"{report.name}." if len(distinct) > 1 else ""
+        _add_stages(explanation, report, sites[0], call, prefix)
+        if call is not None and call.lowered and not call.empty and check_tokens != 0:
+            _check(report, call, check_tokens)
+
+
+def _scan_report(
+    name: str, sites: list[_recorder.Site], call: running.Call | None
+) -> ScanReport:
+    first = sites[0]
+    program = first.program
+    captured = first.where is not None or program is not None
+    form = "eager" if program is None else "sequential" if program.sequential else "dual"
+    report = ScanReport(
+        name,
+        step=first.key.rpartition("#")[0] or first.key,
+        where=running.source_of_step(first.key) if captured else None,
+        mini_batch_size=first.mini_batch_size,
+        layers=list(dict.fromkeys(s.layer for s in sites if s.layer)),
+        sites=list(dict.fromkeys(s.where for s in sites if s.where)),
+        form=form,
+        reason=first.reason if program is None else program.reason,
+    )
+    if call is not None:
+        report.batch, report.heads, report.tokens = call.tokens[0].shape[:3]
+        report.element_size = call.tokens[0].element_size()
+    if program is not None and program.full is not None:
+        report.orders = list(dict.fromkeys(program.full.notes))
+    return report
+
+
+def _add_stages(
+    explanation: Explanation,
+    report: ScanReport,
+    site: _recorder.Site,
+    call: running.Call | None,
+    prefix: str,
+) -> None:
+    if site.program is None:
+        return
+    groups = running.one_head(call) if call is not None and not call.empty else None
+    expected = None if groups is None or call is None else running.naive_mini_batch(call, groups)
+    for name, stage in site.program.stages.items():
+        is_body = isinstance(stage, Body)
+        gm = stage.gm if isinstance(stage, Body) else stage
+        explanation.stages[prefix + name] = gm
+        error = None
+        if groups is not None and expected is not None:
+            explanation._inputs[prefix + name] = running.stage_inputs(stage, groups)
+            error = running.stage_error(stage, groups, expected)
+        report.stages.append(
+            StageReport(
+                name,
+                sum(n.op.startswith("call_") for n in gm.graph.nodes),
+                stage_cost(stage, report.mini_batch_size) if is_body else None,  # type: ignore[arg-type]
+                error,
+            )
+        )
+
+
+def _check(report: ScanReport, call: running.Call, tokens: int | None) -> None:
+    report.checked = call.length if tokens is None else min(tokens, call.length)
+    got, expected = call.run(report.checked), call.naive(report.checked)
+    pairs = [running.relative_error(x, y) for x, y in zip(got, expected, strict=True)]
+    states = 2 * len(call.anchor)
+    report.errors = {"outputs": max(pairs[states:], default=0.0), "states": max(pairs[:states])}

@@ -1,0 +1,173 @@
+"""Reports as rich tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from rich.markup import escape
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from tttc.report.costs import kinds
+from tttc.report.text import byte_count, count, error
+
+if TYPE_CHECKING:
+    from tttc.codegen.kernel import Kernel
+    from tttc.report.explain import Explanation, ModelReport, ScanReport
+
+FORMS = {
+    "dual": "dual form: a mini-batch at a time",
+    "sequential": "sequential: token by token, fused",
+    "eager": "eager: the naive loop",
+}
+STAGES = {
+    "capture": "the step, as ATen operators",
+    "normalise": "named dimensions",
+    "simplify_step": "one token, simplified",
+    "batch": "a mini-batch, primal form",
+    "at_anchor": "from its anchor",
+    "dualise": "dual form",
+    "simplify": "simplified: what runs",
+    "continued": "from inside a mini-batch",
+}
+ORDERS_SHOWN = 6
+
+
+def explanation(ex: Explanation) -> Iterator[Any]:
+    """What ``print`` shows of an explanation."""
+    if ex.models:
+        yield Text("The model", style="bold")
+        yield _models(ex.models)
+    for scan in ex.scans:
+        yield from _scan(ex, scan)
+    if ex.kernels:
+        yield Text("\nKernels", style="bold")
+        yield kernels(ex.kernels)
+    if not ex.scans:
+        yield Text("No tttc.scan was met: the model ran as it is.")
+
+
+def _table(*columns: str, left: int = 1) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    for i, name in enumerate(columns):
+        table.add_column(name, justify="left" if i < left else "right", overflow="fold")
+    return table
+
+
+def _models(models: list[ModelReport]) -> Padding:
+    table = _table("graph", "operators captured", "ATen", "fused", "regions", "bytes, memory-bound ops")
+    for m in models:
+        moved = ""
+        if m.bytes_before is not None and m.bytes_after is not None:
+            moved = f"{byte_count(m.bytes_before)} → {byte_count(m.bytes_after)}"
+        cells = [str(m.nodes.get(x, "")) for x in ("captured", "aten", "fused")]
+        table.add_row(m.name, *cells, str(m.regions or ""), moved)
+    return Padding(table, (0, 0, 0, 2))
+
+
+def _scan(ex: Explanation, scan: ScanReport) -> Iterator[Any]:
+    yield Text(f"\n{scan.name}: {scan.step}", style="bold")
+    facts = _table("", "", left=2)
+    facts.show_header = False
+    if scan.where:
+        facts.add_row("step", escape(scan.where))
+    if scan.layers:
+        facts.add_row("layers", f"{len(scan.layers)}: {escape(shortened(scan.layers))}")
+    facts.add_row("form", FORMS[scan.form] + (f"; {escape(scan.reason)}" if scan.reason else ""))
+    if scan.tokens:
+        facts.add_row(
+            "input",
+            f"batch {scan.batch}, heads {scan.heads}, tokens {scan.tokens}, "
+            f"mini-batches of {scan.mini_batch_size}",
+        )
+    if scan.errors:
+        shown = ", ".join(f"{k} {error(v)}" for k, v in scan.errors.items())
+        facts.add_row(
+            "error", f"{shown} relative to the naive loop in float64 (first {scan.checked} tokens)"
+        )
+    yield Padding(facts, (0, 0, 0, 2))
+    if scan.stages:
+        yield Text("  Each stage, for one mini-batch and head:", style="dim")
+        yield _stages(ex, scan)
+        yield from _costs(scan)
+    if scan.orders:
+        yield Text("  Contraction orders chosen, operations against all at once:", style="dim")
+        for note in scan.orders[:ORDERS_SHOWN]:
+            yield Padding(Text(note), (0, 0, 0, 4))
+        if len(scan.orders) > ORDERS_SHOWN:
+            rest = len(scan.orders) - ORDERS_SHOWN
+            yield Padding(Text(f"and {rest} more in .scans[{scan.name[4:]}].orders"), (0, 0, 0, 4))
+
+
+def _stages(ex: Explanation, scan: ScanReport) -> Padding:
+    table = _table(
+        "stage", "", "nodes", "contractions", "FLOPs", "bytes op by op", "largest value", "error", left=2
+    )
+    for s in scan.stages:
+        name = s.name if s.name in ex.stages else f"{scan.name}.{s.name}"
+        products = kinds(ex.stages[name]).get("contraction", 0)
+        costs = ("", "", "", "")
+        if s.cost is not None:
+            costs = (
+                str(products),
+                count(s.cost.number("flops")),
+                byte_count(scan.element_size * s.cost.number("op_by_op")),
+                byte_count(scan.element_size * s.cost.number("largest")),
+            )
+        table.add_row(name, STAGES.get(s.name, ""), str(s.nodes), *costs, error(s.error))
+    return Padding(table, (0, 0, 0, 4))
+
+
+def _costs(scan: ScanReport) -> Iterator[Any]:
+    before, after = scan.before, scan.after
+    if before is None or after is None:
+        return
+    yield Text("  Before (the naive step, op by op) and after (in one kernel):", style="dim")
+    table = _table("", "", "a mini-batch and head", "the whole input", left=2)
+    size = scan.element_size
+    for label, cost, what, show in (
+        ("FLOPs before", before, "flops", count),
+        ("FLOPs after", after, "flops", count),
+        ("bytes before", before, "op_by_op", lambda x: byte_count(size * x)),
+        ("bytes after", after, "fused", lambda x: byte_count(size * x)),
+    ):
+        numbers = show(cost.number(what)), show(scan.total(cost, what)) if scan.tokens else ""
+        table.add_row(label, _expression(getattr(cost, what)), *numbers)
+    names = ", ".join(f"{k} = {v}" for k, v in sorted(after.sizes.items(), key=str))
+    table.add_row("", f"where {names}", "", "")
+    yield Padding(table, (0, 0, 0, 4))
+
+
+def _expression(expression: Any) -> str:
+    return str(expression).replace("**", "^").replace("*", "·")
+
+
+def kernels(items: list[Kernel]) -> Padding:
+    """Name, launch options, resources and source of kernels."""
+    table = _table("kernel", "options", "registers", "spilled", "shared", "source", left=2)
+    table.columns[-1].justify = "left"
+    for k in items:
+        resources = k.resources or {}
+        options = " ".join(f"{n}={v}" for n, v in k.config.items() if isinstance(v, (bool, int, str)))
+        table.add_row(
+            escape(k.name),
+            escape(options),
+            str(resources.get("registers", "")),
+            _bytes(resources.get("spill_bytes")),
+            _bytes(resources.get("shared_bytes")),
+            escape(str(k.path)),
+        )
+    return Padding(table, (0, 0, 0, 2))
+
+
+def _bytes(x: float | None) -> str:
+    return "" if x is None else byte_count(x)
+
+
+def shortened(names: list[str], shown: int = 4) -> str:
+    """A list of names, its middle left out where it is long."""
+    if len(names) <= shown:
+        return ", ".join(names)
+    return f"{', '.join(names[: shown - 1])}, ..., {names[-1]}"
