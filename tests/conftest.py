@@ -3,7 +3,9 @@
 import os
 import tempfile
 
+import pytest
 import torch
+import torch._dynamo
 
 if not torch.cuda.is_available():
     # Read by triton when it is imported, so it is set before any test imports a kernel.
@@ -11,3 +13,14 @@ if not torch.cuda.is_available():
 _cache = tempfile.TemporaryDirectory(prefix="tttc-tests-")
 os.environ["TTTC_CACHE_DIR"] = _cache.name
 torch.set_num_threads(2)
+
+
+@pytest.fixture
+def constant_floats():
+    """Floats are constants of captured graphs.
+
+    Under dynamic=True Dynamo makes symbols of a norm's eps and the like, can't keep them, and compiles
+    everything a second time; a test that is not about that saves the time.
+    """
+    with torch._dynamo.config.patch(specialize_float=True):
+        yield

@@ -13,13 +13,13 @@ from tttc.models import SIZES, TTTConfig, TTTLanguageModel
 KINDS = [("linear", "transformer"), ("mlp", "mamba")]
 
 
-def tiny(layer="linear", backbone="transformer", seed=0):
+def tiny(layer="linear", backbone="transformer", seed=0, num_layers=2):
     torch.manual_seed(seed)
     config = TTTConfig(
         vocab_size=11,
         hidden_size=8,
         intermediate_size=12,
-        num_layers=2,
+        num_layers=num_layers,
         num_heads=2,
         mini_batch_size=4,
         layer=layer,
@@ -74,8 +74,8 @@ def test_continuing_equals_one_long_call(layer, backbone):
 
 
 @pytest.mark.parametrize(("layer", "backbone"), KINDS)
-def test_captured_whole(layer, backbone):
-    model, ids = tiny(layer, backbone), some_ids()
+def test_captured_whole(layer, backbone, constant_floats):
+    model, ids = tiny(layer, backbone, num_layers=1), some_ids()
     captured = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
     logits = captured(ids)
     torch.testing.assert_close(logits, model(ids), rtol=1e-10, atol=1e-10)
