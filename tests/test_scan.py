@@ -572,6 +572,11 @@ def test_opcheck():
     torch.library.opcheck(
         torch.ops.tttc.scan.default, (anchor, carry, transposed, params, key, 4, 3)
     )
+    # Within one mini-batch the anchor comes back as it went in, but for its strides.
+    turned = [anchor[0].detach().mT.contiguous().mT, anchor[1].detach()]
+    torch.library.opcheck(
+        torch.ops.tttc.scan.default, (turned, carry, transposed, params, key, 16, 3)
+    )
     outputs = torch.ops.tttc.scan(anchor, carry, token_leaves, params, key, 4, 3)
     grads = [torch.randn_like(x) for x in outputs]
     arguments = ([x.detach() for x in group] for group in (anchor, carry, transposed, params))
