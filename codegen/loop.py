@@ -112,7 +112,8 @@ def scan_loop(
         sources,
         sinks,
         tokens=body.batched,
-        refresh=None if body.batched else mini_batch_size,
+        # At 1 the body reads no anchor: there is none to refresh.
+        refresh=None if body.batched or mini_batch_size == 1 else mini_batch_size,
         parallel=parallel,
         save=tuple(f"anchor_{i}" for i in sorted(live)) if save else (),
         store_state=store_state,

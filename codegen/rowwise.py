@@ -140,7 +140,7 @@ class _Statements:
             # A position that does not move along an axis is in range wherever the guard puts it on that axis.
             if row <= by_row and column <= by_column:
                 terms.append(self.condition(bound))
-        return " & ".join(t for t in terms if t)
+        return " & ".join(dict.fromkeys(t for t in terms if t))
 
     def condition(self, bound: Bound) -> str:
         """The sides of a bound that are not known to hold."""

@@ -24,8 +24,16 @@ from tttc.ir.row_space import RowSpace, is_size, nominal, value_of
 ROW = IndexVariable("row", sympy.Integer(2**31))
 
 
-def write(expr: sympy.Expr, name: Callable[[sympy.Symbol], str]) -> str:
-    """Python text of an index expression or a size."""
+def write(
+    expr: sympy.Expr,
+    name: Callable[[sympy.Symbol], str],
+    whole: Callable[[sympy.Expr], str] | None = None,
+) -> str:
+    """Python text of an index expression or a size.
+
+    In a kernel, ``whole`` names sizes that are better computed by the launcher: products, which may not fit
+    32 bits, and anything more than sums.
+    """
 
     def rank(term: sympy.Expr) -> tuple[bool, str]:
         # Index variables first: they are 64 bits wide, and so is then every product with a size.
@@ -34,23 +42,44 @@ def write(expr: sympy.Expr, name: Callable[[sympy.Symbol], str]) -> str:
     def atom(e: sympy.Expr) -> str:
         return text(e) if e.is_Symbol or (e.is_Integer and e >= 0) else f"({text(e)})"
 
+    def product(e: sympy.Expr) -> str:
+        varying = [f for f in e.args if f.has(IndexVariable)]
+        size = sympy.Mul(*(f for f in e.args if not f.has(IndexVariable)))
+        if whole is not None and len(size.free_symbols) > 1:
+            return " * ".join([*(atom(f) for f in sorted(varying, key=rank)), whole(size)])
+        return " * ".join(atom(f) for f in sorted(e.args, key=rank))
+
+    def total(e: sympy.Expr) -> str:
+        out = ""
+        for term in sorted(e.args, key=rank):
+            minus = term.could_extract_minus_sign()
+            part = text(-term) if minus else text(term)
+            sign = " - " if minus else " + "
+            out += (sign if out else "-" if minus else "") + part
+        return out
+
     def text(e: sympy.Expr) -> str:
         if e.is_Integer:
             return str(int(e))
         if e.is_Symbol:
             return name(e)
         if isinstance(e, Quotient):
-            return f"{atom(e.args[0])} // {atom(e.args[1])}"
+            return f"({atom(e.args[0])} // {atom(e.args[1])})"
         if isinstance(e, Remainder):
-            return f"{atom(e.args[0])} % {atom(e.args[1])}"
+            return f"({atom(e.args[0])} % {atom(e.args[1])})"
         if e.is_Add:
-            return " + ".join(
-                text(t) if t.is_Mul or t.is_Symbol else atom(t) for t in sorted(e.args, key=rank)
-            )
+            return total(e)
         if e.is_Mul:
-            return " * ".join(atom(f) for f in sorted(e.args, key=rank))
+            return product(e)
+        if whole is not None:
+            return whole(e)
         if e.is_Pow and e.exp.is_Integer and e.exp > 0:
             return " * ".join([atom(e.base)] * int(e.exp))
+        function = type(e).__name__  # those of torch, which has its own
+        if function in ("FloorDiv", "CleanDiv"):
+            return f"({atom(e.args[0])} // {atom(e.args[1])})"
+        if function in ("Max", "Min"):
+            return f"{function.lower()}({', '.join(map(text, e.args))})"
         raise NotEmittableError(f"a size given by {e}")
 
     return text(sympy.expand(expr))
@@ -67,10 +96,19 @@ def by_row_number(place: sympy.Expr, rows: tuple[IndexVariable, ...]) -> sympy.E
     return place if numbered.has(*rows) else numbered
 
 
+def _is_max(e: sympy.Expr) -> bool:
+    return type(e).__name__ == "Max" and len(e.args) == 2 and sympy.Integer(1) in e.args
+
+
+def _without_one(e: sympy.Expr) -> sympy.Expr:
+    return next(a for a in e.args if a != 1)
+
+
 def memory_order(value: torch.Tensor) -> tuple[int, ...] | None:
     """The dimensions from outermost to innermost if they fill memory without gaps, else None."""
     shape = shape_of(value)
-    strides = [as_expr(s) for s in value.stride()]
+    # An empty tensor has strides as if its empty dimensions were one: not what decides the layout of others.
+    strides = [as_expr(s).replace(_is_max, _without_one) for s in value.stride()]
     identity = tuple(range(len(shape)))
     by_stride = sorted(identity, key=lambda d: -nominal(strides[d]))
     for order in (identity, tuple(by_stride)):
@@ -102,7 +140,9 @@ class Names:
         self.space = space
         self.arguments = {n: f"n{i}" if is_size(n) else f"x{i}" for i, n in enumerate(inputs)}
         self.row_indices: set[IndexVariable] = set()
-        self.sizes: dict[str, str] = {}  # used ones: how the launcher finds them
+        self.sizes: dict[str, str] = {}  # those the kernel uses: how the launcher finds them
+        self.for_launch: dict[str, str] = {}  # those the launcher uses
+        self._products: dict[sympy.Expr, str] = {}
         self._found: dict[sympy.Symbol, tuple[str, str]] = {}
         for node, argument in self.arguments.items():
             value = value_of(node)
@@ -125,12 +165,30 @@ class Names:
         if isinstance(symbol, IndexVariable):
             self.row_indices.add(symbol)
             return symbol.name
-        if symbol not in self._found:
-            raise NotEmittableError(f"the size {symbol} can not be told from the arguments")
-        name, where = self._found[symbol]
+        name, where = self._lookup(symbol)
         self.sizes[name] = where
         return name
 
+    def _lookup(self, symbol: sympy.Symbol) -> tuple[str, str]:
+        if symbol not in self._found:
+            raise NotEmittableError(f"the size {symbol} can not be told from the arguments")
+        return self._found[symbol]
+
+    def _for_launch(self, symbol: sympy.Symbol) -> str:
+        name, where = self._lookup(symbol)
+        self.for_launch[name] = where
+        return name
+
+    def _product(self, size: sympy.Expr) -> str:
+        if size not in self._products:
+            self._products[size] = f"p{len(self._products)}"
+            self.sizes[self._products[size]] = self.size(size)
+        return self._products[size]
+
+    def size(self, expr: sympy.Expr) -> str:
+        """A size in the launcher."""
+        return write(expr, self._for_launch)
+
     def text(self, expr: sympy.Expr) -> str:
-        """An index expression in the kernel, or a size anywhere."""
-        return write(by_row_number(expr, self.space.rows), self.of)
+        """An index expression or a size in the kernel."""
+        return write(by_row_number(expr, self.space.rows), self.of, self._product)

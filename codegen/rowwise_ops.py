@@ -212,7 +212,7 @@ def pointwise(step: Step, x: Operand, operand_dtypes: list[torch.dtype]) -> str:
         values: list[Any] = [
             a.meta["val"] if isinstance(a, torch.fx.Node) else a for a in step.node.args
         ]
-        common = torch.result_type(*values) if len(values) == 2 else operand_dtypes[0]
+        common = torch.result_type(values[0], values[1]) if len(values) == 2 else operand_dtypes[0]
         dtype = computed_as(common)
     elif target in _LOGICAL:
         dtype = torch.bool

@@ -69,7 +69,7 @@ def kernel_file(name: str, names: Names, grid: Grid, body: Body, outputs: list[f
     """Python source that defines ``name``, a Triton kernel, and ``launch``."""
     # What these use of sizes and indices has to be known before the signature is written.
     setup = _setup(names, grid)
-    rows, columns = names.text(grid.row_count), names.text(grid.space.column.size)
+    rows, columns = names.size(grid.row_count), names.size(grid.space.column.size)
     allocations = [_allocation(i, n, names) for i, n in enumerate(outputs)]
     results = [f"y{i}" for i in range(len(outputs))]
     pointers = [*body.read, *results]
@@ -83,7 +83,10 @@ def kernel_file(name: str, names: Names, grid: Grid, body: Body, outputs: list[f
     for tensor in body.read:
         if tensor in body.packed:
             launch += [f"if not {tensor}.is_contiguous():", f"    {tensor} = {tensor}.contiguous()"]
-    launch += [f"{size} = {where}" for size, where in names.sizes.items()]
+    found = {**names.for_launch, **names.sizes}
+    # Products come after what they are products of.
+    for size in sorted(found, key=lambda n: (n.startswith("p"), n)):
+        launch += [f"{size} = {found[size]}"]
     launch += [f"rows = {rows}", f"programs = {programs}"]
     launch += [f"if programs == 0 or programs >= 2**31 or rows > {_MAX_ROWS}:", "    return None"]
     launch += [*allocations, f"{name}[(programs,)]({passed}, {options})"]
@@ -113,6 +116,10 @@ def kernel_file(name: str, names: Names, grid: Grid, body: Body, outputs: list[f
     )
 
 
+def _atom(text: str) -> str:
+    return text if re.fullmatch(r"\w+", text) else f"({text})"
+
+
 def _setup(names: Names, grid: Grid) -> list[str]:
     """Where a program stands."""
     columns = names.text(grid.space.column.size)
@@ -133,9 +140,9 @@ def _setup(names: Names, grid: Grid) -> list[str]:
             place = "row_number"
             below = numel(tuple(v.size for v in variables[i + 1 :]))
             if below != 1:
-                place = f"{place} // ({names.text(below)})"
+                place = f"{place} // {_atom(names.text(below))}"
             if numel(tuple(v.size for v in variables[:i])) != 1:
-                place = f"{place} % {names.text(variable.size)}"
+                place = f"{place} % {_atom(names.text(variable.size))}"
             lines += [f"{variable.name} = ({place}).to(tl.int64)"]
     return lines
 
@@ -145,7 +152,7 @@ def _allocation(i: int, node: fx.Node, names: Names) -> str:
     value: torch.Tensor = node.meta["val"]
     shape = shape_of(value)
     order = memory_order(value) or tuple(range(len(shape)))
-    sizes = "".join(f"{names.text(shape[d])}, " for d in order).rstrip(" ")
+    sizes = "".join(f"{names.size(shape[d])}, " for d in order).rstrip(" ")
     device = next(a for a in names.arguments.values() if a.startswith("x"))
     made = f"y{i} = torch.empty(({sizes}), dtype={value.dtype}, device={device}.device)"
     back = tuple(order.index(d) for d in range(len(order)))

@@ -79,9 +79,19 @@ class Renderer:
                     r = parse_relation(node.args[0])
                     found.setdefault(r.later)
                     found.setdefault(r.earlier)
-        tokens = [d for d in found if base(d) in (TOKEN, EARLIER)]
+        kept = {
+            d
+            for node, source in self.loop.sources.items()
+            if source.kind not in ("token",)
+            for d in dims_of(node)
+        }
+        # A token that is a tile brings its own dimension; no state or parameter has it.
+        tokens = [d for d in found if base(d) in (TOKEN, EARLIER) or d not in kept]
         features = [d for d in found if d not in tokens]
-        return features + tokens if self.schedule.feature_major else tokens + features
+        if self.schedule.feature_major:
+            # The widest first: it becomes the rows of matrix products.
+            return sorted(features, key=lambda d: -self.size(d)) + tokens
+        return tokens + features
 
     def _dotted(self) -> set[str]:
         """Dimensions that take part in a matrix product: their tiles have sides of at least 16."""

@@ -77,7 +77,7 @@ def verify_pass(
     """Check one pass: the graph before it and the graph after it must compute the same."""
     for length in sorted({1, min(3, mini_batch_size), mini_batch_size}):
         if not after.batched:
-            arguments = random_arguments(after)
+            arguments = random_arguments(after, at_anchor=at_anchor)
             run = before.gm if isinstance(before, Body) else before
             padded = [x.reshape(after.leaf_shapes.get(str(n.target), x.shape))
                       for x, n in zip(arguments, after.placeholders, strict=True)]  # fmt: skip

@@ -11,7 +11,7 @@ from tttc.capture.step import capture_step
 from tttc.ir.body import Body
 from tttc.ir.errors import NotLowerable
 from tttc.ir.program import Program
-from tttc.passes.at_anchor import at_anchor
+from tttc.passes.at_anchor import at_anchor, at_carry
 from tttc.passes.batch import batch
 from tttc.passes.dualise import dualise
 from tttc.passes.normalise import normalise
@@ -60,6 +60,7 @@ def _build(entry: InternedStep, mini_batch_size: int, verify: bool) -> Program:
     token = run("simplify_step", simplify, normal)
     program = Program(entry.key, mini_batch_size, token, stages=stages, verified=verify)
     if mini_batch_size == 1:
+        program.token = run("at_carry", lambda body: simplify(at_carry(body)), token, at=True)
         program.reason = "mini_batch_size is 1: every token sees the state of the token before it"
         return program
     try:

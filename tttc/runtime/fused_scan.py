@@ -34,8 +34,8 @@ def uses_triton(backend: str, device: torch.device, compute: torch.dtype) -> boo
 
 def _by_kernels(program, anchor, carry, tokens, shared, place, info, states) -> list[Tensor] | None:
     try:
-        for part in ["tokens"] if program.sequential else ["outputs", "full", "continued"]:
-            scan_kernel(program, part)
+        for part in ["tokens"] if program.sequential else ["full", "continued"]:
+            scan_kernel(program, part, states)
     except NotLowerable as error:
         program.no_kernels = error.reason
         return None

@@ -20,24 +20,24 @@ Tensor = torch.Tensor
 _lock = threading.Lock()
 
 
-def scan_kernel(program: Program, part: str, schedule: Schedule | None = None) -> Kernel:
+def scan_kernel(
+    program: Program, part: str, states: bool = True, schedule: Schedule | None = None
+) -> Kernel:
     """One kernel of a program, rendered once.
 
-    ``part``: "outputs" (all mini-batches, final states not wanted), "full" (all mini-batches, states too),
-    "continued" (one mini-batch from any carry) or "tokens" (token after token).
+    ``part``: "full" (all mini-batches), "continued" (one mini-batch from any carry) or "tokens" (token after
+    token); ``states``: whether the final states are wanted.
 
     Raises:
         NotLowerable: where an operator has no Triton form.
     """
-    schedule = schedule or Schedule()
     with _lock:
-        kernels = program.kernels
-        if (part, schedule) not in kernels:
+        schedule = schedule or program.schedules.get(part) or Schedule()
+        if (part, states, schedule) not in program.kernels:
             body = {"tokens": program.token, "continued": program.continued}.get(part, program.full)
             assert body is not None
-            every = range(body.states)
             live = live_states(
-                body, [] if part == "outputs" else every, range(len(body.results) - body.states)
+                body, range(body.states) if states else [], range(len(body.results) - body.states)
             )
             loop = scan_loop(
                 f"scan_{part}",
@@ -45,10 +45,10 @@ def scan_kernel(program: Program, part: str, schedule: Schedule | None = None) -
                 program.mini_batch_size,
                 live,
                 continued=part == "continued",
-                store_state=part != "outputs",
+                store_state=states,
             )
-            kernels[part, schedule] = render(loop, schedule)
-        return kernels[part, schedule]
+            program.kernels[part, states, schedule] = render(loop, schedule)
+        return program.kernels[part, states, schedule]
 
 
 def run_kernels(
@@ -79,9 +79,9 @@ def run_kernels(
     ]
     results = [squeeze_features(x, 3) for x in outputs]
 
-    def run(part: str, start: int, count: int, place: int) -> None:
+    def run(part: str, start: int, count: int, place: int, states: bool) -> None:
         nonlocal now_anchor, now_carry
-        kernel = scan_kernel(program, part)
+        kernel = scan_kernel(program, part, states)
         given = dict(named)
         given |= {f"token_{i}": x[:, :, start : start + count] for i, x in enumerate(rows)}
         given |= {f"output_{i}": x[:, :, start : start + count] for i, x in enumerate(results)}
@@ -93,7 +93,7 @@ def run_kernels(
             if name.startswith("new_")
         }
         launch(kernel, {**given, **made}, (batch * heads,), count, heads, place, output_dtype)
-        if part == "outputs":
+        if not states:
             return
         new = "new_anchor_" if part == "full" else "new_carry_"
         now_carry = [made.get(f"{new}{i}", x) for i, x in enumerate(now_carry)]
@@ -103,20 +103,19 @@ def run_kernels(
             now_anchor = now_carry
 
     if program.sequential:
-        run("tokens", 0, length, place)
+        run("tokens", 0, length, place, states)
     else:
-        start = min((-place) % program.mini_batch_size, length)
+        b = program.mini_batch_size
+        start = min((-place) % b, length)
+        # A mini-batch that stays unfinished leaves its anchor as state: it is run by itself.
+        whole = (length - start) // b * b if states else length - start
+        rest = length - start - whole
         if start:
-            run("continued", 0, start, place)
-        full = length - start
-        if not states and full:
-            run("outputs", start, full, 0)
-        elif states:
-            whole = full - full % program.mini_batch_size
-            if whole:
-                run("full", start, whole, 0)
-            if full - whole:
-                run("continued", start + whole, full - whole, 0)
+            run("continued", 0, start, place, states or whole > 0)
+        if whole:
+            run("full", start, whole, 0, states)
+        if rest:
+            run("continued", start + whole, rest, 0, states)
     if not states:
         return [], [], outputs
     return (
