@@ -39,6 +39,26 @@ def use_backend(backend: Callable[..., Any] | None) -> Iterator[None]:
         _backend.reset(token)
 
 
+_on_token: contextvars.ContextVar[Callable[[], None] | None] = contextvars.ContextVar(
+    "tttc_on_token", default=None
+)
+
+
+def token_callback() -> Callable[[], None] | None:
+    """What the naive loop calls before each token, if anything."""
+    return _on_token.get()
+
+
+@contextlib.contextmanager
+def before_each_token(callback: Callable[[], None]) -> Iterator[None]:
+    """Have naive loops call ``callback`` before each token; it may raise, to stop a slow one."""
+    token = _on_token.set(callback)
+    try:
+        yield
+    finally:
+        _on_token.reset(token)
+
+
 def is_plain_function(step: Any) -> bool:
     """Whether Dynamo can carry ``step`` as a constant: a function that closes over nothing."""
     return isinstance(step, types.FunctionType) and step.__closure__ is None

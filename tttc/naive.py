@@ -66,7 +66,10 @@ def naive_loop(
 def _loop(step, anchor, carry, place, tokens, mini_batch_size, shared):
     length = pytree.tree_leaves(tokens)[0].shape[2]
     outputs = []
+    callback = _tracing.token_callback()
     for t in range(length):
+        if callback is not None:
+            callback()
         if (place + t) % mini_batch_size == 0:
             anchor = carry
         token = pytree.tree_map(lambda x, t=t: x[:, :, t], tokens)

@@ -15,6 +15,7 @@ from tttc.compiler import CompiledModule, compile
 from tttc.ir.body import Body
 from tttc.report import scans as running
 from tttc.report.costs import StageCost, stage_cost
+from tttc.report.kernels import default_target, scan_kernels, with_resources
 
 if TYPE_CHECKING:
     from tttc.codegen.kernel import Kernel
@@ -44,6 +45,7 @@ class ScanReport:
     """
 
     name: str
+    key: str  # that of the step in graphs
     step: str
     where: str | None
     mini_batch_size: int
@@ -155,6 +157,7 @@ def explain(
     backend: str | None = None,
     mini_batch_size: int | None = None,
     check_tokens: int | None = 256,
+    target: str | None = None,
     **kwargs: Any,
 ) -> Explanation:
     """Compile a model for an input, run it once, and say what the compiler did.
@@ -166,6 +169,8 @@ def explain(
         mini_batch_size: as for :func:`tttc.compile`.
         check_tokens: how many tokens of each distinct scan are compared with the naive loop in float64, which
             takes milliseconds a token; None for all, 0 for none.
+        target: the GPU for which the kernels' registers, spills and shared memory are given, ``"sm_90"`` or
+            ``"gfx942"``, say; it need not be there. None for the GPU at hand, else sm_90; "" for no figures.
 
     Returns:
         An :class:`Explanation`; ``print`` it.
@@ -193,6 +198,7 @@ def explain(
     calls: dict[tuple[str, int], running.Call] = {}
     _add_models(explanation, recording, calls)
     _add_scans(explanation, recording, calls, check_tokens)
+    _add_kernels(explanation, recording, calls, default_target() if target is None else target)
     explanation.kernels += recording.kernels
     return explanation
 
@@ -277,6 +283,7 @@ def _scan_report(
     form = "eager" if program is None else "sequential" if program.sequential else "dual"
     report = ScanReport(
         name,
+        key=first.key,
         step=first.key.rpartition("#")[0] or first.key,
         where=running.source_of_step(first.key) if captured else None,
         mini_batch_size=first.mini_batch_size,
@@ -320,6 +327,23 @@ def _add_stages(
                 error,
             )
         )
+
+
+def _add_kernels(
+    explanation: Explanation,
+    recording: _recorder.Recording,
+    calls: Mapping[tuple[str, int], running.Call],
+    target: str,
+) -> None:
+    programs = {(s.key, s.mini_batch_size): s.program for s in recording.sites if s.program}
+    reports = {(r.key, r.mini_batch_size): r for r in explanation.scans}
+    for key, program in programs.items():
+        call = calls.get(key)
+        made = scan_kernels(program, call is None or bool(call.arguments.get("states", True)))
+        dtype = torch.float32 if call is None else call.tokens[0].dtype
+        made = with_resources(made, dtype, target) if target else made
+        reports[key].kernels = made
+        explanation.kernels += made
 
 
 def _check(report: ScanReport, call: running.Call, tokens: int | None) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Group
 from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
@@ -43,7 +45,8 @@ def explanation(ex: Explanation) -> Iterator[Any]:
     for scan in ex.scans:
         yield from _scan(ex, scan)
     if ex.kernels:
-        yield Text("\nKernels", style="bold")
+        targets = {k.resources["target"] for k in ex.kernels if k.resources and "target" in k.resources}
+        yield Text("\nKernels" + f" (figures for {', '.join(sorted(targets))})" * bool(targets), style="bold")
         yield kernels(ex.kernels)
     if not ex.scans:
         yield Text("No tttc.scan was met: the model ran as it is.")
@@ -146,20 +149,26 @@ def _expression(expression: Any) -> str:
 
 def kernels(items: list[Kernel]) -> Padding:
     """Name, launch options, resources and source of kernels."""
-    table = _table("kernel", "options", "registers", "spilled", "shared", "source", left=2)
-    table.columns[-1].justify = "left"
+    table = _table("kernel", "options", "registers", "spilled", "shared", left=2)
     for k in items:
         resources = k.resources or {}
-        options = " ".join(f"{n}={v}" for n, v in k.config.items() if isinstance(v, (bool, int, str)))
+        options = " ".join(f"{n}={v}" for n, v in _options(k) if v is not None)
         table.add_row(
             escape(k.name),
             escape(options),
             str(resources.get("registers", "")),
             _bytes(resources.get("spill_bytes")),
             _bytes(resources.get("shared_bytes")),
-            escape(str(k.path)),
         )
-    return Padding(table, (0, 0, 0, 2))
+    sources = "\n".join(f"source: {k.path}" for k in items)
+    return Padding(Group(table, Text(sources, style="dim", overflow="fold")), (0, 0, 0, 2))
+
+
+def _options(kernel: Kernel) -> list[tuple[str, Any]]:
+    schedule = kernel.config.get("schedule")
+    if schedule is not None:
+        return [(f.name, getattr(schedule, f.name)) for f in fields(schedule)]
+    return [(n, v) for n, v in kernel.config.items() if isinstance(v, (bool, int, str))]
 
 
 def _bytes(x: float | None) -> str:
