@@ -84,7 +84,7 @@ def _table(overload: str, **forms: str) -> dict[Any, str]:
 
 
 _ARITHMETIC = {
-    **_table("Tensor", mul="{0} * {1}", div="{0} / {1}"),
+    **_table("Tensor", mul="{0} * {1}", div="{0} / {1}", true_divide="{0} / {1}"),
     **_table("Scalar", mul="{0} * {1}", div="{0} / {1}"),
     **_table(
         "default",

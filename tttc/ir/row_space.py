@@ -61,6 +61,7 @@ POINTWISE = CASTS | frozenset(
         *_overloads("default", "rsqrt sigmoid sign sin sqrt square tanh isinf isnan"),
         *_overloads("default", "logical_and logical_not logical_or bitwise_not"),
         *_overloads("default", "maximum minimum clamp clamp_min clamp_max"),
+        aten.true_divide.Tensor,
         aten.pow.Tensor_Scalar,
         aten.where.self,
     ]
