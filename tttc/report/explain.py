@@ -274,9 +274,7 @@ def _add_scans(
             _check(report, call, check_tokens)
 
 
-def _scan_report(
-    name: str, sites: list[_recorder.Site], call: running.Call | None
-) -> ScanReport:
+def _scan_report(name: str, sites: list[_recorder.Site], call: running.Call | None) -> ScanReport:
     first = sites[0]
     program = first.program
     captured = first.where is not None or program is not None

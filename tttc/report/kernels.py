@@ -32,12 +32,12 @@ def scan_kernels(program: Program, states: bool) -> list[Kernel]:
     """The kernels a program ran by, or, where it ran by torch operations, those it would take on a GPU."""
     if program.kernels:
         return [saved(k) for k in program.kernels.values()]
-    if program.sequential:
-        parts = ["tokens"]
-    else:
-        parts = ["full", "continued"] if states else ["outputs"]
+    parallel = ["full", "continued"] if states else ["outputs"]
     try:
-        return [saved(scan_kernel(program, part)) for part in parts]
+        return [
+            saved(scan_kernel(program, part))
+            for part in (["tokens"] if program.sequential else parallel)
+        ]
     except NotLowerable:
         return []
 

@@ -13,10 +13,11 @@ from rich.table import Table
 from rich.text import Text
 
 from tttc.report.costs import kinds
-from tttc.report.text import byte_count, count, error
+from tttc.report.text import byte_count, count, error, seconds
 
 if TYPE_CHECKING:
     from tttc.codegen.kernel import Kernel
+    from tttc.report.benchmark import BenchmarkResult
     from tttc.report.explain import Explanation, ModelReport, ScanReport
 
 FORMS = {
@@ -45,8 +46,13 @@ def explanation(ex: Explanation) -> Iterator[Any]:
     for scan in ex.scans:
         yield from _scan(ex, scan)
     if ex.kernels:
-        targets = {k.resources["target"] for k in ex.kernels if k.resources and "target" in k.resources}
-        yield Text("\nKernels" + f" (figures for {', '.join(sorted(targets))})" * bool(targets), style="bold")
+        targets = {
+            k.resources["target"] for k in ex.kernels if k.resources and "target" in k.resources
+        }
+        yield Text(
+            "\nKernels" + f" (figures for {', '.join(sorted(targets))})" * bool(targets),
+            style="bold",
+        )
         yield kernels(ex.kernels)
     if not ex.scans:
         yield Text("No tttc.scan was met: the model ran as it is.")
@@ -60,7 +66,9 @@ def _table(*columns: str, left: int = 1) -> Table:
 
 
 def _models(models: list[ModelReport]) -> Padding:
-    table = _table("graph", "operators captured", "ATen", "fused", "regions", "bytes, memory-bound ops")
+    table = _table(
+        "graph", "operators captured", "ATen", "fused", "regions", "bytes, memory-bound ops"
+    )
     for m in models:
         moved = ""
         if m.bytes_before is not None and m.bytes_after is not None:
@@ -106,7 +114,15 @@ def _scan(ex: Explanation, scan: ScanReport) -> Iterator[Any]:
 
 def _stages(ex: Explanation, scan: ScanReport) -> Padding:
     table = _table(
-        "stage", "", "nodes", "contractions", "FLOPs", "bytes op by op", "largest value", "error", left=2
+        "stage",
+        "",
+        "nodes",
+        "contractions",
+        "FLOPs",
+        "bytes op by op",
+        "largest value",
+        "error",
+        left=2,
     )
     for s in scan.stages:
         name = s.name if s.name in ex.stages else f"{scan.name}.{s.name}"
@@ -180,3 +196,34 @@ def shortened(names: list[str], shown: int = 4) -> str:
     if len(names) <= shown:
         return ", ".join(names)
     return f"{', '.join(names[: shown - 1])}, ..., {names[-1]}"
+
+
+def benchmark(result: BenchmarkResult) -> Iterator[Any]:
+    """What ``print`` shows of a benchmark."""
+    what = "forward and backward" if result.backward else "forward"
+    yield Text(f"{what}, {', '.join(result.inputs)}, {result.device}, {result.threads} threads")
+    table = _table("", "median", "fastest to slowest", "times eager", "first call", "error")
+    gradients = any(r.gradient_error is not None for r in result.rows)
+    memory = any(r.peak_memory is not None for r in result.rows)
+    if gradients:
+        table.add_column("gradient error", justify="right")
+    if memory:
+        table.add_column("peak memory", justify="right")
+    for row in result.rows:
+        median = f"> {seconds(row.at_least)}" if row.at_least is not None else ""
+        spread = ""
+        if row.median is not None and row.spread is not None:
+            median = seconds(row.median)
+            spread = f"{seconds(row.spread[0])} to {seconds(row.spread[1])}"
+        speed = result.speed_up(row.name)
+        shown = "" if speed is None else f"{'> ' * speed[1]}{speed[0]:.3g}"
+        first = "" if row.first_call is None else seconds(row.first_call)
+        cells = [row.name, median, spread, shown, first, error(row.error)]
+        cells += [error(row.gradient_error)] * gradients
+        cells += [_bytes(row.peak_memory)] * memory
+        table.add_row(*cells)
+    yield Padding(table, (0, 0, 0, 2))
+    for row in result.rows:
+        if row.note:
+            yield Text(f"  {row.name}: {row.note}")
+    yield Text(f"  errors relative to the largest value of {result.reference}", style="dim")

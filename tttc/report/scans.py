@@ -74,13 +74,13 @@ class Call:
 
     def naive(self, tokens: int) -> list[Tensor]:
         """The same by the naive loop in float64."""
-        groups = (cast(x, torch.float64) for x in (self.anchor, self.carry))
+        anchor, carry, shared = (
+            cast(x, torch.float64) for x in (self.anchor, self.carry, self.shared)
+        )
         given = cast([x[:, :, :tokens] for x in self.tokens], torch.float64)
-        shared = cast(self.shared, torch.float64)
         with torch.no_grad():
-            return run_naive(
-                *groups, given, shared, self.key, self.mini_batch_size, self.arguments["place"]
-            )
+            place = self.arguments["place"]
+            return run_naive(anchor, carry, given, shared, self.key, self.mini_batch_size, place)
 
 
 class _Collect(fx.Interpreter):
@@ -151,10 +151,7 @@ def stage_error(stage: Body | fx.GraphModule, groups: Groups, expected: Sequence
             now = [x.reshape(c.shape) for x, c in zip(results, carry, strict=False)]
             outputs.append(results[states:])
         got = [*now, *(torch.stack(z) for z in zip(*outputs, strict=True))]
-    return max(
-        relative_error(x.reshape(y.shape), y)
-        for x, y in zip(got, expected, strict=True)
-    )
+    return max(relative_error(x.reshape(y.shape), y) for x, y in zip(got, expected, strict=True))
 
 
 def naive_mini_batch(call: Call, groups: Groups) -> list[Tensor]:

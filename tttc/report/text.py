@@ -15,7 +15,13 @@ def count(x: float) -> str:
     """A number with a decimal prefix: ``1.23 M``."""
     for prefix in ("", "k", "M", "G", "T", "P"):
         if abs(x) < 1000 or prefix == "P":
-            return f"{x:.0f}" if not prefix else f"{x:.3g} {prefix}" if x < 999.5 else f"{x:.0f} {prefix}"
+            return (
+                f"{x:.0f}"
+                if not prefix
+                else f"{x:.3g} {prefix}"
+                if x < 999.5
+                else f"{x:.0f} {prefix}"
+            )
         x /= 1000
     raise AssertionError
 
@@ -47,7 +53,9 @@ def plain(*renderables: Any, width: int | None = None) -> str:
     if width is None:
         width = min(max(shutil.get_terminal_size((110, 24)).columns, NARROW), WIDE)
     out = io.StringIO()
-    console = Console(file=out, width=width, color_system=None, force_terminal=False, highlight=False)
+    console = Console(
+        file=out, width=width, color_system=None, force_terminal=False, highlight=False
+    )
     for item in renderables:
         console.print(item)
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
