@@ -96,7 +96,7 @@ def make_case(
         init = chunk_rule.Weights(W1, b1, W2, b2)
         return Case(name, chunk_rule.step, init, tokens, (gain, bias), 1, raw)
     place = torch.arange(length, device=device) % b
-    tau = (1.0 / (1 + place)).to(torch.float32).expand(batch, heads, length)
+    tau = (1.0 / (1 + place)).to(dtype).expand(batch, heads, length)
     tokens = Token(*bthd, eta.transpose(1, 2), tau)
     linear = "linear" in rule
     weights = LinearWeights(W1, b1) if linear else MLPWeights(W1, b1, W2, b2)

@@ -22,15 +22,15 @@ from tttc.codegen.torch_scan import run_program
 from tttc.runtime import triton_scan
 
 GRIDS = {
-    "ttt_linear": itertools.product([False, True], [1, 2, 4], [1, 2, 3]),
-    "ttt_mlp": itertools.product([False, True], [4, 8, 16], [1, 2]),
+    "ttt_linear": list(itertools.product([False, True], [1, 2, 4], [1, 2, 3])),
+    "ttt_mlp": list(itertools.product([False, True], [4, 8, 16], [1, 2])),
 }
 
 
 def schedules(case: str) -> list[Schedule]:
     """The schedules tried for a case."""
     grid = GRIDS["ttt_mlp" if "mlp" in case else "ttt_linear"]
-    return [Schedule(feature_major=f, num_warps=w, num_stages=s) for f, w, s in list(grid)]
+    return [Schedule(feature_major=f, num_warps=w, num_stages=s) for f, w, s in grid]
 
 
 def runner(name: str, batch: int, length: int, schedule: Schedule):

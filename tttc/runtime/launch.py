@@ -1,13 +1,71 @@
-"""Launching a scan kernel on tensors."""
+"""Launching a scan kernel on tensors, and saying what such a launch would compile."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from tttc.codegen.kernel import Kernel
+from tttc.codegen.resources import Request
+
+POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16",
+            torch.int64: "*i64", torch.int32: "*i32", torch.bool: "*i1"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch: a kernel, a tensor for each of its arguments (feature axes of size 1 squeezed away), a grid."""
+
+    kernel: Kernel
+    tensors: Mapping[str, torch.Tensor]
+    grid: tuple[int, ...]
+    length: int
+    heads: int
+    place: int
+    dtype: torch.dtype  # of the operands of matrix products
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What Triton is told beside the arguments."""
+        schedule = self.kernel.config["schedule"]
+        options: dict[str, Any] = {"num_warps": schedule.num_warps}
+        if schedule.maxnreg is not None:
+            options["maxnreg"] = schedule.maxnreg
+        return options
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The integer arguments after the tensors."""
+        extra = {"place": self.place} if self.kernel.config["place"] else {}
+        return {"T": self.length, "H": self.heads, **extra}
+
+    def request(self) -> Request:
+        """What to compile to know the launch's resources, its integers specialised as a launch does."""
+        signature: dict[str, str] = {}
+        constants: dict[str, Any] = {"DOT": dot_dtype(self.dtype), "PRECISION": precision()}
+        aligned: list[str] = []
+        integers: dict[str, int] = {}
+        for name, _ in self.kernel.config["arguments"]:
+            signature[name] = POINTERS[self.tensors[name].dtype]
+            aligned.append(name)
+            for i, n in enumerate(self.tensors[name].stride()):
+                integers[f"{name}_s{i}"] = n
+                signature[f"{name}_s{i}"] = "i32"
+        for name, n in self.sizes.items():
+            integers[name] = n
+            signature[name] = "i32"
+        for name, n in integers.items():
+            if n == 1:
+                constants[name] = 1
+                del signature[name]
+            elif n % 16 == 0:
+                aligned.append(name)
+        return Request.of(
+            self.kernel, signature, constexprs=constants, options=self.options, aligned=aligned
+        )
 
 
 def precision() -> str:
@@ -22,27 +80,15 @@ def dot_dtype(dtype: torch.dtype) -> Any:
     return {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}.get(dtype, tl.float32)
 
 
-def launch(
-    kernel: Kernel,
-    tensors: Mapping[str, torch.Tensor],
-    grid: tuple[int, ...],
-    length: int,
-    heads: int,
-    place: int,
-    dtype: torch.dtype,
-) -> None:
-    """Run a kernel; ``tensors`` has one for each of its arguments, feature axes of size 1 squeezed away."""
-    schedule = kernel.config["schedule"]
+def launch(call: Launch) -> None:
+    """Run a kernel."""
     arguments: list[Any] = []
-    for name, rank in kernel.config["arguments"]:
-        x = tensors[name]
+    for name, rank in call.kernel.config["arguments"]:
+        x = call.tensors[name]
         if x.ndim != rank:
             raise ValueError(f"{name}: expected {rank} axes, got shape {tuple(x.shape)}")
         arguments += [x, *x.stride()]
-    arguments += [length, heads]
-    if kernel.config["place"]:
-        arguments.append(place)
-    options: dict[str, Any] = {"num_warps": schedule.num_warps}
-    if schedule.maxnreg is not None:
-        options["maxnreg"] = schedule.maxnreg
-    kernel.function()[grid](*arguments, DOT=dot_dtype(dtype), PRECISION=precision(), **options)
+    arguments += call.sizes.values()
+    call.kernel.function()[call.grid](
+        *arguments, DOT=dot_dtype(call.dtype), PRECISION=precision(), **call.options
+    )

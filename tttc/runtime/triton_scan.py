@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -14,9 +14,10 @@ from tttc.codegen.torch_scan import squeeze_features
 from tttc.codegen.triton_loop import render
 from tttc.ir.program import Program
 from tttc.passes.prune_state import live_states
-from tttc.runtime.launch import launch
+from tttc.runtime.launch import Launch, launch
 
 Tensor = torch.Tensor
+Launcher = Callable[[Launch], None]
 _lock = threading.Lock()
 
 
@@ -60,11 +61,13 @@ def run_kernels(
     place: int,
     output_dtype: torch.dtype,
     states: bool = True,
+    launcher: Launcher = launch,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Scan by kernels; arguments and results as :func:`tttc.codegen.torch_scan.run_program`.
 
     Tokens keep their dtypes. Outputs are laid out ``[B, T, H, ...]`` in memory, as projections take them.
-    ``states=False`` leaves the states out; the lists are then empty.
+    ``states=False`` leaves the states out; the lists are then empty. ``launcher`` gets every launch there is:
+    one that only records them, on meta tensors, tells what a call would run.
     """
     batch, heads, length = tokens[0].shape[:3]
     shapes = [x.shape for x in anchor]
@@ -92,7 +95,9 @@ def run_kernels(
             for name, _ in kernel.config["arguments"]
             if name.startswith("new_")
         }
-        launch(kernel, {**given, **made}, (batch * heads,), count, heads, place, output_dtype)
+        launcher(
+            Launch(kernel, {**given, **made}, (batch * heads,), count, heads, place, output_dtype)
+        )
         if not states:
             return
         new = "new_anchor_" if part == "full" else "new_carry_"
