@@ -3,6 +3,21 @@
 from tttc import models, nn
 from tttc.compiler import CompiledModule, TTTCWarning, compile
 from tttc.ir.errors import NotLowerable
+from tttc.report.benchmark import BenchmarkResult, benchmark
+from tttc.report.explain import Explanation, explain
 from tttc.scan import ScanState, scan
 
-__all__ = ["CompiledModule", "NotLowerable", "ScanState", "TTTCWarning", "compile", "models", "nn", "scan"]
+__all__ = [
+    "BenchmarkResult",
+    "CompiledModule",
+    "Explanation",
+    "NotLowerable",
+    "ScanState",
+    "TTTCWarning",
+    "benchmark",
+    "compile",
+    "explain",
+    "models",
+    "nn",
+    "scan",
+]

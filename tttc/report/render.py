@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
@@ -26,16 +27,17 @@ FORMS = {
     "eager": "eager: the naive loop",
 }
 STAGES = {
-    "capture": "the step, as ATen operators",
+    "capture": "the step in ATen",
     "normalise": "named dimensions",
     "simplify_step": "one token, simplified",
-    "batch": "a mini-batch, primal form",
+    "batch": "primal mini-batch",
     "at_anchor": "from its anchor",
     "dualise": "dual form",
-    "simplify": "simplified: what runs",
-    "continued": "from inside a mini-batch",
+    "simplify": "simplified, runs",
+    "continued": "from its middle",
 }
 ORDERS_SHOWN = 6
+ORDER = re.compile(r"(.*) -> (\[.*\]): (\d+) operations in the order chosen, (\d+) at once")
 
 
 def explanation(ex: Explanation) -> Iterator[Any]:
@@ -104,12 +106,24 @@ def _scan(ex: Explanation, scan: ScanReport) -> Iterator[Any]:
         yield _stages(ex, scan)
         yield from _costs(scan)
     if scan.orders:
-        yield Text("  Contraction orders chosen, operations against all at once:", style="dim")
-        for note in scan.orders[:ORDERS_SHOWN]:
-            yield Padding(Text(note), (0, 0, 0, 4))
-        if len(scan.orders) > ORDERS_SHOWN:
-            rest = len(scan.orders) - ORDERS_SHOWN
-            yield Padding(Text(f"and {rest} more in .scans[{scan.name[4:]}].orders"), (0, 0, 0, 4))
+        yield Text("  Products whose order of evaluation was chosen, in operations:", style="dim")
+        yield _orders(scan)
+
+
+def _orders(scan: ScanReport) -> Padding:
+    table = _table("product", "result", "chosen", "at once", left=2)
+    for note in scan.orders[:ORDERS_SHOWN]:
+        found = ORDER.fullmatch(note)
+        if found is None:
+            table.add_row(escape(note))
+            continue
+        product, result, chosen, at_once = found.groups()
+        table.add_row(escape(product), escape(result), count(int(chosen)), count(int(at_once)))
+    if len(scan.orders) > ORDERS_SHOWN:
+        table.add_row(
+            f"and {len(scan.orders) - ORDERS_SHOWN} more in .scans[{scan.name[4:]}].orders"
+        )
+    return Padding(table, (0, 0, 0, 4))
 
 
 def _stages(ex: Explanation, scan: ScanReport) -> Padding:

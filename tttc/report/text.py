@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import shutil
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from rich.console import Console
 
-NARROW, WIDE = 80, 160  # columns a report is made for
+WIDTH = 110  # columns of a report where no terminal says otherwise
+NARROW, WIDE = 80, 160
 
 
 def count(x: float) -> str:
@@ -51,7 +55,7 @@ def error(x: float | None) -> str:
 def plain(*renderables: Any, width: int | None = None) -> str:
     """What rich would print, without colours; as wide as the terminal within reason."""
     if width is None:
-        width = min(max(shutil.get_terminal_size((110, 24)).columns, NARROW), WIDE)
+        width = min(max(shutil.get_terminal_size((WIDTH, 24)).columns, NARROW), WIDE)
     out = io.StringIO()
     console = Console(
         file=out, width=width, color_system=None, force_terminal=False, highlight=False
@@ -59,3 +63,25 @@ def plain(*renderables: Any, width: int | None = None) -> str:
     for item in renderables:
         console.print(item)
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+
+
+def console(stderr: bool = False) -> Console:
+    """Where commands print: as wide as the terminal, or as a report needs where there is none."""
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(stderr=stderr, width=None if stream.isatty() else WIDTH, highlight=False)
+
+
+@contextlib.contextmanager
+def progress(what: str) -> Iterator[Callable[[str], None]]:
+    """Say on stderr what is being done: a spinner on a terminal, a line elsewhere; the value changes it."""
+    out = console(stderr=True)
+    if sys.stderr.isatty():
+        with out.status(what) as status:
+            yield status.update
+        return
+
+    def say(text: str) -> None:
+        print(f"... {text}", file=sys.stderr, flush=True)
+
+    say(what)
+    yield say
