@@ -45,9 +45,14 @@ def stage_cost(body: Body, mini_batch_size: int) -> StageCost:
         sympy.expand(times * per_body.flops),
         sympy.expand(times * _op_by_op(body)),
         sympy.expand(times * per_body.traffic),
-        per_body.footprint,
+        _largest(body, sizes),
         sizes,
     )
+
+
+def _largest(body: Body, sizes: dict[sympy.Expr, int]) -> sympy.Expr:
+    volumes = [volume(dims_of(n)) for n in (*body.placeholders, *body.nodes)]
+    return max(volumes, key=lambda v: float(v.subs(sizes)), default=sympy.Integer(0))
 
 
 def _op_by_op(body: Body) -> sympy.Expr:

@@ -1,0 +1,337 @@
+"""Explanations, benchmarks and the command line."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+from torch import fx, nn
+
+import tttc
+from tttc import cli
+from tttc.models import TTTConfig, TTTLanguageModel
+from tttc.report import text
+from tttc.report.benchmark import Row
+from tttc.report.demo import library_text
+
+
+class Two(nn.Module):
+    """Two equal layers and one of another size."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = tttc.nn.TTTLinear(16, 2, mini_batch_size=4)
+        self.second = tttc.nn.TTTLinear(16, 2, mini_batch_size=4)
+        self.other = tttc.nn.TTTMLP(16, 2, mini_batch_size=4)
+
+    def forward(self, x):
+        return self.other(self.second(self.first(x)))
+
+
+def step_online(anchor, W, token, shared):
+    W = W + torch.outer(token, torch.tanh(token @ W))
+    return W, token @ W
+
+
+def online(x):
+    return tttc.scan(step_online, torch.zeros(2, 4, 4), x, mini_batch_size=4)[1]
+
+
+@pytest.fixture(scope="module")
+def explained():
+    torch.manual_seed(0)
+    return tttc.explain(Two(), torch.randn(2, 10, 16), backend="torch", target="")
+
+
+def test_stages_run_on_their_example_inputs(explained):
+    assert list(explained.stages)[:2] == ["model.captured", "model.aten"]
+    outputs = {}
+    for name, stage in explained.stages.items():
+        assert isinstance(stage, fx.GraphModule)
+        outputs[name] = stage(*explained.example_inputs(name))
+    naive, lowered = outputs["model.captured"], outputs["model.aten"]
+    torch.testing.assert_close(naive[0], lowered[0], atol=1e-5, rtol=1e-5)
+    for x, y in zip(outputs["scan0.batch"], outputs["scan0.simplify"], strict=True):
+        torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-5)
+
+
+def test_equal_layers_share_a_scan(explained):
+    assert explained.layers == {"first": "scan0", "second": "scan0", "other": "scan1"}
+    linear, mlp = explained.scans
+    assert linear.step == "tttc.nn.inner.linear_step"
+    assert linear.where.rpartition(":")[0].endswith("inner.py")
+    assert (linear.form, linear.mini_batch_size, linear.tokens) == ("dual", 4, 10)
+    assert mlp.layers == ["other"]
+    assert "scan1.dualise" in explained.stages and "dualise" not in explained.stages
+
+
+def test_costs_errors_and_kernels(explained):
+    for scan in explained.scans:
+        assert scan.after.number("fused") < scan.before.number("op_by_op") / 10
+        by_name = {s.name: s for s in scan.stages}
+        # The primal form makes every token's fast weights, the dual form does not.
+        primal, dual = (by_name[n].cost.number("largest") for n in ("batch", "simplify"))
+        assert primal == 4 * dual
+        assert all(s.error < 1e-5 for s in scan.stages)
+        assert max(scan.errors.values()) < 1e-5 and scan.checked == 10
+        assert scan.orders
+    assert explained.kernels
+    for kernel in explained.kernels:
+        assert kernel.path.read_text() == kernel.source
+
+
+def test_text_is_plain_and_says_what_matters(explained):
+    shown = str(explained)
+    assert "\x1b" not in shown
+    for part in (
+        "scan1: tttc.nn.inner.mlp_step",
+        "dualise",
+        "dual form",
+        "first, second",
+        "source: ",
+    ):
+        assert part in shown
+    assert "2 distinct scans in 3 layers" in repr(explained)
+
+
+def test_one_distinct_scan_has_plain_names_and_resources():
+    layer = tttc.nn.TTTLinear(32, 2, mini_batch_size=8)
+    compiled = tttc.compile(layer, backend="torch")
+    found = tttc.explain(compiled, torch.randn(1, 8, 32), target="sm_80")
+    assert "dualise" in found.stages
+    for kernel in found.kernels:
+        assert kernel.resources["registers"] > 0
+        assert kernel.resources["target"] == "sm_80"
+    assert "figures for sm_80" in str(found)
+    with pytest.raises(KeyError, match="expected one of model"):
+        found.example_inputs("dualize")
+
+
+def test_a_scan_without_dual_form_says_why():
+    found = tttc.explain(online, torch.randn(1, 2, 6, 4), backend="torch", target="")
+    (scan,) = found.scans
+    assert scan.form == "sequential" and scan.reason
+    assert scan.reason in " ".join(str(found).split())
+    assert max(scan.errors.values()) < 1e-5
+
+
+def test_an_eager_scan_says_why():
+    factor = torch.tensor(2.0)
+
+    def closes_over(x):
+        def step(anchor, W, token, shared):
+            return W + token * factor, W
+
+        return tttc.scan(step, torch.zeros(2, 4), x)[1]
+
+    with pytest.warns(tttc.TTTCWarning):
+        found = tttc.explain(closes_over, torch.randn(1, 2, 3, 4), backend="torch", target="")
+    (scan,) = found.scans
+    assert scan.form == "eager" and "closes over" in scan.reason
+    assert not found.kernels
+
+
+def test_nothing_to_explain():
+    found = tttc.explain(nn.Linear(3, 3), torch.randn(2, 3), backend="torch")
+    assert not found.scans and "No tttc.scan" in str(found)
+
+
+# -- benchmark --------------------------------------------------------------------------------------------
+
+
+def test_benchmark_compares_and_saves(tmp_path):
+    layer = tttc.nn.TTTLinear(16, 2, mini_batch_size=8)
+    x = torch.randn(1, 40, 16)
+    result = tttc.benchmark(layer, x, contenders=["eager", "tttc"], repeats=3, backend="torch")
+    assert [r.name for r in result.rows] == ["eager", "tttc"]
+    assert all(len(r.times) == 3 and r.error < 1e-5 for r in result.rows)
+    assert result.reference == "the naive loop in float64"
+    saved = json.loads(result.to_json(tmp_path / "r.json"))
+    assert saved == json.loads((tmp_path / "r.json").read_text())
+    assert saved["inputs"] == ["float32[1, 40, 16]"]
+    assert "\x1b" not in str(result) and "times eager" in str(result)
+    assert layer.W1.grad is None
+
+
+def test_a_slow_naive_loop_is_stopped_and_that_is_said():
+    layer = tttc.nn.TTTLinear(16, 2, mini_batch_size=8)
+    x = torch.randn(1, 400, 16)
+    result = tttc.benchmark(layer, x, repeats=2, budget=0.1, backend="torch")
+    assert result["eager"].at_least >= 0.1 and not result["eager"].times
+    assert "opaque" in result["torch.compile"].note
+    assert result.speed_up("tttc")[1]
+    assert result["tttc"].error < 1e-4
+    assert result.reference.startswith("the compiled graph")
+    assert "eager: stopped after" in str(result)
+
+
+def test_what_fails_says_so_in_its_row(monkeypatch):
+    monkeypatch.setattr("tttc.report.benchmark._has_compiler", lambda: False)
+    result = tttc.benchmark(
+        tttc.nn.TTTLinear(16, 2), torch.randn(1, 4, 16), contenders=["torch.compile"], repeats=1
+    )
+    assert "no C++ compiler" in result["torch.compile"].note
+    assert "no C++ compiler" in str(result)
+
+
+def test_gradients_are_compared():
+    layer = nn.Linear(8, 8)
+    result = tttc.benchmark(
+        layer,
+        torch.randn(4, 8),
+        backward=True,
+        contenders=["eager", "tttc"],
+        repeats=2,
+        backend="torch",
+    )
+    assert all(r.gradient_error < 1e-5 for r in result.rows)
+    assert layer.weight.grad is None
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"repeats": 0}, "repeats"),
+        ({"budget": 0}, "budget: expected more than 0"),
+        ({"contenders": ["jax"]}, "contenders: expected some of eager"),
+    ],
+)
+def test_benchmark_names_a_wrong_argument(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        tttc.benchmark(nn.Linear(2, 2), torch.randn(2, 2), **wrong)
+
+
+def test_rows_without_times():
+    assert Row("eager").median is None and Row("eager").spread is None
+
+
+# -- text ---------------------------------------------------------------------------------------------------
+
+
+def test_numbers():
+    assert [text.count(x) for x in (0, 999, 1234, 1.5e6, 2e15)] == [
+        "0",
+        "999",
+        "1.23 k",
+        "1.5 M",
+        "2 P",
+    ]
+    assert [text.byte_count(x) for x in (0, 1023, 1536, 3 << 20)] == [
+        "0 B",
+        "1023 B",
+        "1.5 KiB",
+        "3.0 MiB",
+    ]
+    assert [text.seconds(x) for x in (2.5, 0.0123, 4.2e-6)] == ["2.5 s", "12.3 ms", "4.2 µs"]
+
+
+# -- command line ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    (tmp_path / "mymodel.py").write_text(
+        "import tttc, torch\n"
+        "def build():\n"
+        "    return tttc.nn.TTTLinear(16, 2, mini_batch_size=4)\n"
+        "def broken():\n"
+        "    return torch.nn.Linear(3, 3)\n"
+        "number = 3\n"
+        "def needs(size):\n"
+        "    return None\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    yield "mymodel"
+    sys.modules.pop("mymodel", None)
+
+
+def test_explain_command(module, capsys):
+    arguments = [
+        "explain",
+        "mymodel:build",
+        "--input",
+        "1x6x16",
+        "--backend",
+        "torch",
+        "--target",
+        "",
+    ]
+    assert cli.main(arguments) == 0
+    assert "dualise" in capsys.readouterr().out
+
+
+def test_bench_command(module, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("tttc.report.benchmark._has_compiler", lambda: False)
+    arguments = [
+        "bench",
+        "mymodel:build",
+        "--input",
+        "1x6x16",
+        "--repeats",
+        "2",
+        "--json",
+        "r.json",
+    ]
+    assert cli.main(arguments) == 0
+    assert "times eager" in capsys.readouterr().out
+    assert len(json.loads((tmp_path / "r.json").read_text())["rows"]) == 3
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["mymodel", "--input", "2x3"], "expected package.module:name"),
+        (["nowhere:build", "--input", "2x3"], "there is no module 'nowhere'"),
+        (["mymodel:nothing", "--input", "2x3"], "has no 'nothing'"),
+        (["mymodel:number", "--input", "2x3"], "is a int"),
+        (["mymodel:needs", "--input", "2x3"], "can't be called without arguments"),
+        (["mymodel:build", "--input", "2y3"], "expected a shape like 4x2048"),
+        (["mymodel:build", "--input", "2x3:floats"], "expected ids=N or one of"),
+        (["mymodel:build", "--input", "2x3:int64"], "integers need a bound"),
+        (["mymodel:build", "--input", "2x3", "--dtype", "int64"], "expected a floating dtype"),
+        (["mymodel:build", "--input", "2x3", "--device", "nowhere"], "--device"),
+    ],
+)
+def test_mistakes_get_a_line_and_exit_code_2(module, capsys, arguments, message):
+    assert cli.main(["explain", *arguments]) == 2
+    shown = capsys.readouterr().err
+    assert message in shown and "Traceback" not in shown
+
+
+def test_a_failing_model_gets_a_line_and_debug_a_trace(module, capsys):
+    arguments = ["explain", "mymodel:broken", "--input", "2x4"]
+    assert cli.main(arguments) == 1
+    shown = capsys.readouterr().err
+    assert "--debug shows where" in shown and "Traceback" not in shown
+    assert cli.main([*arguments, "--debug"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_help_has_examples(capsys):
+    for command in ("explain", "bench", "demo"):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main([command, "--help"])
+        assert stopped.value.code == 0
+        assert f"  tttc {command}" in capsys.readouterr().out
+
+
+def test_plain_shapes_are_ids_for_a_model_with_an_embedding():
+    config = TTTConfig(vocab_size=7, hidden_size=8, intermediate_size=16, num_layers=1, num_heads=2)
+    model, cpu = TTTLanguageModel(config), torch.device("cpu")
+    ids = cli.make_input("2x50", model, cpu, None)
+    assert (
+        ids.shape == (2, 50)
+        and ids.dtype == torch.int64
+        and set(ids.unique().tolist()) <= set(range(7))
+    )
+    assert cli.make_input("2x5:ids=3", None, cpu, None).max() < 3
+    assert cli.make_input("2x5x8:bf16", model, cpu, None).dtype == torch.bfloat16
+    assert cli.make_input("2x5x8", model, cpu, torch.float64).dtype == torch.float64
+
+
+def test_the_demo_reads_real_text():
+    assert len(library_text(5000)) == 5000
+    assert b"import" in library_text(5000)
