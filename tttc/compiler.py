@@ -13,12 +13,15 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch._dynamo.backends.common import aot_autograd
 
 from tttc import _recorder, _tracing
 from tttc._checks import check_mini_batch_size
 from tttc._scan_op import interned
+from tttc.codegen.rowwise_launch import lower_regions
 from tttc.ir.errors import CheckError, NotLowerable
+from tttc.passes.fuse import decompositions, fuse
 from tttc.pipeline import build_program
 import tttc.runtime.fused_scan  # noqa: F401  (registers the operator)
 
@@ -114,9 +117,13 @@ def _replace_scan(graph: fx.Graph, node: fx.Node, mini_batch_size: int, backend:
 
 
 def _compile_graph(gm: fx.GraphModule, example_inputs: list[Any], options: Options) -> Callable[..., Any]:
-    """An ATen graph, forward or backward, as AOTAutograd hands it over."""
-    stage = _recorder.graph("aten", gm)
-    return _recorder.watched(stage, gm.forward)
+    """An ATen graph, forward or backward, as AOTAutograd hands it over: what only moves memory is fused."""
+    before = _recorder.graph("aten", gm)
+    fused = fuse(gm)
+    # The regions' kernels run on a GPU (or in Triton's interpreter), their torch operations elsewhere.
+    _recorder.kernels(lower_regions(fused, "torch" if options.backend == "torch" else "triton"))
+    after = _recorder.graph("fused", fused)
+    return make_boxed_func(_recorder.watched(before, _recorder.watched(after, fused.forward)))
 
 
 def compile_graph(
@@ -127,7 +134,12 @@ def compile_graph(
         stage = _recorder.graph("captured", gm)
         lower_scans(gm, options)
         compiler = functools.partial(_compile_graph, options=options)
-        run = aot_autograd(fw_compiler=compiler, bw_compiler=compiler)(gm, example_inputs)
+        run = aot_autograd(
+            fw_compiler=compiler,
+            bw_compiler=compiler,
+            decompositions=decompositions(),
+            partition_fn=min_cut_rematerialization_partition,
+        )(gm, example_inputs)
         return _recorder.watched(stage, run)
 
 
@@ -239,7 +251,8 @@ def _compiled_call(target: Callable[..., Any], options: Options) -> Callable[...
     direct = _DirectScans(options)
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        with _tracing.use_backend(direct):
+        # Under dynamic=True Dynamo makes symbols of floats (an eps, a base), can't keep them and starts over.
+        with _tracing.use_backend(direct), torch._dynamo.config.patch(specialize_float=True):
             try:
                 return compiled(*args, **kwargs)
             except torch._dynamo.exc.BackendCompilerFailed as error:
