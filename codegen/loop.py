@@ -49,7 +49,7 @@ class Loop:
     refresh: int | None = None  # one token at a time: the anchors are refreshed every so many
     reverse: bool = False  # mini-batches from the last to the first
     parallel: bool = False  # mini-batches are independent
-    save: tuple[str, ...] = ()  # states stored at the start of every mini-batch, as ``saved_<name>``
+    save: tuple[str, ...] = ()  # states stored before every mini-batch, as ``saved_<name>``
     store_state: bool = True  # the states are stored after the last mini-batch
     notes: list[str] = field(default_factory=list)
 

@@ -25,7 +25,7 @@ from typing import Any
 from torch import fx
 
 from tttc.ir import ops
-from tttc.ir.body import EARLIER, TOKEN, Body, operands_of, role
+from tttc.ir.body import EARLIER, TOKEN, Body, head_of, operands_of, role
 from tttc.ir.build import Builder, dims_of
 from tttc.ir.errors import NotLowerable
 from tttc.ir.functions import FUNCTIONS
@@ -44,16 +44,17 @@ def affine_in(node: Any, leaf: fx.Node, builder: Builder, touched: set[fx.Node])
     if not isinstance(node, fx.Node) or node not in touched:
         return 0, node
     parts = operands_of(node) if node.op == "call_function" else ()
-    kind = FUNCTIONS[node.args[0]].linear if node.target is ops.elementwise else ""
+    kind = FUNCTIONS[head_of(node)].linear if node.target is ops.elementwise else ""
     if kind == "sum":
         pairs = [affine_in(x, leaf, builder, touched) for x in parts]
-        if all(a == 0 or dims_of(x) == dims_of(node) for (a, _), x in zip(pairs, parts, strict=True)):
-            sign = {"add": (1, 1), "sub": (1, -1), "neg": (-1,)}[node.args[0]]
-            return tuple(
-                _signed_sum([p[i] for p in pairs], sign, builder) for i in (0, 1)
-            )  # type: ignore[return-value]
+        if all(
+            a == 0 or dims_of(x) == dims_of(node) for (a, _), x in zip(pairs, parts, strict=True)
+        ):
+            sign = {"add": (1, 1), "sub": (1, -1), "neg": (-1,)}[head_of(node)]
+            return tuple(_signed_sum([p[i] for p in pairs], sign, builder) for i in (0, 1))  # type: ignore[return-value]
     product = kind == "product" or (
-        node.target is ops.contraction and set(dims_of(node)) == {d for x in parts for d in dims_of(x)}
+        node.target is ops.contraction
+        and set(dims_of(node)) == {d for x in parts for d in dims_of(x)}
     )
     if product:
         inside = [x for x in parts if isinstance(x, fx.Node) and x in touched]
@@ -143,7 +144,9 @@ class _Batcher:
         if key in self.env:
             return self.env[key]
         if key in self.running:
-            raise NotLowerable("the update depends on the state it makes: tokens run one after another")
+            raise NotLowerable(
+                "the update depends on the state it makes: tokens run one after another"
+            )
         self.running.add(key)
         if node in self.carries:
             new = self.before(node)

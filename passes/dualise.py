@@ -27,6 +27,7 @@ from typing import Any
 
 import opt_einsum
 from torch import fx
+from tttc.passes.terms import Expander, Term, collect, linear_kind
 
 from tttc.ir import ops
 from tttc.ir.body import EARLIER, TOKEN, Body, operands_of
@@ -34,7 +35,6 @@ from tttc.ir.build import Builder, dims_of
 from tttc.ir.cost import element_count, flops, size_table
 from tttc.ir.errors import NotLowerable
 from tttc.ir.spec import Dims, Relation
-from tttc.passes.terms import Expander, Term, collect, linear_kind
 
 
 @dataclass
@@ -111,7 +111,11 @@ class _Dualiser:
         while changed:
             changed = False
             for node in self.body.nodes:
-                if node in opened or node.target is not ops.elementwise or linear_kind(node) != "sum":
+                if (
+                    node in opened
+                    or node.target is not ops.elementwise
+                    or linear_kind(node) != "sum"
+                ):
                     continue
                 if any(x in opened and len(x.users) == 1 for x in node.all_input_nodes):
                     opened.add(node)
@@ -210,7 +214,7 @@ class _Dualiser:
         """The last token's value of a node, in terms of the old graph (a stand-in until it is made)."""
         key = ("last", node, dim)
         if key not in self.memo:
-            source = self.env[node] if node in self.env else node
+            source = self.env.get(node, node)
             self.memo[key] = self.builder.last(source, dim)
             self.env[self.memo[key]] = self.memo[key]
         return self.memo[key]
@@ -221,7 +225,11 @@ class _Dualiser:
         """Evaluate a product but for its last step."""
         operands = [_Operand(self.env.get(x, x), labels) for x, labels in term.factors]
         operands = self._scaled_by(abs(term.coefficient), operands)
-        term = Term(1.0 if term.coefficient > 0 else -1.0, term.factors, term.relations) if operands else term
+        term = (
+            Term(1.0 if term.coefficient > 0 else -1.0, term.factors, term.relations)
+            if operands
+            else term
+        )
         operands = self._scalars_first(operands, term.relations)
         operands += [_Operand(None, (r.later, r.earlier), (r,)) for r in term.relations]
         if not operands:
@@ -250,7 +258,9 @@ class _Dualiser:
         scaled = _Operand(self.memo[key], small.labels)
         return [scaled if o is small else o for o in operands]
 
-    def _scalars_first(self, operands: list[_Operand], relations: Sequence[Relation]) -> list[_Operand]:
+    def _scalars_first(
+        self, operands: list[_Operand], relations: Sequence[Relation]
+    ) -> list[_Operand]:
         """Per-token numbers are multiplied with each other first: terms then share the product."""
         tokens = {x for r in relations for x in (r.earlier, r.later)}
         numbers = [o for o in operands if all(x in tokens for x in o.labels)]
@@ -282,7 +292,9 @@ class _Dualiser:
                 return self.sizes[dims[o.labels.index(label)]]
         return self.sizes[label]
 
-    def _order(self, operands: Sequence[_Operand], result: Dims) -> tuple[list[tuple[int, ...]], Any]:
+    def _order(
+        self, operands: Sequence[_Operand], result: Dims
+    ) -> tuple[list[tuple[int, ...]], Any]:
         """The order of pairwise products that takes the fewest operations."""
         labels = list(dict.fromkeys(x for o in operands for x in o.labels))
         letter = dict(zip(labels, string.ascii_letters, strict=False))
@@ -340,11 +352,15 @@ class _Dualiser:
             return done.node
         return self._product([done], labels)
 
-    def _product(self, pair: Sequence[_Operand], labels: Dims, relation: Relation | None = None) -> Any:
+    def _product(
+        self, pair: Sequence[_Operand], labels: Dims, relation: Relation | None = None
+    ) -> Any:
         """Emit a product. Labels become dimension names; two that would share one are told apart."""
         names = self._names(pair, labels, relation)
         operands = [
-            self._renamed(o.node, dict(zip(dims_of(o.node), (names[x] for x in o.labels), strict=True)))
+            self._renamed(
+                o.node, dict(zip(dims_of(o.node), (names[x] for x in o.labels), strict=True))
+            )
             for o in pair
         ]
         out = tuple(names[x] for x in labels)
@@ -389,11 +405,7 @@ class _Dualiser:
             if label in names:
                 continue
             own = next(
-                (
-                    dims_of(o.node)[o.labels.index(label)]
-                    for o in pair
-                    if label in o.labels
-                ),
+                (dims_of(o.node)[o.labels.index(label)] for o in pair if label in o.labels),
                 None,
             )
             wanted = (EARLIER, TOKEN) if label in tokens else (own,)
@@ -404,7 +416,10 @@ class _Dualiser:
     def _extra(self, like: str, names: dict[str, str]) -> str:
         for i in range(1, 100):
             name = f"{like.rstrip('0123456789')}{i}"
-            if name not in names.values() and self.sizes.get(name, self.sizes[like]) == self.sizes[like]:
+            if (
+                name not in names.values()
+                and self.sizes.get(name, self.sizes[like]) == self.sizes[like]
+            ):
                 self.sizes[name] = self.sizes[like]
                 if like.rstrip("0123456789") not in (TOKEN, EARLIER):
                     self.body.sizes[name] = self.sizes[like]
@@ -435,7 +450,9 @@ class _Dualiser:
         for f in finals:
             if isinstance(f, _Final):
                 free = tuple(x if x in result else "#" for x in f.right_labels)
-                groups.setdefault((f.right, free, f.relation.strict if f.relation else None), []).append(f)
+                groups.setdefault(
+                    (f.right, free, f.relation.strict if f.relation else None), []
+                ).append(f)
             else:
                 summands.append(f)
         for members in groups.values():

@@ -22,15 +22,17 @@ from typing import Any
 
 import torch
 from torch import fx
+from tttc.passes.labels import Label, Labels
 
 from tttc.ir import ops
 from tttc.ir.body import Body, source_line
 from tttc.ir.errors import NotLowerable
-from tttc.passes.labels import Label, Labels
 
 aten = torch.ops.aten
 prims = torch.ops.prims
-Axis = tuple[Label, ...]  # the labels an ATen axis is made of: none for size 1, several where axes were merged
+Axis = tuple[
+    Label, ...
+]  # the labels an ATen axis is made of: none for size 1, several where axes were merged
 
 
 class Value:
@@ -198,7 +200,9 @@ class Normaliser:
                 for x, y in zip(axis, axes[position], strict=True):
                     if not self.labels.unify(x, y):
                         # Renaming an argument keeps what is computed from it under one name.
-                        raise _Clash(setter[position] if _is_argument(values[setter[position]]) else index)
+                        raise _Clash(
+                            setter[position] if _is_argument(values[setter[position]]) else index
+                        )
             seen = [x.root for a in axes for x in a]
             if len(set(seen)) != len(seen):
                 raise _Clash(index)
@@ -236,13 +240,17 @@ class Normaliser:
                     factor *= math.prod(x.size for x in axis if x.root not in present)
             numbers = [v.node for v in vs if not isinstance(v.node, fx.Node)]
             factor *= math.prod(numbers) if numbers else 1.0  # type: ignore[arg-type]
-            nodes = [(v.node, o) for v, o in zip(vs, owned, strict=True) if isinstance(v.node, fx.Node)]
+            nodes = [
+                (v.node, o) for v, o in zip(vs, owned, strict=True) if isinstance(v.node, fx.Node)
+            ]
             if not nodes:
                 return Value(factor, axes)
             out = [x.root for axis in axes for x in axis if x.root in present]
             node: Any = nodes[0][0]
             if len(nodes) > 1 or any(x.root not in kept for x in nodes[0][1]):
-                node = self.emit(ops.contraction, (), [n for n, _ in nodes], [o for _, o in nodes], out)
+                node = self.emit(
+                    ops.contraction, (), [n for n, _ in nodes], [o for _, o in nodes], out
+                )
             value = Value(node, axes)
             return value if factor == 1.0 else self.pointwise("mul", [value, factor])
 
@@ -341,7 +349,7 @@ class Normaliser:
     def call(self, node: fx.Node) -> Any:
         """One ATen operator."""
         packet = getattr(node.target, "overloadpacket", node.target)
-        args = [self.env[a] if isinstance(a, fx.Node) else a for a in node.args]
+        args: list[Any] = [self.env[a] if isinstance(a, fx.Node) else a for a in node.args]
         if not any(isinstance(a, Value) for a in _flatten(args)) and isinstance(
             node.meta.get("val"), torch.Tensor
         ):
@@ -376,14 +384,15 @@ class Normaliser:
 
     def from_nothing(self, node: fx.Node) -> Value:
         """A tensor made from no input: evaluated now."""
-        packet = node.target.overloadpacket
+        target: Any = node.target
+        packet = target.overloadpacket
         shape = tuple(int(s) for s in node.meta["val"].shape)
         if packet in (aten.full, aten.zeros, aten.ones, aten.empty, aten.scalar_tensor):
-            fill = {aten.full: node.args[1] if packet is aten.full else 0, aten.ones: 1,
+            fill: Any = {aten.full: node.args[1] if packet is aten.full else 0, aten.ones: 1,
                     aten.scalar_tensor: node.args[0]}.get(packet, 0)  # fmt: skip
             return self.expand(Value(fill, [()] * len(shape)), shape)
         kwargs = {k: v for k, v in node.kwargs.items() if k not in ("device", "pin_memory")}
-        return self.constant(node.target(*node.args, **kwargs))
+        return self.constant(target(*node.args, **kwargs))
 
     def finish(self, placeholders, shapes, results) -> Body:
         """Bind the results to the names of the state, give every axis its letter, write the specs."""
@@ -412,7 +421,13 @@ class Normaliser:
             final.append(out)
         self.graph.output(tuple(final))
         every = [x for n in self.graph.nodes if "labels" in n.meta for x in n.meta["labels"][1]]
-        every += [x for n in self.graph.nodes if "labels" in n.meta for o in n.meta["labels"][0] for x in o]
+        every += [
+            x
+            for n in self.graph.nodes
+            if "labels" in n.meta
+            for o in n.meta["labels"][0]
+            for x in o
+        ]
         Labels.name(every)
         sizes = {x.root.name: x.size for x in every if x.root.name is not None}
         for node in list(self.graph.nodes):
@@ -424,9 +439,11 @@ class Normaliser:
                 text = ", ".join(" ".join(x.root.name for x in o) for o in operands)
                 spec = f"{text} -> {' '.join(node.meta['dims'])}"
                 node.args = (*node.args[:head], spec, *node.args[head + 1 :])
-                if node.target is ops.rename and operands[0] and [
-                    x.root.name for x in operands[0]
-                ] == list(node.meta["dims"]):
+                if (
+                    node.target is ops.rename
+                    and operands[0]
+                    and [x.root.name for x in operands[0]] == list(node.meta["dims"])
+                ):
                     node.replace_all_uses_with(node.args[1])
                     self.graph.erase_node(node)
         return Body.make(
@@ -574,13 +591,13 @@ def _broadcast_in_dim(n: Normaliser, node: fx.Node, args: list[Any]) -> Value:
 
 
 def _full_like(n: Normaliser, node: fx.Node, args: list[Any]) -> Value:
-    packet = node.target.overloadpacket
+    packet = getattr(node.target, "overloadpacket", None)
     fill = args[1] if packet is aten.full_like else (1 if packet is aten.ones_like else 0)
     return n.expand(Value(fill, [()] * len(args[0].axes)), args[0].shape)
 
 
 def _new_full(n: Normaliser, node: fx.Node, args: list[Any]) -> Value:
-    packet = node.target.overloadpacket
+    packet = getattr(node.target, "overloadpacket", None)
     fill = args[2] if packet is aten.new_full else (1 if packet is aten.new_ones else 0)
     return n.expand(Value(fill, [()] * len(args[1])), args[1])
 

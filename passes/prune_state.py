@@ -30,7 +30,11 @@ def live_states(body: Body, wanted: Iterable[int], outputs: Iterable[int]) -> se
             if node not in reached:
                 reached.add(node)
                 stack += node.all_input_nodes
-        found = live | {role(n)[1] for n in reached if n.op == "placeholder" and role(n)[0] in ("anchor", "carry")}
+        found = live | {
+            role(n)[1]
+            for n in reached
+            if n.op == "placeholder" and role(n)[0] in ("anchor", "carry")
+        }
         if found == live:
             return live
         live = found

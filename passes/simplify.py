@@ -59,7 +59,11 @@ class _Simplifier:
             return self.elementwise(str(node.args[0]), operands, dims_of(node))
         if node.target is ops.rename:
             return self.renamed(operands[0], dims_of(node))
-        if node.target is ops.contraction and len(operands) == 1 and dims_of(operands[0]) == dims_of(node):
+        if (
+            node.target is ops.contraction
+            and len(operands) == 1
+            and dims_of(operands[0]) == dims_of(node)
+        ):
             return operands[0]
         return self.shared(self.builder.copy(node, operands, dims_of(node)))
 
@@ -69,7 +73,8 @@ class _Simplifier:
             return FUNCTIONS[function].torch(*operands)
         if function in COMMUTATIVE and _is_number(operands[0]):
             operands = operands[::-1]
-        x, y = operands[0], operands[1] if len(operands) > 1 else None
+        x: Any = operands[0]
+        y: Any = operands[1] if len(operands) > 1 else None
         same = isinstance(x, fx.Node) and dims_of(x) == result
         if function == "mul" and same and y == 1 and _is_number(y):
             return x

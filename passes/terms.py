@@ -10,7 +10,7 @@ from typing import Any
 from torch import fx
 
 from tttc.ir import ops
-from tttc.ir.body import operands_of, spec_of
+from tttc.ir.body import head_of, operands_of, spec_of
 from tttc.ir.build import dims_of
 from tttc.ir.functions import FUNCTIONS
 from tttc.ir.spec import Dims, Relation, parse, parse_relation
@@ -49,7 +49,7 @@ def linear_kind(node: fx.Node) -> str:
     if node.target in (ops.rename, ops.last):
         return "view"
     if node.target is ops.elementwise:
-        kind = FUNCTIONS[node.args[0]].linear
+        kind = FUNCTIONS[head_of(node)].linear
         if kind == "first" and isinstance(node.args[3], (int, float)):
             return "product"
         return kind if kind != "first" else ""
@@ -82,7 +82,7 @@ class Expander:
         return self._last(source, names)
 
     def _sum(self, node: fx.Node, names: dict[str, str]) -> list[Term]:
-        signs = {"add": (1.0, 1.0), "sub": (1.0, -1.0), "neg": (-1.0,)}[node.args[0]]  # type: ignore[index]
+        signs = {"add": (1.0, 1.0), "sub": (1.0, -1.0), "neg": (-1.0,)}[head_of(node)]
         terms = []
         for sign, x in zip(signs, operands_of(node), strict=True):
             inner = self.expand(x, tuple(names[d] for d in dims_of(x)))
@@ -94,7 +94,7 @@ class Expander:
         names = dict(names)
         relations: tuple[Relation, ...] = ()
         if node.target is ops.masked_contraction:
-            r = parse_relation(node.args[0])
+            r = parse_relation(head_of(node))
             for d in (r.earlier, r.later):
                 names.setdefault(d, next(self._fresh))
             relations = (Relation(names[r.earlier], names[r.later], r.strict),)
@@ -110,7 +110,6 @@ class Expander:
         return terms
 
     def _last(self, source: fx.Node, names: dict[str, str]) -> list[Term]:
-        (token,) = [d for d in dims_of(source) if d not in names]
         label = next(self._fresh)
         inner = self.expand(source, tuple(names.get(d, label) for d in dims_of(source)))
         terms = []

@@ -68,7 +68,9 @@ def compare(name: str, expected: Sequence[Any], got: Sequence[Any]) -> None:
         scale = float(x[finite].abs().max()) if finite.any() else 0.0
         error = float((x[finite] - y[finite]).abs().max()) if finite.any() else 0.0
         if error > TOLERANCE * max(1.0, scale):
-            raise CheckError(f"{name}: result {i} changed by {error:.3g} (values up to {scale:.3g})")
+            raise CheckError(
+                f"{name}: result {i} changed by {error:.3g} (values up to {scale:.3g})"
+            )
 
 
 def verify_pass(
@@ -81,9 +83,15 @@ def verify_pass(
             run = before.gm if isinstance(before, Body) else before
             padded = [x.reshape(after.leaf_shapes.get(str(n.target), x.shape))
                       for x, n in zip(arguments, after.placeholders, strict=True)]  # fmt: skip
-            inputs = arguments if isinstance(before, Body) else [
-                x for x, n in zip(padded, after.placeholders, strict=True) if role(n)[0] != "constant"
-            ]
+            inputs = (
+                arguments
+                if isinstance(before, Body)
+                else [
+                    x
+                    for x, n in zip(padded, after.placeholders, strict=True)
+                    if role(n)[0] != "constant"
+                ]
+            )
             expected = [x.squeeze() if not isinstance(before, Body) else x for x in run(*inputs)]
             got = [x.squeeze() if not isinstance(before, Body) else x for x in after.gm(*arguments)]
             compare(name, expected, got)

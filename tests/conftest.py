@@ -1,18 +1,29 @@
 """What every test runs under: Triton's interpreter where there is no GPU, two threads, a cache of its own."""
 
 import os
+import subprocess
+import sys
 import tempfile
+
+
+def _has_gpu() -> bool:
+    """Asked in a process of its own: here torch must not be imported yet, it may import triton."""
+    code = "import torch; raise SystemExit(not torch.cuda.is_available())"
+    return subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# Triton reads it as it is imported, and torch's compiler imports triton.
+if "TRITON_INTERPRET" not in os.environ and not _has_gpu():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 import torch
 import torch._dynamo
 
-if not torch.cuda.is_available():
-    # Read by triton when it is imported, so it is set before any test imports a kernel.
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 _cache = tempfile.TemporaryDirectory(prefix="tttc-tests-")
 os.environ["TTTC_CACHE_DIR"] = _cache.name
-torch.set_num_threads(2)
+# Workers of pytest-xdist share the cores.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 @pytest.fixture

@@ -110,7 +110,11 @@ def watched(stage: Stage | None, run: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def site(
-    node: fx.Node, key: str, mini_batch_size: int, program: Program | None, reason: str | None = None
+    node: fx.Node,
+    key: str,
+    mini_batch_size: int,
+    program: Program | None,
+    reason: str | None = None,
 ) -> None:
     """Keep a scan of a captured graph, lowered or not."""
     recording = _current.get()

@@ -105,9 +105,11 @@ def capture_step(
     # Inside a capture of TorchDynamo, make_fx would take up its symbolic sizes: features have none.
     plain = torch._guards.tracing(None)
     with plain, torch.autocast("cpu", enabled=False), torch.no_grad():
-        gm = make_fx(torch.func.functionalize(flat, remove="mutations"), decomposition_table=table, tracing_mode="fake")(
-            *state, *(torch.zeros_like(x) for x in state), *tokens, *shared
-        )
+        gm = make_fx(
+            torch.func.functionalize(flat, remove="mutations"),
+            decomposition_table=table,
+            tracing_mode="fake",
+        )(*state, *(torch.zeros_like(x) for x in state), *tokens, *shared)
     gm.graph.eliminate_dead_code()
     gm.recompile()
     gm.meta["counts"] = counts

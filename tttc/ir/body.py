@@ -114,9 +114,16 @@ def spec_of(node: fx.Node) -> str:
     return node.args[head_length(node)]  # type: ignore[return-value]
 
 
+def head_of(node: fx.Node) -> str:
+    """What precedes the spec: the name of a function, or a relation."""
+    return node.args[0]  # type: ignore[return-value]
+
+
 def head_length(node: fx.Node) -> int:
     """How many arguments precede the spec: a function's name or a relation."""
-    return int(OPERATORS[node.target] in ("elementwise", "reduction", "masked", "masked_contraction"))
+    return int(
+        OPERATORS[node.target] in ("elementwise", "reduction", "masked", "masked_contraction")
+    )
 
 
 def operands_of(node: fx.Node) -> tuple:
@@ -161,7 +168,7 @@ def _check_operator(node: fx.Node, body: Body) -> None:
     if name in ("contraction", "masked_contraction", "elementwise", "broadcast"):
         allowed = {d for o in spec.operands for d in o}
         if name == "masked_contraction":
-            r = parse_relation(node.args[0])
+            r = parse_relation(head_of(node))
             allowed |= {r.earlier, r.later}
         if not set(spec.result) <= allowed:
             raise CheckError(f"{node.name}: the result names a dimension no operand has: {spec}")

@@ -29,7 +29,11 @@ class Builder:
         self.graph = graph
 
     def call(
-        self, target: Callable[..., Any], head: tuple[Any, ...], operands: Sequence[Any], result: Dims
+        self,
+        target: Callable[..., Any],
+        head: tuple[Any, ...],
+        operands: Sequence[Any],
+        result: Dims,
     ) -> fx.Node:
         """One operator, its spec from the names of its operands and of its result."""
         text = f"{', '.join(' '.join(dims_of(x)) for x in operands)} -> {' '.join(result)}"

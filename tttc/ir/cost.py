@@ -9,7 +9,7 @@ import sympy
 from torch import fx
 
 from tttc.ir import ops
-from tttc.ir.body import EARLIER, TOKEN, Body, operands_of, spec_of
+from tttc.ir.body import EARLIER, TOKEN, Body, spec_of
 from tttc.ir.build import dims_of
 from tttc.ir.spec import parse
 

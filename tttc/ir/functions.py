@@ -12,7 +12,9 @@ class Function(NamedTuple):
     """An elementwise function: what runs it, and whether it is linear in all, one or none of its operands."""
 
     torch: Callable[..., Any]
-    linear: str = ""  # "sum": linear in all together; "product": in each alone; "first": in the first
+    linear: str = (
+        ""  # "sum": linear in all together; "product": in each alone; "first": in the first
+    )
 
 
 def _binary(f: Callable[..., Any]) -> Callable[..., Any]:
@@ -31,7 +33,9 @@ def _where(condition: Any, x: Any, y: Any) -> Any:
     if like is None:
         like = torch.zeros((), dtype=torch.get_default_dtype(), device=condition.device)
     x, y = (
-        v if isinstance(v, torch.Tensor) else torch.full((), v, dtype=like.dtype, device=like.device)
+        v
+        if isinstance(v, torch.Tensor)
+        else torch.full((), v, dtype=like.dtype, device=like.device)
         for v in (x, y)
     )
     return torch.where(condition, x, y)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 Dims = tuple[str, ...]
@@ -28,7 +28,7 @@ class Spec(NamedTuple):
         return tuple(x for x in self.labels if x not in self.result)
 
 
-@lru_cache(maxsize=None)
+@cache
 def parse(spec: str) -> Spec:
     """Read a spec.
 
@@ -50,7 +50,7 @@ class Relation(NamedTuple):
         return f"{self.earlier}{'<' if self.strict else '<='}{self.later}"
 
 
-@lru_cache(maxsize=None)
+@cache
 def parse_relation(text: str) -> Relation:
     """Read a relation.
 

@@ -77,7 +77,9 @@ def run_kernels(
     now_carry = [squeeze_features(x, 2) for x in carry] if carry else now_anchor
     rows = [squeeze_features(x, 3) for x in tokens]
     outputs = [
-        torch.empty(batch, length, heads, *shape, dtype=output_dtype, device=tokens[0].device).transpose(1, 2)
+        torch.empty(
+            batch, length, heads, *shape, dtype=output_dtype, device=tokens[0].device
+        ).transpose(1, 2)
         for shape in program.token.output_shapes
     ]
     results = [squeeze_features(x, 3) for x in outputs]
