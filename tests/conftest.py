@@ -1,25 +1,14 @@
 """What every test runs under: Triton's interpreter where there is no GPU, two threads, a cache of its own."""
 
 import os
-import subprocess
-import sys
 import tempfile
-
-
-def _has_gpu() -> bool:
-    """Asked in a process of its own: here torch must not be imported yet, it may import triton."""
-    code = "import torch; raise SystemExit(not torch.cuda.is_available())"
-    return subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
-# Triton reads it as it is imported, and torch's compiler imports triton.
-if "TRITON_INTERPRET" not in os.environ and not _has_gpu():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 import torch
-import torch._dynamo
 
+if not torch.cuda.is_available():
+    # Read by triton when it is imported, which torch._dynamo does: nothing that imports that may come before.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 _cache = tempfile.TemporaryDirectory(prefix="tttc-tests-")
 os.environ["TTTC_CACHE_DIR"] = _cache.name
 # Workers of pytest-xdist share the cores.
@@ -33,5 +22,7 @@ def constant_floats():
     Under dynamic=True Dynamo makes symbols of a norm's eps and the like, can't keep them, and compiles
     everything a second time; a test that is not about that saves the time.
     """
+    import torch._dynamo
+
     with torch._dynamo.config.patch(specialize_float=True):
         yield
