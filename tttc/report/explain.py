@@ -15,7 +15,7 @@ from tttc.compiler import CompiledModule, compile
 from tttc.ir.body import Body
 from tttc.report import scans as running
 from tttc.report.costs import StageCost, stage_cost
-from tttc.report.kernels import default_target, scan_kernels, with_resources
+from tttc.report.kernels import default_target, kernels_of, save, scan_launches
 
 if TYPE_CHECKING:
     from tttc.codegen.kernel import Kernel
@@ -199,7 +199,8 @@ def explain(
     _add_models(explanation, recording, calls)
     _add_scans(explanation, recording, calls, check_tokens)
     _add_kernels(explanation, recording, calls, default_target() if target is None else target)
-    explanation.kernels += recording.kernels
+    explanation.kernels += {k.path: k for k in recording.kernels}.values()
+    save(explanation.kernels)
     return explanation
 
 
@@ -337,9 +338,9 @@ def _add_kernels(
     reports = {(r.key, r.mini_batch_size): r for r in explanation.scans}
     for key, program in programs.items():
         call = calls.get(key)
-        made = scan_kernels(program, call is None or bool(call.arguments.get("states", True)))
-        dtype = torch.float32 if call is None else call.tokens[0].dtype
-        made = with_resources(made, dtype, target) if target else made
+        if call is None or call.empty:
+            continue
+        made = kernels_of(scan_launches(program, call), target)
         reports[key].kernels = made
         explanation.kernels += made
 

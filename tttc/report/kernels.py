@@ -4,84 +4,80 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from typing import Any
 
 import torch
 
+from tttc._scan_op import scan_info
 from tttc.codegen.kernel import Kernel, write_atomically
-from tttc.codegen.resources import Request, ResourceError, measure
+from tttc.codegen.resources import ResourceError, measure
 from tttc.ir.errors import NotLowerable
 from tttc.ir.program import Program
-from tttc.runtime.triton_scan import scan_kernel
-
-TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16"}
-LEADING = {"token": 3, "output": 3, "shared": 1, "constant": 0}  # axes that are no features
+from tttc.report.scans import Call
+from tttc.runtime.launch import Launch
+from tttc.runtime.triton_scan import run_kernels
 
 
 def default_target() -> str:
     """The GPU at hand, else an H100's architecture."""
-    if torch.cuda.is_available() and torch.version.hip is None:
-        major, minor = torch.cuda.get_device_capability()
-        return f"sm_{major}{minor}"
-    if torch.cuda.is_available():
+    if not torch.cuda.is_available():
+        return "sm_90"
+    if torch.version.hip is not None:
         return torch.cuda.get_device_properties(0).gcnArchName.partition(":")[0]
-    return "sm_90"
+    major, minor = torch.cuda.get_device_capability()
+    return f"sm_{major}{minor}"
 
 
-def scan_kernels(program: Program, states: bool) -> list[Kernel]:
-    """The kernels a program ran by, or, where it ran by torch operations, those it would take on a GPU."""
-    if program.kernels:
-        return [saved(k) for k in program.kernels.values()]
-    parallel = ["full", "continued"] if states else ["outputs"]
+def scan_launches(program: Program, call: Call) -> list[Launch]:
+    """The first launch of each kernel that a scan runs by on a GPU, on tensors without values.
+
+    Empty where it would run by torch operations: computed in float64, or an operator has no Triton form.
+    """
+    info = scan_info(call.anchor, call.tokens, call.shared)
+    if info.compute is not torch.float32:
+        return []
+    given = (call.anchor, call.carry, call.tokens, call.shared)
+    anchor, carry, tokens, shared = ([_abstract(x) for x in group] for group in given)
+    launches: list[Launch] = []
     try:
-        return [
-            saved(scan_kernel(program, part))
-            for part in (["tokens"] if program.sequential else parallel)
-        ]
+        run_kernels(
+            program,
+            anchor,
+            carry,
+            tokens,
+            shared,
+            call.arguments["place"],
+            info.output,
+            call.arguments.get("states", True),
+            launcher=launches.append,
+        )
     except NotLowerable:
         return []
+    return list({id(x.kernel): x for x in reversed(launches)}.values())[::-1]
 
 
-def saved(kernel: Kernel) -> Kernel:
-    """The kernel, its source where :attr:`Kernel.path` says."""
-    if not kernel.path.exists():
-        write_atomically(kernel.path, kernel.source)
-    return kernel
+def _abstract(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
 
 
-def scan_request(kernel: Kernel, dtype: torch.dtype) -> Request:
-    """The kernel as it is launched on contiguous tensors, tokens of ``dtype``, states float32."""
-    import triton.language as tl
-
-    tokens = TYPES.get(dtype, "*fp32")
-    signature: dict[str, str] = {"T": "i32", "H": "i32", "place": "i32"}
-    constants: dict[str, Any] = {"DOT": tl.dtype(tokens.removeprefix("*")), "PRECISION": "tf32"}
-    aligned = []
-    for name, rank in kernel.config["arguments"]:
-        kind = name.rpartition("_")[0]
-        signature[name] = tokens if kind in ("token", "output", "shared") else "*fp32"
-        aligned.append(name)
-        leading = LEADING.get(kind, 2)
-        for axis in range(rank):
-            stride = f"{name}_s{axis}"
-            if axis == rank - 1 and rank > leading:
-                constants[stride] = 1  # as a launch specialises it
-            else:
-                signature[stride] = "i32"
-                if rank > leading:
-                    aligned.append(stride)
-    schedule = asdict(kernel.config["schedule"])
-    options = {k: v for k, v in schedule.items() if k in ("num_warps", "maxnreg") and v is not None}
-    return Request.of(kernel, signature, constexprs=constants, options=options, aligned=aligned)
+def save(kernels: Sequence[Kernel]) -> None:
+    """Write the sources to where :attr:`Kernel.path` says, where they aren't there yet."""
+    for kernel in kernels:
+        if not kernel.path.exists():
+            write_atomically(kernel.path, kernel.source)
 
 
-def with_resources(kernels: Sequence[Kernel], dtype: torch.dtype, target: str) -> list[Kernel]:
-    """Copies of scan kernels with their resources on ``target``; as they are where they don't compile for it."""
+def kernels_of(launches: Sequence[Launch], target: str) -> list[Kernel]:
+    """The kernels of launches with their resources on ``target`` ("" for no figures).
+
+    Those that don't compile for it come without.
+    """
+    if not target:
+        return [x.kernel for x in launches]
     try:
-        found = measure([scan_request(k, dtype) for k in kernels], target)
+        found = measure([x.request() for x in launches], target)
     except ResourceError:
-        return list(kernels)
+        return [x.kernel for x in launches]
     return [
-        replace(k, resources={**asdict(r), "target": target})
-        for k, r in zip(kernels, found, strict=True)
+        replace(x.kernel, resources={**asdict(r), "target": target})
+        for x, r in zip(launches, found, strict=True)
     ]
