@@ -165,7 +165,7 @@ def _check_operator(node: fx.Node, body: Body) -> None:
         if d not in known and d.rstrip("0123456789") not in (TOKEN, EARLIER):
             raise CheckError(f"{node.name}: the dimension {d} has no size")
     name = OPERATORS[node.target]
-    if name in ("contraction", "masked_contraction", "elementwise", "broadcast"):
+    if name in ("contraction", "masked_contraction", "elementwise", "broadcast", "at_last"):
         allowed = {d for o in spec.operands for d in o}
         if name == "masked_contraction":
             r = parse_relation(head_of(node))

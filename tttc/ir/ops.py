@@ -197,7 +197,29 @@ def last(spec: str, x: Tensor) -> Tensor:
     return x.select(dims.index(d) - len(dims), -1)
 
 
-OPERATORS = {
+def at_last(spec: str, x: Tensor, like: Tensor) -> Tensor:
+    """``x`` at the last token of the mini-batch, zero at the others; as many tokens as ``like`` has."""
+    dims, like_dims = parse(spec).operands
+    result = parse(spec).result
+    (d,) = [d for d in result if d not in dims]
+    length = like.shape[like_dims.index(d) - len(like_dims)]
+    place = torch.zeros(length, dtype=torch.bool, device=like.device)
+    place[-1:] = True
+    zero = torch.zeros((), dtype=x.dtype, device=x.device)
+    return torch.where(align(place, (d,), result), align(x, dims, result), zero)
+
+
+OPERATORS: dict[Any, str] = {
     f: f.__name__
-    for f in (contraction, masked_contraction, masked, elementwise, reduction, rename, broadcast, last)
+    for f in (
+        contraction,
+        masked_contraction,
+        masked,
+        elementwise,
+        reduction,
+        rename,
+        broadcast,
+        last,
+        at_last,
+    )
 }
