@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
+from tttc.codegen.torch_ops import direct
 from tttc.ir.body import Body, role
 from tttc.ir.program import Program
+from tttc.passes.prune_state import live_states
+from tttc.passes.split import Part, Split, split
 
 Tensor = torch.Tensor
 
@@ -26,8 +30,83 @@ def _arguments(
     shared: Sequence[Tensor],
     constants: Sequence[Tensor],
 ) -> list[Tensor]:
-    groups = {"anchor": anchor, "carry": carry, "token": tokens, "shared": shared, "constant": constants}
+    groups = {
+        "anchor": anchor,
+        "carry": carry,
+        "token": tokens,
+        "shared": shared,
+        "constant": constants,
+    }
     return [groups[kind][i] for kind, i in map(role, body.placeholders)]
+
+
+def _group_size(state: Sequence[Tensor]) -> int:
+    """Mini-batches whose outputs are made together: as many as keep their anchors within 16 MiB, near the caches."""
+    bytes_each = sum(x.numel() * x.element_size() for x in state)
+    return max(1, min(256, (16 << 20) // max(bytes_each, 1)))
+
+
+def _split(program: Program, states: bool) -> Split:
+    """The full body split, its parts bound to torch operations, once."""
+    if states not in program.splits:
+        assert program.full is not None
+        body = program.full
+        outputs = range(len(body.results) - body.states)
+        live = live_states(body, range(body.states) if states else [], outputs)
+        made = split(body, live)
+        for part in (made.invariant, made.before, made.recurrence, made.outputs):
+            part.gm = direct(part.gm)
+        program.splits[states] = made
+    return program.splits[states]
+
+
+def _run_group(
+    parts: Split,
+    anchor: Sequence[Tensor],
+    tokens: Sequence[Tensor],
+    shared: Sequence[Tensor],
+    constants: Sequence[Tensor],
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Mini-batches that start at their anchors: the state one after another, the rest all together.
+
+    ``tokens``: leaves ``[B, H, N, b, ...]``; returns new states and outputs ``[B, H, N, b, ...]``.
+    """
+    once = {f"shared_{i}": x for i, x in enumerate(shared)}
+    once |= {f"constant_{i}": x for i, x in enumerate(constants)}
+    once |= _run(parts.invariant, once)
+    # A parameter [H, ...] meets values [B, H, N, ...].
+    many = {k: x if k.startswith("constant") or not x.ndim else x.unsqueeze(1) for k, x in once.items()}
+    many |= {f"token_{i}": x for i, x in enumerate(tokens)}
+    many |= _run(parts.before, many)
+    step = parts.recurrence
+    index = {f"anchor_{i}": i for i in range(len(anchor))}
+    given: list[Any] = [
+        index[name] if name in index else (once[name] if name in once else many[name].unbind(2))
+        for name in step.inputs
+    ]
+    places = {i: step.results.index(name) for i, name in parts.states.items() if name in step.results}
+    states = list(anchor)
+    anchors: list[list[Tensor]] = [[] for _ in anchor]
+    left: list[list[Tensor]] = [[] for _ in step.results]
+    for n in range(tokens[0].shape[2]):
+        for kept, x in zip(anchors, states, strict=True):
+            kept.append(x)
+        results = step.gm(
+            *(states[x] if isinstance(x, int) else (x[n] if isinstance(x, tuple) else x) for x in given)
+        )
+        for i, place in places.items():
+            states[i] = results[place]
+        for kept, x in zip(left, results, strict=True):
+            kept.append(x)
+    wanted = set(parts.outputs.inputs)
+    many |= {name: torch.stack(anchors[i], 2) for name, i in index.items() if name in wanted}
+    many |= {name: torch.stack(x, 2) for name, x in zip(step.results, left, strict=True) if name in wanted}
+    made = _run(parts.outputs, many)
+    return states, [made[name] for name in parts.emitted]
+
+
+def _run(part: Part, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    return dict(zip(part.results, part.gm(*(values[x] for x in part.inputs)), strict=True))
 
 
 def run_program(
@@ -37,6 +116,7 @@ def run_program(
     tokens: Sequence[Tensor],
     shared: Sequence[Tensor],
     place: int,
+    states: bool = True,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Scan a program over tokens.
 
@@ -46,6 +126,7 @@ def run_program(
         tokens: leaves ``[B, H, T, ...]``, T at least 1.
         shared: leaves ``[H, ...]``.
         place: tokens already read of the mini-batch.
+        states: whether the final states are wanted; those returned are wrong where they are not.
 
     Returns:
         New anchor, new carry and output leaves, all in the dtype computed in.
@@ -65,16 +146,25 @@ def run_program(
     pieces: list[list[Tensor]] = []
     start = 0
     while start < length:
+        if place == 0:
+            anchor = carry
+        whole = (length - start) // b
         if program.sequential:
             body, count = program.token, 1
             now = [x[:, :, start] for x in tokens]
+        elif place == 0 and whole > 1:
+            group = min(whole, _group_size(anchor))
+            count = group * b
+            now = [x[:, :, start : start + count].unflatten(2, (group, b)) for x in tokens]
+            carry, outputs = _run_group(_split(program, states), anchor, now, shared, constants)
+            pieces.append([x.flatten(2, 3) for x in outputs])
+            start += count
+            continue
         else:
             assert program.full is not None and program.continued is not None
             count = min(b - place, length - start)
             body = program.full if place == 0 else program.continued
             now = [x[:, :, start : start + count] for x in tokens]
-        if place == 0:
-            anchor = carry
         results = body.gm(*_arguments(body, anchor, carry, now, shared, constants))
         carry = list(results[: body.states])
         outputs = list(results[body.states :])
@@ -86,10 +176,17 @@ def run_program(
     outputs = [torch.cat(z, 2) for z in zip(*pieces, strict=True)]
     lead = tokens[0].shape[:3]
     shaped = [
-        z.reshape(*lead, *shape) for z, shape in zip(outputs, program.token.output_shapes, strict=True)
+        z.reshape(*lead, *shape)
+        for z, shape in zip(outputs, program.token.output_shapes, strict=True)
     ]
     return (
-        [x.expand(*lead[:2], *x.shape[2:]).reshape(s) for x, s in zip(anchor, state_shapes, strict=True)],
-        [x.expand(*lead[:2], *x.shape[2:]).reshape(s) for x, s in zip(carry, state_shapes, strict=True)],
+        [
+            x.expand(*lead[:2], *x.shape[2:]).reshape(s)
+            for x, s in zip(anchor, state_shapes, strict=True)
+        ],
+        [
+            x.expand(*lead[:2], *x.shape[2:]).reshape(s)
+            for x, s in zip(carry, state_shapes, strict=True)
+        ],
         shaped,
     )

@@ -40,7 +40,7 @@ def _einsum_equation(spec: str) -> str:
 
 
 @lru_cache(maxsize=None)
-def _product_plan(spec: str) -> tuple[Dims, Dims, Dims] | None:
+def product_plan(spec: str) -> tuple[Dims, Dims, Dims] | None:
     """How to run a contraction of two operands as one ``matmul``: orders of left, right and result."""
     parsed = parse(spec)
     if len(parsed.operands) != 2:
@@ -72,7 +72,7 @@ def contraction(spec: str, *operands: Tensor) -> Tensor:
         axes = [i - len(dims) for i, d in enumerate(dims) if d not in parsed.result]
         x = operands[0]
         return align(x.sum(axes) if axes else x, kept, parsed.result)
-    plan = _product_plan(spec)
+    plan = product_plan(spec)
     if plan is not None:
         left, right, result = plan
         product = torch.matmul(

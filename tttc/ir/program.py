@@ -26,6 +26,7 @@ class Program:
     reason: str | None = None
     stages: dict[str, Body | fx.GraphModule] = field(default_factory=dict)
     verified: bool = False
+    splits: dict = field(default_factory=dict)  # the full body split for the torch backend
     schedules: dict = field(default_factory=dict)  # of the parts, where one was chosen
     kernels: dict = field(default_factory=dict)
     no_kernels: str | None = None  # why Triton can not express it

@@ -71,7 +71,9 @@ def fused_scan(
         out = _by_kernels(program, anchor, carry, tokens, shared, place, info, states)
         if out is not None:
             return _unaliased(out, [*anchor, *carry])
-    new_anchor, new_carry, z = run_program(program, anchor, carry, tokens, shared, place)
+    new_anchor, new_carry, z = run_program(
+        program, anchor, carry, tokens, shared, place, states
+    )
     outputs = _empty_outputs(tokens, key, info)
     for x, y in zip(outputs, z, strict=True):
         x.copy_(y)
