@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from tttc import _recorder
+from tttc._scan_op import scan_info
 from tttc.compiler import CompiledModule, compile
 from tttc.ir.body import Body
 from tttc.report import scans as running
@@ -60,7 +61,8 @@ class ScanReport:
     batch: int = 0
     heads: int = 0
     tokens: int = 0
-    element_size: int = 4
+    element_size: int = 4  # bytes of an element of a token, and of what the step computes in
+    compute_size: int = 4
     kernels: list[Kernel] = field(default_factory=list)
 
     @property
@@ -103,7 +105,7 @@ class Explanation:
             distinct scan: ``dualise``, or ``scan1.dualise`` where there are several.
         scans: one :class:`ScanReport` for each distinct scan.
         models: one :class:`ModelReport` for each captured graph.
-        layers: ``{name of a layer: name of its scan}``; equal layers share one.
+        layers: ``{name of a layer: name of its scan}``; equal layers share one. The model itself is ``""``.
         kernels: the emitted kernels, each with ``name``, ``source``, ``path``, ``config``, ``resources``, ``cost``.
     """
 
@@ -286,7 +288,7 @@ def _scan_report(name: str, sites: list[_recorder.Site], call: running.Call | No
         step=first.key.rpartition("#")[0] or first.key,
         where=running.source_of_step(first.key) if captured else None,
         mini_batch_size=first.mini_batch_size,
-        layers=list(dict.fromkeys(s.layer for s in sites if s.layer)),
+        layers=list(dict.fromkeys(s.layer for s in sites)),
         sites=list(dict.fromkeys(s.where for s in sites if s.where)),
         form=form,
         reason=first.reason if program is None else program.reason,
@@ -294,6 +296,7 @@ def _scan_report(name: str, sites: list[_recorder.Site], call: running.Call | No
     if call is not None:
         report.batch, report.heads, report.tokens = call.tokens[0].shape[:3]
         report.element_size = call.tokens[0].element_size()
+        report.compute_size = scan_info(call.anchor, call.tokens, call.shared).compute.itemsize
     if program is not None and program.full is not None:
         report.orders = list(dict.fromkeys(program.full.notes))
     return report

@@ -86,7 +86,7 @@ def _scan(ex: Explanation, scan: ScanReport) -> Iterator[Any]:
     facts.show_header = False
     if scan.where:
         facts.add_row("step", escape(scan.where))
-    if scan.layers:
+    if any(scan.layers):
         facts.add_row("layers", f"{len(scan.layers)}: {escape(shortened(scan.layers))}")
     facts.add_row("form", FORMS[scan.form] + (f"; {escape(scan.reason)}" if scan.reason else ""))
     if scan.tokens:
@@ -146,8 +146,8 @@ def _stages(ex: Explanation, scan: ScanReport) -> Padding:
             costs = (
                 str(products),
                 count(s.cost.number("flops")),
-                byte_count(scan.element_size * s.cost.number("op_by_op")),
-                byte_count(scan.element_size * s.cost.number("largest")),
+                byte_count(scan.compute_size * s.cost.number("op_by_op")),
+                byte_count(scan.compute_size * s.cost.number("largest")),
             )
         table.add_row(name, STAGES.get(s.name, ""), str(s.nodes), *costs, error(s.error))
     return Padding(table, (0, 0, 0, 4))
@@ -159,12 +159,12 @@ def _costs(scan: ScanReport) -> Iterator[Any]:
         return
     yield Text("  Before (the naive step, op by op) and after (in one kernel):", style="dim")
     table = _table("", "", "a mini-batch and head", "the whole input", left=2)
-    size = scan.element_size
+    inside, outside = scan.compute_size, scan.element_size
     for label, cost, what, show in (
         ("FLOPs before", before, "flops", count),
         ("FLOPs after", after, "flops", count),
-        ("bytes before", before, "op_by_op", lambda x: byte_count(size * x)),
-        ("bytes after", after, "fused", lambda x: byte_count(size * x)),
+        ("bytes before", before, "op_by_op", lambda x: byte_count(inside * x)),
+        ("bytes after", after, "fused", lambda x: byte_count(outside * x)),
     ):
         numbers = show(cost.number(what)), show(scan.total(cost, what)) if scan.tokens else ""
         table.add_row(label, _expression(getattr(cost, what)), *numbers)
