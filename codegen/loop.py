@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
+from tttc.ir import ops
 from tttc.ir.body import Body, role
+from tttc.ir.build import dims_of
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def scan_loop(
     *,
     outputs: bool = True,
     states: bool = True,
-    save: bool = False,
+    save: set[int] | None = None,
     parallel: bool = False,
     continued: bool = False,
     store_state: bool = True,
@@ -78,7 +80,7 @@ def scan_loop(
         live: the state leaves to compute.
         outputs: compute the outputs.
         states: carry the states (False: each mini-batch finds its anchors saved).
-        save: store the anchors of every mini-batch.
+        save: the state leaves whose anchors are stored for every mini-batch.
         parallel: mini-batches run independently, from saved anchors.
         continued: one mini-batch, or part of one, from a carry that has left its anchor.
         store_state: store the states after the last mini-batch.
@@ -115,10 +117,36 @@ def scan_loop(
         # At 1 the body reads no anchor: there is none to refresh.
         refresh=None if body.batched or mini_batch_size == 1 else mini_batch_size,
         parallel=parallel,
-        save=tuple(f"anchor_{i}" for i in sorted(live)) if save else (),
+        save=tuple(f"anchor_{i}" for i in sorted(save or ())),
         store_state=store_state,
     )
     return loop
+
+
+def _used(loop: Loop) -> set[fx.Node]:
+    stack = [n for n, _ in loop.sinks]
+    used: set[fx.Node] = set()
+    while stack:
+        node = stack.pop()
+        if node not in used:
+            used.add(node)
+            stack += node.all_input_nodes
+    return used
+
+
+def anchors_read(loop: Loop) -> dict[int, bool]:
+    """The state leaves whose anchors a parallel loop reads, and whether matrix products alone read them."""
+    used = _used(loop)
+    found: dict[int, bool] = {}
+    for node, source in loop.sources.items():
+        if node in used and source.kind == "saved":
+            readers = [u for u in node.users if u in used]
+            products = all(
+                u.target in (ops.contraction, ops.masked_contraction) and len(u.all_input_nodes) == 2
+                for u in readers
+            )
+            found[role(node)[1]] = products and len(dims_of(node)) > 1
+    return found
 
 
 def constant_tensors(body: Body, device: torch.device) -> dict[str, torch.Tensor]:

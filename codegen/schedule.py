@@ -14,6 +14,9 @@ class Schedule:
         num_warps: warps a program.
         num_stages: depth of the software pipeline over mini-batches, 1 for none.
         accumulate: products are added into their sum inside the matrix unit.
+        least_live: values are computed in the order that keeps least on chip (else as the graph has them).
+        late_loads: tokens are loaded where they are first needed (else all at the start of a mini-batch).
+        split: the states are made first, mini-batch after mini-batch, and saved; the outputs then in parallel.
         maxnreg: registers a thread may take, None for the compiler's choice.
     """
 
@@ -21,4 +24,7 @@ class Schedule:
     num_warps: int = 4
     num_stages: int = 1
     accumulate: bool = True
+    least_live: bool = False
+    late_loads: bool = False
+    split: bool = False
     maxnreg: int | None = None

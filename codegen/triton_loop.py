@@ -9,6 +9,7 @@ from torch import fx
 
 from tttc.codegen.kernel import Kernel
 from tttc.codegen.loop import Loop, Source
+from tttc.codegen.ordering import least_live
 from tttc.codegen.schedule import Schedule
 from tttc.codegen.triton_functions import FUNCTIONS, number
 from tttc.ir import ops
@@ -52,6 +53,7 @@ class Renderer:
         self.counter = 0
         self.arguments: list[str] = []
         self.strides: dict[str, list[str]] = {}
+        self.late: set[fx.Node] = set()
         self.used = self._used()
         self.dims = self._dims()
         self.dotted = self._dotted()
@@ -682,21 +684,44 @@ class Renderer:
                 pointer = f"{name}_ptr + tl.cast(n, tl.int64) * {self.stride(name, 'N')}"
                 self.tiles[node] = self.load(name, pointer, dims_of(node), None)
             elif source.kind == "token" and self._whole(node):
-                pointer = f"{source.name}_ptr"
-                if loop.tokens:
-                    self.tiles[node] = self.load(source.name, pointer, dims_of(node), "rows")
-                else:
-                    pointer += f" + tl.cast(n, tl.int64) * {self.stride(source.name, 'T')}"
-                    self.tiles[node] = self.load(source.name, pointer, dims_of(node), None)
-        for node in loop.graph.nodes:
-            if (
-                node.op == "call_function"
-                and node in self.used
-                and node not in self.invariant
-                and not self._deferred(node)
-            ):
+                self.tiles.pop(node, None)
+                self.late.add(node)
+                if not self.schedule.late_loads:
+                    self._load_token(node)
+        for node in self._sequence():
+            for x in node.all_input_nodes:
+                if x not in self.tiles and x in self.late:
+                    self._load_token(x)
+            if not self._deferred(node):
                 self.emit(node)
         self._sinks()
+
+    def _sequence(self) -> list[fx.Node]:
+        """The operators of a mini-batch in the order they are computed."""
+        nodes = [
+            n
+            for n in self.loop.graph.nodes
+            if n.op == "call_function" and n in self.used and n not in self.invariant
+        ]
+        if not self.schedule.least_live:
+            return nodes
+        held = {n for n, _ in self.loop.sinks} | self.invariant
+        return least_live(nodes, self._on_chip, held)
+
+    def _on_chip(self, node: fx.Node) -> int:
+        count = 1
+        for d in dims_of(node):
+            count *= self.side(d)
+        return 0 if node.target is ops.rename or node in self.invariant else count
+
+    def _load_token(self, node: fx.Node) -> None:
+        source = self.loop.sources[node]
+        pointer = f"{source.name}_ptr"
+        if self.loop.tokens:
+            self.tiles[node] = self.load(source.name, pointer, dims_of(node), "rows")
+        else:
+            pointer += f" + tl.cast(n, tl.int64) * {self.stride(source.name, 'T')}"
+            self.tiles[node] = self.load(source.name, pointer, dims_of(node), None)
 
     def _whole(self, node: fx.Node) -> bool:
         """Whether a token argument is needed for all tokens, not only for the last."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from tttc.codegen.kernel import Kernel
-from tttc.codegen.loop import constant_tensors, scan_loop
+from tttc.codegen.loop import Loop, anchors_read, constant_tensors, scan_loop
 from tttc.codegen.schedule import Schedule
 from tttc.codegen.torch_scan import squeeze_features
 from tttc.codegen.triton_loop import render
@@ -26,30 +26,38 @@ def scan_kernel(
 ) -> Kernel:
     """One kernel of a program, rendered once.
 
-    ``part``: "full" (all mini-batches), "continued" (one mini-batch from any carry) or "tokens" (token after
-    token); ``states``: whether the final states are wanted.
+    ``part``: "full" (all mini-batches), "recurrence" and "outputs" (the same in two), "continued" (one
+    mini-batch from any carry) or "tokens" (token after token); ``states``: whether final states are wanted.
 
     Raises:
         NotLowerable: where an operator has no Triton form.
     """
     with _lock:
-        schedule = schedule or program.schedules.get(part) or Schedule()
+        schedule = schedule or schedule_of(program, part)
         if (part, states, schedule) not in program.kernels:
-            body = {"tokens": program.token, "continued": program.continued}.get(part, program.full)
-            assert body is not None
-            live = live_states(
-                body, range(body.states) if states else [], range(len(body.results) - body.states)
-            )
-            loop = scan_loop(
-                f"scan_{part}",
-                body,
-                program.mini_batch_size,
-                live,
-                continued=part == "continued",
-                store_state=states,
-            )
-            program.kernels[part, states, schedule] = render(loop, schedule)
+            program.kernels[part, states, schedule] = render(_loop(program, part, states), schedule)
         return program.kernels[part, states, schedule]
+
+
+def schedule_of(program: Program, part: str) -> Schedule:
+    """The schedule of a part: the one chosen for it, else the default."""
+    return program.schedules.get(part) or Schedule()
+
+
+def _loop(program: Program, part: str, states: bool) -> Loop:
+    body = {"tokens": program.token, "continued": program.continued}.get(part, program.full)
+    assert body is not None
+    b, name = program.mini_batch_size, f"scan_{part}"
+    live = live_states(
+        body, range(body.states) if states else [], range(len(body.results) - body.states)
+    )
+    if part == "outputs":
+        return scan_loop(name, body, b, live, states=False, parallel=True, store_state=False)
+    if part == "recurrence":
+        read = anchors_read(_loop(program, "outputs", False))
+        return scan_loop(name, body, b, live, outputs=False, save=set(read), store_state=states)
+    continued = part == "continued"
+    return scan_loop(name, body, b, live, continued=continued, store_state=states)
 
 
 def run_kernels(
@@ -84,6 +92,8 @@ def run_kernels(
     ]
     results = [squeeze_features(x, 3) for x in outputs]
 
+    saved: dict[str, Tensor] = {}
+
     def run(part: str, start: int, count: int, place: int, states: bool) -> None:
         nonlocal now_anchor, now_carry
         kernel = scan_kernel(program, part, states)
@@ -97,12 +107,22 @@ def run_kernels(
             for name, _ in kernel.config["arguments"]
             if name.startswith("new_")
         }
-        launcher(
-            Launch(kernel, {**given, **made}, (batch * heads,), count, heads, place, output_dtype)
-        )
+        batches = -(-count // program.mini_batch_size)
+        if part == "recurrence":
+            for index, products in anchors_read(_loop(program, "outputs", False)).items():
+                # What only matrix products read is saved as they read it.
+                x = now_anchor[index]
+                narrow = products and output_dtype.itemsize < x.dtype.itemsize
+                shape = (*x.shape[:2], batches, *x.shape[2:])
+                saved[f"saved_anchor_{index}"] = x.new_empty(
+                    shape, dtype=output_dtype if narrow else x.dtype
+                )
+        grid = (batch * heads, batches) if part == "outputs" else (batch * heads,)
+        tensors = {**given, **made, **saved}
+        launcher(Launch(kernel, tensors, grid, count, heads, place, output_dtype))
         if not states:
             return
-        new = "new_anchor_" if part == "full" else "new_carry_"
+        new = "new_anchor_" if part in ("full", "recurrence") else "new_carry_"
         now_carry = [made.get(f"{new}{i}", x) for i, x in enumerate(now_carry)]
         if part == "tokens":
             now_anchor = [made.get(f"new_anchor_{i}", x) for i, x in enumerate(now_anchor)]
@@ -119,7 +139,10 @@ def run_kernels(
         rest = length - start - whole
         if start:
             run("continued", 0, start, place, states or whole > 0)
-        if whole:
+        if whole and schedule_of(program, "full").split:
+            run("recurrence", start, whole, 0, states)
+            run("outputs", start, whole, 0, False)
+        elif whole:
             run("full", start, whole, 0, states)
         if rest:
             run("continued", start + whole, rest, 0, states)

@@ -1,0 +1,74 @@
+"""The order in which a kernel computes its values: the one that keeps least on chip at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import fx
+
+from tttc.ir import ops
+
+
+def _groups(
+    nodes: Sequence[fx.Node], members: set[fx.Node], product: Callable[[fx.Node], bool]
+) -> dict[fx.Node, list[fx.Node]]:
+    """Elementwise values that only one other of the same depth reads are made with it: groups by their last node.
+
+    The depth of a value counts the products and sums on the way to it.
+    """
+    depth: dict[fx.Node, int] = {}
+    for node in nodes:
+        before = max((depth.get(x, 0) for x in node.all_input_nodes), default=0)
+        depth[node] = before + int(product(node))
+    leader: dict[fx.Node, fx.Node] = {}
+    for node in reversed(nodes):
+        users = [u for u in node.users if u in members]
+        joins = len(users) == 1 and not product(node) and depth[users[0]] == depth[node]
+        leader[node] = leader[users[0]] if joins and not product(users[0]) else node
+    groups: dict[fx.Node, list[fx.Node]] = {}
+    for node in nodes:
+        groups.setdefault(leader[node], []).append(node)
+    return groups
+
+
+def least_live(
+    nodes: Sequence[fx.Node], size: Callable[[fx.Node], int], held: set[fx.Node]
+) -> list[fx.Node]:
+    """The nodes in an order that greedily keeps the live values small.
+
+    Args:
+        nodes: operators in a valid order.
+        size: elements of a value on chip.
+        held: values that stay live to the end (results).
+    """
+    members = set(nodes)
+
+    def product(node: fx.Node) -> bool:
+        return node.target in (ops.contraction, ops.masked_contraction, ops.reduction, ops.last)
+
+    groups = _groups(nodes, members, product)
+    position = {node: i for i, node in enumerate(nodes)}
+    pending = dict(groups)
+    done: set[fx.Node] = set()
+    order: list[fx.Node] = []
+    while pending:
+        best: tuple[int, int] | None = None
+        chosen: fx.Node | None = None
+        for last, group in pending.items():
+            inside = set(group)
+            inputs = {x for n in group for x in n.all_input_nodes if x not in inside}
+            if any(x in members and x not in done for x in inputs):
+                continue
+            freed = sum(
+                size(x)
+                for x in inputs
+                if x not in held and all(u in done or u in inside or u not in members for u in x.users)
+            )
+            key = (size(last) - freed, position[group[0]])
+            if best is None or key < best:
+                best, chosen = key, last
+        assert chosen is not None
+        group = pending.pop(chosen)
+        order += group
+        done |= set(group)
+    return order
