@@ -17,6 +17,8 @@ class Schedule:
         least_live: values are computed in the order that keeps least on chip (else as the graph has them).
         late_loads: tokens are loaded where they are first needed (else all at the start of a mini-batch).
         split: the states are made first, mini-batch after mini-batch, and saved; the outputs then in parallel.
+        exact_nan: what is not finite reaches only the tokens that it reaches token by token, at the price of a
+            small product for each causal one.
         maxnreg: registers a thread may take, None for the compiler's choice.
     """
 
@@ -27,4 +29,5 @@ class Schedule:
     least_live: bool = False
     late_loads: bool = False
     split: bool = False
+    exact_nan: bool = True
     maxnreg: int | None = None

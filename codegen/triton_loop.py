@@ -346,13 +346,16 @@ class Renderer:
         by_dims = {frozenset(o): x for x, o in zip(operands_of(node), spec.operands, strict=True)}
         left = self.tile(by_dims[frozenset((rows, inner))])
         right = self.tile(by_dims[frozenset((inner, columns))])
+        reached = ""
         if node.target is ops.masked_contraction:
             r = parse_relation(node.args[0])
             pair = {r.earlier, r.later}
             if set(left.dims) == pair:
                 left = self._causal(left, node.args[0])
+                right, reached = self._finite(right, left, node.args[0], (rows, columns, inner))
             else:
                 right = self._causal(right, node.args[0])
+                left, reached = self._finite(left, right, node.args[0], (rows, columns, inner))
         elif base(inner) in (TOKEN, EARLIER):
             small = left if self._elements(left) <= self._elements(right) else right
             cleared = self.cleared(small, (inner,))
@@ -370,7 +373,31 @@ class Renderer:
         if accumulator is not None:
             zero &= accumulator.zero
         text = f"tl.dot({a}, {b}{extra}, input_precision=PRECISION)"
-        return self.let("c", text, (rows, columns), zero, note=str(spec))
+        made = self.let("c", text, (rows, columns), zero, note=str(spec))
+        if reached:
+            value = f'tl.where({reached} > 0, float("nan"), {made.name})'
+            made = self.let("m", value, made.dims, made.zero)
+        return made
+
+    def _finite(
+        self, values: Tile, pairs: Tile, relation: Any, labels: tuple[str, str, str]
+    ) -> tuple[Tile, str]:
+        """What a causal product sums, with zeros for what is not finite, and a tile that counts who must see that.
+
+        Zero times infinity is not a number: without this, tokens before one that is not finite would see it.
+        """
+        if not self.schedule.exact_nan:
+            return values, ""
+        rows, columns, inner = labels
+        clean = self.let("f", f"tl.where({values.name} * 0.0 == 0.0, {values.name}, 0.0)", values.dims, values.zero)
+        bad = self.let("f", f"tl.where({values.name} * 0.0 == 0.0, 0.0, 1.0)", values.dims)
+        if self.ragged(next(d for d in values.dims if d != inner)):
+            bad = self.cleared(bad, tuple(d for d in values.dims if d != inner))
+        shape = ", ".join(str(self.side(d)) for d in pairs.dims)
+        ones = self._causal(Tile(f"tl.full(({shape},), 1.0, tl.float32)", pairs.dims), relation)
+        left, right = (ones, bad) if rows in pairs.dims else (bad, ones)
+        a, b = self._operand(left, (rows, inner)), self._operand(right, (inner, columns))
+        return clean, self.let("c", f"tl.dot({a}, {b})", (rows, columns)).name
 
     def _elements(self, tile: Tile) -> int:
         count = 1
