@@ -21,7 +21,9 @@ from tttc.passes.verify import verify_backward
 
 Tensor = torch.Tensor
 Values = dict[str, Tensor]
-Leaves = tuple[str, ...]  # token and shared leaves whose cotangents are wanted: ("token_0", "shared_1")
+Leaves = tuple[
+    str, ...
+]  # token and shared leaves whose cotangents are wanted: ("token_0", "shared_1")
 
 
 # -- what is derived from a program, once --------------------------------------------------------------
@@ -265,7 +267,10 @@ def run_backward(
 
     rows = [prepared(x, 3) for x in tokens]
     once = {f"shared_{i}": prepared(x, 1) for i, x in enumerate(shared)}
-    once |= {f"constant_{i}": prepared(x.to(device)[None], 1) for i, x in enumerate(program.token.constants)}
+    once |= {
+        f"constant_{i}": prepared(x.to(device)[None], 1)
+        for i, x in enumerate(program.token.constants)
+    }
     call = _Call(program, leaves, saved_leaves(program, leaves), once)
 
     def filled(x: Tensor | None, like: Tensor) -> Tensor:
@@ -285,14 +290,19 @@ def run_backward(
     if (place + length) % b == 0:
         state.refresh()
 
-    out = {name: torch.empty_like(rows[int(name[6:])]) for name in leaves if name.startswith("token")}
+    out = {
+        name: torch.empty_like(rows[int(name[6:])]) for name in leaves if name.startswith("token")
+    }
     sums: dict[str, Tensor] = {}
 
     def reverse(part: str, start: int, count: int, units: _Units, place: int) -> None:
         """Units over ``count`` tokens from ``start``."""
         whole = slice(start, start + count)
         shaped = (count // len(units.states),) if part != "token" else ()
-        pieces = [x[:, :, whole].unflatten(2, (-1, *shaped)) if shaped else x[:, :, whole] for x in cotangents]
+        pieces = [
+            x[:, :, whole].unflatten(2, (-1, *shaped)) if shaped else x[:, :, whole]
+            for x in cotangents
+        ]
         found = _reverse(call, part, units, pieces, state, place)
         for name, x in found.items():
             if name in out:
@@ -327,7 +337,9 @@ def run_backward(
     if first:
         piece = [x[:, :, :first] for x in rows]
         if program.sequential:
-            reverse("token", 0, first, _with_states(call, now_anchor, now_carry, piece, place), place)
+            reverse(
+                "token", 0, first, _with_states(call, now_anchor, now_carry, piece, place), place
+            )
         else:
             units = _Units([x.unsqueeze(2) for x in piece], [_named(now_anchor, now_carry)], {})
             reverse("continued", 0, first, units, place)
@@ -337,9 +349,16 @@ def run_backward(
 
     if not carry:
         state.refresh()
-    by_anchor = [torch.zeros_like(g) if a is None else a for a, g in zip(state.anchor, state.carry, strict=True)]
-    to_anchor = [shaped_like(x, y) for x, y in zip(by_anchor if carry else state.carry, anchor, strict=True)]
-    to_carry = [shaped_like(x, y) for x, y in zip(state.carry, carry, strict=False)] if carry else []
+    by_anchor = [
+        torch.zeros_like(g) if a is None else a
+        for a, g in zip(state.anchor, state.carry, strict=True)
+    ]
+    to_anchor = [
+        shaped_like(x, y) for x, y in zip(by_anchor if carry else state.carry, anchor, strict=True)
+    ]
+    to_carry = (
+        [shaped_like(x, y) for x, y in zip(state.carry, carry, strict=False)] if carry else []
+    )
     return to_anchor, to_carry, out | sums
 
 

@@ -77,11 +77,21 @@ def _part(body: Body, members: set[fx.Node], results: list[fx.Node]) -> Part:
     return Part(fx.GraphModule({}, graph), inputs, [x.name for x in results])
 
 
-def split(body: Body, live: set[int]) -> Split:
-    """The parts of a body that starts at its anchor; of its states only the ``live`` ones are made."""
+def split(
+    body: Body,
+    live: Iterable[int],
+    carried_kinds: tuple[str, ...] = ("anchor", "carry"),
+    token_kinds: tuple[str, ...] = ("token",),
+) -> Split:
+    """The parts of a body; of its states only the ``live`` ones are made.
+
+    ``carried_kinds`` are the arguments that one mini-batch hands to the next, ``token_kinds`` those that differ
+    from mini-batch to mini-batch beside them.
+    """
+    live = set(live)
     nodes = set(body.nodes)
-    carried = {n for n in body.placeholders if role(n)[0] in ("anchor", "carry")}
-    tokens = {n for n in body.placeholders if role(n)[0] == "token"}
+    carried = {n for n in body.placeholders if role(n)[0] in carried_kinds}
+    tokens = {n for n in body.placeholders if role(n)[0] in token_kinds}
     on_state, on_tokens = set(carried), set(tokens)
     for node in body.gm.graph.nodes:
         if node.op == "call_function":
@@ -97,18 +107,18 @@ def split(body: Body, live: set[int]) -> Split:
     before = critical - on_state - invariant
     outputs = (_ancestors(emitted) & nodes) - recurrence - before - invariant
 
-    def leaving(members: set[fx.Node], final: list[fx.Node]) -> list[fx.Node]:
-        found = [n for n in body.gm.graph.nodes if n in members]
+    def leaving(members: set[fx.Node]) -> list[fx.Node]:
+        final = {*states, *emitted}
         return [
-            n for n in found
-            if n in final or any(u not in members and u.op != "output" for u in n.users)
+            n for n in body.gm.graph.nodes
+            if n in members and (n in final or any(u not in members and u.op != "output" for u in n.users))
         ]  # fmt: skip
 
     ends = list(dict.fromkeys(states))
-    between = [n for n in leaving(recurrence, []) if n not in ends]
+    between = [n for n in leaving(recurrence) if n not in ends]
     return Split(
-        _part(body, invariant, leaving(invariant, [])),
-        _part(body, before, leaving(before, [])),
+        _part(body, invariant, leaving(invariant)),
+        _part(body, before, leaving(before)),
         _part(body, recurrence, [*ends, *between]),
         _part(body, outputs, list(dict.fromkeys(emitted))),
         {i: n.name for i, n in zip(sorted(live), states, strict=True)},

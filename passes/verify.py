@@ -11,6 +11,7 @@ from torch import fx
 from tttc.ir.body import TOKEN, Body, role
 from tttc.ir.build import dims_of
 from tttc.ir.errors import CheckError
+from tttc.passes.backward import Backward
 
 TOLERANCE = 1e-9
 
@@ -100,3 +101,24 @@ def verify_pass(
         assert isinstance(before, Body)
         old = before.gm(*arguments) if before.batched else run_tokens(before, arguments)
         compare(name, old, after.gm(*arguments))
+
+
+def verify_backward(name: str, body: Body, made: Backward, at_anchor: bool) -> None:
+    """Check a VJP against torch's autograd through the body itself."""
+    for length in (1, 3) if body.batched else (None,):
+        arguments = random_arguments(body, length, at_anchor)
+        names = [str(n.target) for n in body.placeholders]
+        leaves = dict(zip(names, (x.clone().requires_grad_() for x in arguments), strict=True))
+        out = [x for x in body.gm(*leaves.values()) if x.requires_grad]
+        generator = torch.Generator().manual_seed(1)
+        given = [torch.randn(x.shape, generator=generator, dtype=x.dtype) for x in out]
+        wanted = [leaves[x] for x in made.wanted]
+        expected = torch.autograd.grad(
+            out, wanted, given, allow_unused=True, materialize_grads=True
+        )
+        cotangents = iter(given)
+        full = [
+            next(cotangents) if x.requires_grad else torch.zeros_like(x)
+            for x in body.gm(*leaves.values())
+        ]
+        compare(name, expected, made.body.gm(*arguments, *full))

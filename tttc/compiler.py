@@ -23,7 +23,7 @@ from tttc.codegen.rowwise_launch import lower_regions
 from tttc.ir.errors import CheckError, NotLowerable
 from tttc.passes.fuse import decompositions, fuse
 from tttc.pipeline import build_program
-import tttc.runtime.fused_scan  # noqa: F401  (registers the operator)
+import tttc.runtime.fused_scan_backward  # noqa: F401  (registers the operators)
 
 BACKENDS = ("auto", "triton", "torch")
 

@@ -29,6 +29,7 @@ class Program:
     splits: dict = field(default_factory=dict)  # the full body split for the torch backend
     schedules: dict = field(default_factory=dict)  # of the parts, where one was chosen
     kernels: dict = field(default_factory=dict)
+    gradients: dict = field(default_factory=dict)  # what backends derive from the bodies' VJPs
     no_kernels: str | None = None  # why Triton can not express it
 
     @property
