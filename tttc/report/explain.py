@@ -17,11 +17,10 @@ from tttc.ir.body import Body
 from tttc.report import scans as running
 from tttc.report.costs import StageCost, stage_cost
 from tttc.report.kernels import default_target, kernels_of, save, scan_launches
+from tttc.report.limits import without_recompile_limit
 
 if TYPE_CHECKING:
     from tttc.codegen.kernel import Kernel
-
-MANY = 1 << 16  # compilations of one function: an explanation must not count against the user's
 
 
 @dataclass
@@ -193,8 +192,7 @@ def explain(
         model, backend = model._tttc_module, backend or options.backend
         mini_batch_size = mini_batch_size or options.mini_batch_size
     compiled = compile(model, backend=backend or "auto", mini_batch_size=mini_batch_size)
-    limits = {"recompile_limit": MANY, "accumulated_recompile_limit": MANY}
-    with _recorder.record() as recording, torch._dynamo.config.patch(limits), torch.no_grad():
+    with _recorder.record() as recording, without_recompile_limit(), torch.no_grad():
         compiled(*args, **kwargs)
     explanation = Explanation()
     calls: dict[tuple[str, int], running.Call] = {}
