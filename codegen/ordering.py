@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import fx
 
@@ -32,7 +32,10 @@ def _groups(
 
 
 def least_live(
-    nodes: Sequence[fx.Node], size: Callable[[fx.Node], int], held: set[fx.Node]
+    nodes: Sequence[fx.Node],
+    size: Callable[[fx.Node], int],
+    held: set[fx.Node],
+    after: Mapping[fx.Node, set[fx.Node]],
 ) -> list[fx.Node]:
     """The nodes in an order that greedily keeps the live values small.
 
@@ -40,6 +43,7 @@ def least_live(
         nodes: operators in a valid order.
         size: elements of a value on chip.
         held: values that stay live to the end (results).
+        after: nodes that must come after others: a state is not made anew while the old one is still read.
     """
     members = set(nodes)
 
@@ -57,7 +61,8 @@ def least_live(
         for last, group in pending.items():
             inside = set(group)
             inputs = {x for n in group for x in n.all_input_nodes if x not in inside}
-            if any(x in members and x not in done for x in inputs):
+            awaited = inputs.union(*(after.get(n, set()) for n in group)) - inside
+            if any(x in members and x not in done for x in awaited):
                 continue
             freed = sum(
                 size(x)

@@ -117,6 +117,8 @@ def run_program(
     shared: Sequence[Tensor],
     place: int,
     states: bool = True,
+    saved: list[list[Tensor]] | None = None,
+    interval: int = 1,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Scan a program over tokens.
 
@@ -127,6 +129,8 @@ def run_program(
         shared: leaves ``[H, ...]``.
         place: tokens already read of the mini-batch.
         states: whether the final states are wanted; those returned are wrong where they are not.
+        saved: where to append the state leaves at every ``interval``-th mini-batch, from the first that starts
+            at its anchor; leaves that no output or wanted state needs are wrong.
 
     Returns:
         New anchor, new carry and output leaves, all in the dtype computed in.
@@ -144,16 +148,22 @@ def run_program(
     ]
     b, length = program.mini_batch_size, tokens[0].shape[2]
     pieces: list[list[Tensor]] = []
-    start = 0
+    start = mini_batches = 0
     while start < length:
         if place == 0:
             anchor = carry
+            if saved is not None and mini_batches % interval == 0:
+                saved.append(list(carry))
+            mini_batches += 1
         whole = (length - start) // b
         if program.sequential:
             body, count = program.token, 1
             now = [x[:, :, start] for x in tokens]
         elif place == 0 and whole > 1:
             group = min(whole, _group_size(anchor))
+            if saved is not None:
+                group = min(group, interval - (mini_batches - 1) % interval)
+            mini_batches += group - 1
             count = group * b
             now = [x[:, :, start : start + count].unflatten(2, (group, b)) for x in tokens]
             carry, outputs = _run_group(_split(program, states), anchor, now, shared, constants)

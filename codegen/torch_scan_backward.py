@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from tttc.codegen.torch_ops import direct
 from tttc.codegen.torch_scan import squeeze_features
 from tttc.ir.body import Body, role
 from tttc.ir.build import dims_of
+from tttc.ir.cost import element_count
 from tttc.ir.program import Program
 from tttc.passes.backward import Backward, backward
 from tttc.passes.prune_state import live_states
@@ -57,6 +59,22 @@ def saved_leaves(program: Program, leaves: Leaves) -> list[int]:
         if role(n)[0] in ("anchor", "carry") and n.users
     }  # fmt: skip
     return sorted(live_states(getattr(program, part), used, []))
+
+
+def save_interval(program: Program, leaves: Leaves, token_bytes: int, state_bytes: int) -> int:
+    """How many mini-batches apart states are saved: they then take no more bytes than the tokens do.
+
+    ``token_bytes``: of all token leaves of one token; ``state_bytes``: of one number of a state. At least as many
+    as the torch operations of a backward are worth running at once for.
+    """
+    if program.save_interval is not None:
+        return program.save_interval
+    part = "token" if program.sequential else "full"
+    body = derive(program, part, leaves).body
+    dims = {str(n.target): dims_of(n) for n in body.placeholders}
+    live = saved_leaves(program, leaves)
+    state = state_bytes * sum(element_count(dims[f"carry_{i}"], body.sizes) for i in live)
+    return max(LEAST_INTERVAL, math.ceil(state / (program.mini_batch_size * token_bytes)))
 
 
 def _bound(parts: Split) -> Split:

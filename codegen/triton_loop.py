@@ -11,7 +11,7 @@ from tttc.codegen.kernel import Kernel
 from tttc.codegen.loop import Loop, Source
 from tttc.codegen.ordering import least_live
 from tttc.codegen.schedule import Schedule
-from tttc.codegen.triton_functions import FUNCTIONS, number
+from tttc.codegen.triton_functions import FUNCTIONS, RECIPROCAL, number
 from tttc.ir import ops
 from tttc.ir.body import EARLIER, TOKEN, operands_of, spec_of
 from tttc.ir.build import dims_of
@@ -540,11 +540,11 @@ class Renderer:
             self._mini_batch()
             self.indent -= 1
         self._epilogue()
-        body = self.lines[body_start:]
+        self.body = self.lines[body_start:]
         self.lines = []
         self.indent = 0
         self._header()
-        return "\n".join([*self.lines, *body]) + "\n"
+        return "\n".join([*self.lines, *self.body]) + "\n"
 
     def _header(self) -> None:
         loop = self.loop
@@ -556,6 +556,8 @@ class Renderer:
         self.write("import triton.language as tl")
         self.write()
         self.write()
+        if any("reciprocal(" in line for line in self.body):
+            self.lines += RECIPROCAL.splitlines()
         self.write("@triton.jit")
         self.write(f"def {loop.name}(")
         for name in self.arguments:
@@ -563,7 +565,7 @@ class Renderer:
             self.write(f"    {name}, {strides}," if strides else f"    {name},")
         extra = ["T", "H"] + (["place"] if loop.refresh else [])
         self.write(f"    {', '.join(extra)},")
-        self.write("    DOT: tl.constexpr, PRECISION: tl.constexpr,")
+        self.write("    DOT: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,")
         self.write("):")
 
     def _declare_arguments(self) -> None:
@@ -733,7 +735,28 @@ class Renderer:
         if not self.schedule.least_live:
             return nodes
         held = {n for n, _ in self.loop.sinks} | self.invariant
-        return least_live(nodes, self._on_chip, held)
+        return least_live(nodes, self._on_chip, held, self._updates_last(nodes))
+
+    def _updates_last(self, nodes: list[fx.Node]) -> dict[fx.Node, set[fx.Node]]:
+        """New states wait for those who read the old ones, unless these need the new ones."""
+        position = {n: i for i, n in enumerate(nodes)}
+        needs: dict[fx.Node, set[fx.Node]] = {}
+        for node in nodes:
+            inputs = [x for x in node.all_input_nodes if x in position]
+            needs[node] = set(inputs).union(*(needs[x] for x in inputs))
+        waits: dict[fx.Node, set[fx.Node]] = {}
+        for new, sink in self.loop.sinks:
+            if sink.kind != "state" or new not in position:
+                continue
+            old = [n for n, s in self.loop.sources.items() if s.kind == "state" and s.name == sink.name]
+            readers = {u for n in old for u in n.users if u in position and u is not new}
+            waits[new] = {u for u in readers if new not in needs[u]}
+        # Waiting must not close a circle: of two states that wait for each other the later one waits.
+        for new in sorted(waits, key=position.__getitem__):
+            waits[new] = {u for u in waits[new] if position[u] < position[new] or not any(
+                other in needs[u] for other in waits if other is not new
+            )}  # fmt: skip
+        return waits
 
     def _on_chip(self, node: fx.Node) -> int:
         count = 1

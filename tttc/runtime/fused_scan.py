@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Sequence
 
 import torch
 
+from tttc._checks import compute_dtype
 from tttc._scan_op import interned, scan_info
 from tttc.codegen.torch_scan import run_program
+from tttc.codegen.torch_scan_backward import save_interval, saved_leaves
 from tttc.ir.errors import NotLowerable
 from tttc.pipeline import build_program
 from tttc.runtime.triton_scan import run_kernels, scan_kernel
@@ -54,30 +58,80 @@ def fused_scan(
     place: int,
     backend: str,
     states: bool,
+    interval: int = 0,
 ) -> list[Tensor]:
     """A compiled scan; arguments as those of ``torch.ops.tttc.scan``.
 
     Returns new anchor and new carry leaves where ``states``, then output leaves ``[B, H, T, ...]``, which lie
-    in memory as ``[B, T, H, ...]``.
+    in memory as ``[B, T, H, ...]``. Where ``interval`` is not 0, what the backward needs of the states follows:
+    leaves ``[B, H, S, ...]``, one for every ``interval``-th mini-batch that starts at its anchor.
     """
     info = scan_info(anchor, tokens, shared)
     program = build_program(interned(key), mini_batch_size)
     if 0 in tokens[0].shape[:3]:
         now = carry or anchor
         kept = [x.to(info.compute).clone() for x in (*(now if place == 0 else anchor), *now)]
-        outputs = _empty_outputs(tokens, key, info)
-        return [*kept, *outputs] if states else outputs
+        empty = _empty_outputs(tokens, key, info)
+        saved = _empty_saved(program, anchor, tokens, shared, place, interval, info)
+        return [*(kept if states else []), *empty, *saved]
     if uses_triton(backend, tokens[0].device, info.compute) and program.no_kernels is None:
         out = _by_kernels(program, anchor, carry, tokens, shared, place, info, states)
         if out is not None:
             return _unaliased(out, [*anchor, *carry])
+    starts: list[list[Tensor]] | None = [] if interval else None
     new_anchor, new_carry, z = run_program(
-        program, anchor, carry, tokens, shared, place, states
+        program, anchor, carry, tokens, shared, place, states, starts, interval
     )
     outputs = _empty_outputs(tokens, key, info)
     for x, y in zip(outputs, z, strict=True):
         x.copy_(y)
-    return _unaliased([*new_anchor, *new_carry, *outputs], [*anchor, *carry]) if states else outputs
+    saved = _empty_saved(program, anchor, tokens, shared, place, interval, info)
+    if starts:
+        live = saved_leaves(program, floating_leaves(tokens, shared))
+        for x, i in zip(saved, live, strict=True):
+            torch.stack([leaves[i].reshape(anchor[i].shape) for leaves in starts], 2, out=x)
+    kept = [*new_anchor, *new_carry] if states else []
+    return _unaliased([*kept, *outputs, *saved], [*anchor, *carry])
+
+
+def floating_leaves(tokens: Sequence[Tensor], shared: Sequence[Tensor]) -> tuple[str, ...]:
+    """The names of the token and shared leaves that have cotangents."""
+    named = {f"token_{i}": x for i, x in enumerate(tokens)}
+    named |= {f"shared_{i}": x for i, x in enumerate(shared)}
+    return tuple(name for name, x in named.items() if x.is_floating_point())
+
+
+def saving_interval(
+    anchor: Sequence[Tensor],
+    carry: Sequence[Tensor],
+    tokens: Sequence[Tensor],
+    shared: Sequence[Tensor],
+    key: str,
+    mini_batch_size: int,
+) -> int:
+    """The ``interval`` of a call of ``tttc::fused_scan`` with these arguments: 0 where no gradient is asked for."""
+    arguments = [*anchor, *carry, *tokens, *shared]
+    if not torch.is_grad_enabled() or not any(x.requires_grad for x in arguments):
+        return 0
+    program = build_program(interned(key), mini_batch_size)
+    token_bytes = sum(math.prod(x.shape[3:]) * x.dtype.itemsize for x in tokens)
+    compute = compute_dtype(anchor, tokens, shared)
+    return save_interval(program, floating_leaves(tokens, shared), token_bytes, compute.itemsize)
+
+
+def _empty_saved(program, anchor, tokens, shared, place, interval, info) -> list[Tensor]:
+    if not interval:
+        return []
+    b = program.mini_batch_size
+    # How often states are saved: every mini-batch but the one that others have begun, if there is one.
+    mini_batches = (info.length - (-place) % b + b - 1) // b
+    count = (mini_batches + interval - 1) // interval
+    return [
+        anchor[i].new_empty(
+            (info.batch, info.heads, count, *anchor[i].shape[2:]), dtype=info.compute
+        )
+        for i in saved_leaves(program, floating_leaves(tokens, shared))
+    ]
 
 
 def _empty_outputs(tokens, key, info) -> list[Tensor]:
@@ -107,10 +161,13 @@ def _unaliased(results: list[Tensor], arguments: list[Tensor]) -> list[Tensor]:
 
 @fused_scan.register_fake
 def _fused_scan_fake(
-    anchor, carry, tokens, shared, key, mini_batch_size, place, backend, states
+    anchor, carry, tokens, shared, key, mini_batch_size, place, backend, states, interval=0
 ):
     info = scan_info(anchor, tokens, shared)
     outputs = _empty_outputs(tokens, key, info)
-    if not states:
-        return outputs
-    return [x.new_empty(x.shape, dtype=info.compute) for x in (*anchor, *anchor)] + outputs
+    kept = [x.new_empty(x.shape, dtype=info.compute) for x in (*anchor, *anchor)] if states else []
+    if not interval:
+        return [*kept, *outputs]
+    program = build_program(interned(key), mini_batch_size)
+    saved = _empty_saved(program, anchor, tokens, shared, place, interval, info)
+    return [*kept, *outputs, *saved]

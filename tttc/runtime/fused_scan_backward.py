@@ -27,6 +27,7 @@ def fused_scan_backward(
     place: int,
     backend: str,
     states: bool,
+    interval: int,
 ) -> list[Tensor]:
     """Cotangents of the arguments of ``tttc::fused_scan`` that are ``wanted``, each like its argument.
 
@@ -53,7 +54,7 @@ def fused_scan_backward(
         place,
         (*by_state, by_output),
         saved,
-        RECOMPUTED,
+        interval or RECOMPUTED,
     )
     found = rest | {f"anchor_{i}": x for i, x in enumerate(to_anchor)}
     found |= {f"carry_{i}": x for i, x in enumerate(to_carry)}
@@ -120,30 +121,28 @@ def _fake(
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    anchor, carry, tokens, shared, *rest = inputs
+    anchor, carry, tokens, shared, key, mini_batch_size, place, backend, states, interval = inputs
     ctx.counts = (len(anchor), len(carry), len(tokens), len(shared))
-    ctx.rest = rest
-    ctx.results = len(output)
-    ctx.save_for_backward(*anchor, *carry, *tokens, *shared)
+    ctx.rest = (key, mini_batch_size, place, backend, states, interval)
+    results = len(interned(key).outputs) + (2 * len(anchor) if states else 0)
+    ctx.results = results
+    ctx.save_for_backward(*anchor, *carry, *tokens, *shared, *output[results:])
 
 
 def _backward(ctx, grads):
     arguments = iter(ctx.saved_tensors)
     groups = [[next(arguments) for _ in range(n)] for n in ctx.counts]
-    needed = [
-        w and x.is_floating_point()
-        for group, needs in zip(groups, ctx.needs_input_grad, strict=False)
-        for x, w in zip(group, needs, strict=True)
+    wanted = [
+        needs and x.is_floating_point()
+        for group, flags in zip(groups, ctx.needs_input_grad, strict=False)
+        for x, needs in zip(group, flags, strict=True)
     ]
-    key, mini_batch_size, place, backend, states = ctx.rest
-    made = iter(
-        torch.ops.tttc.fused_scan_backward(
-            list(grads), *groups, [], needed, key, mini_batch_size, place, backend, states
-        )
+    made = torch.ops.tttc.fused_scan_backward(
+        list(grads)[: ctx.results], *groups, list(arguments), wanted, *ctx.rest
     )
-    flags = iter(needed)
-    back = [[next(made) if next(flags) else None for _ in group] for group in groups]
-    return (*back, None, None, None, None, None)
+    remaining, flags = iter(made), iter(wanted)
+    back = [[next(remaining) if next(flags) else None for _ in group] for group in groups]
+    return (*back, *(None for _ in ctx.rest))
 
 
 fused_scan.register_autograd(_backward, setup_context=_setup_context)
