@@ -65,6 +65,11 @@ def record() -> Iterator[Recording]:
         _current.reset(token)
 
 
+def recording() -> bool:
+    """Whether somebody records."""
+    return _current.get() is not None
+
+
 @contextlib.contextmanager
 def attempt() -> Iterator[None]:
     """Forget what was recorded within if it raises: TorchDynamo tries again."""

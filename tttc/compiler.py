@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import operator
 import threading
 import warnings
@@ -12,10 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx, nn
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from torch import fx, nn
 from torch._dynamo.backends.common import aot_autograd
 
+import tttc.runtime.fused_scan_backward  # noqa: F401  (registers the operators)
 from tttc import _recorder, _tracing
 from tttc._checks import check_mini_batch_size
 from tttc._scan_op import interned
@@ -23,7 +25,6 @@ from tttc.codegen.rowwise_launch import lower_regions
 from tttc.ir.errors import CheckError, NotLowerable
 from tttc.passes.fuse import decompositions, fuse
 from tttc.pipeline import build_program
-import tttc.runtime.fused_scan_backward  # noqa: F401  (registers the operators)
 
 BACKENDS = ("auto", "triton", "torch")
 
@@ -78,7 +79,8 @@ def lower_scans(gm: fx.GraphModule, options: Options) -> fx.GraphModule:
             torch.ops.tttc.scan.default,
         ):
             continue
-        anchor, carry, tokens, shared, key, mini_batch_size, place = node.args
+        arguments: Any = node.args
+        key, mini_batch_size = arguments[4:6]
         if options.mini_batch_size is not None:
             mini_batch_size = options.mini_batch_size
         try:
@@ -101,7 +103,11 @@ def _replace_scan(graph: fx.Graph, node: fx.Node, mini_batch_size: int, backend:
     for pick in picks:
         graph.erase_node(pick)
     skipped = 2 * len(node.args[0])  # type: ignore[arg-type]
-    states = any(u.target is not operator.getitem or u.args[1] < skipped for u in node.users)
+
+    def picked(user: fx.Node) -> Any:
+        return user.args[1] if user.target is operator.getitem else 0
+
+    states = any(picked(u) < skipped for u in node.users)
     with graph.inserting_before(node):
         new = graph.call_function(
             torch.ops.tttc.fused_scan.default,
@@ -112,11 +118,13 @@ def _replace_scan(graph: fx.Graph, node: fx.Node, mini_batch_size: int, backend:
         if states:
             user.replace_input_with(node, new)
         else:
-            user.args = (new, user.args[1] - skipped)
+            user.args = (new, picked(user) - skipped)
     graph.erase_node(node)
 
 
-def _compile_graph(gm: fx.GraphModule, example_inputs: list[Any], options: Options) -> Callable[..., Any]:
+def _compile_graph(
+    gm: fx.GraphModule, example_inputs: list[Any], options: Options
+) -> Callable[..., Any]:
     """An ATen graph, forward or backward, as AOTAutograd hands it over: what only moves memory is fused."""
     before = _recorder.graph("aten", gm)
     fused = fuse(gm)
@@ -176,7 +184,8 @@ class _DirectScans:
             reason = "its step closes over variables: pass them through shared="
         else:
             return True
-        self._refuse(getattr(step, "__qualname__", type(step).__name__), mini_batch_size, reason)
+        name = getattr(step, "__qualname__", type(step).__name__)
+        self._refuse(name, mini_batch_size, NotLowerable(reason, _defined_at(step)))
         return False
 
     def __call__(self, call: Any, mini_batch_size: int, place: int) -> list[torch.Tensor] | None:
@@ -186,17 +195,23 @@ class _DirectScans:
         try:
             build_program(interned(call.key), mini_batch_size, self.options.verify)
         except NotLowerable as error:
-            self._refuse(call.key.rpartition("#")[0], mini_batch_size, str(error))
+            self._refuse(call.key.rpartition("#")[0], mini_batch_size, error)
             return None
         return torch.ops.tttc.fused_scan(
             *call[1:5], call.key, mini_batch_size, place, self.options.backend, True
         )
 
-    def _refuse(self, name: str, mini_batch_size: int, reason: str) -> None:
+    def _refuse(self, name: str, mini_batch_size: int, error: NotLowerable) -> None:
         if self.options.strict:
-            raise NotLowerable(reason)
-        warn_once(f"the TTT layer with step {name} runs eagerly: {reason}")
-        _recorder.eager_site(name, mini_batch_size, reason)
+            raise error
+        warn_once(f"the TTT layer with step {name} runs eagerly: {error}")
+        _recorder.eager_site(name, mini_batch_size, str(error))
+
+
+def _defined_at(step: Callable[..., Any]) -> str | None:
+    """The file and line of a step, where it is written in Python."""
+    code = getattr(inspect.unwrap(step), "__code__", None)
+    return None if code is None else f"{code.co_filename}:{code.co_firstlineno}"
 
 
 class CompiledModule(nn.Module):
@@ -245,14 +260,32 @@ class CompiledModule(nn.Module):
         return (CompiledModule, (self._tttc_module, self._tttc_options))
 
 
+# Dynamo compiles a function a few times and then leaves it to run eagerly, whoever asks. One layer class serves
+# many models, dtypes and places in a mini-batch: what is compiled must stay compiled.
+COMPILATIONS = 256
+
+
+@functools.cache
+def _shared_backend(options: Options) -> Callable[..., Any]:
+    """The same object for the same options: equal models then share what Dynamo made of one of them."""
+    return functools.partial(compile_graph, options=options)
+
+
 def _compiled_call(target: Callable[..., Any], options: Options) -> Callable[..., Any]:
-    backend = functools.partial(compile_graph, options=options)
+    backend = _shared_backend(options)
+    if _recorder.recording():  # who looks on wants to see it compiled
+        backend = functools.partial(compile_graph, options=options)
     compiled = torch.compile(target, backend=backend, dynamic=True)
     direct = _DirectScans(options)
+    config = {
+        # Under dynamic=True Dynamo makes symbols of floats (an eps, a base), can't keep them and starts over.
+        "specialize_float": True,
+        "recompile_limit": COMPILATIONS,
+        "accumulated_recompile_limit": 8 * COMPILATIONS,
+    }
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        # Under dynamic=True Dynamo makes symbols of floats (an eps, a base), can't keep them and starts over.
-        with _tracing.use_backend(direct), torch._dynamo.config.patch(specialize_float=True):
+        with _tracing.use_backend(direct), torch._dynamo.config.patch(config):
             try:
                 return compiled(*args, **kwargs)
             except torch._dynamo.exc.BackendCompilerFailed as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,8 +10,10 @@ import torch
 from torch._decomp import core_aten_decompositions, get_decompositions
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tttc._checks import run_one_token
+from tttc.ir.body import is_users
 
 aten = torch.ops.aten
 
@@ -67,6 +70,19 @@ _FURTHER = [
 ]
 
 
+class _SourceLines(TorchDispatchMode):
+    """Leaves on every captured node which line of the step it comes from; make_fx looks at modules only."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        frame = sys._getframe(1)
+        while frame is not None and not is_users(frame.f_code.co_filename):
+            frame = frame.f_back
+        if frame is not None:
+            line = f'File "{frame.f_code.co_filename}", line {frame.f_lineno}, in {frame.f_code.co_name}'
+            torch.fx.traceback.set_stack_trace([line])
+        return func(*args, **(kwargs or {}))
+
+
 def capture_step(
     step: Callable[..., Any],
     trees: Callable[..., Any],
@@ -97,14 +113,16 @@ def capture_step(
     def flat(*leaves):
         it = iter(leaves)
         groups = [[next(it) for _ in range(n)] for n in counts]
-        new, z = run_one_token(step, *trees(*groups))
+        with _SourceLines():
+            new, z = run_one_token(step, *trees(*groups))
         return (*pytree.tree_leaves(new), *pytree.tree_leaves(z))
 
     # Floating casts say nothing to the compiler: the dtype computed in is the caller's.
     table = {**core_aten_decompositions(), **get_decompositions(_FURTHER)}
     # Inside a capture of TorchDynamo, make_fx would take up its symbolic sizes: features have none.
     plain = torch._guards.tracing(None)
-    with plain, torch.autocast("cpu", enabled=False), torch.no_grad():
+    lines = torch.fx.traceback.preserve_node_meta()
+    with plain, lines, torch.autocast("cpu", enabled=False), torch.no_grad():
         gm = make_fx(
             torch.func.functionalize(flat, remove="mutations"),
             decomposition_table=table,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 from torch import fx
@@ -15,6 +16,9 @@ from tttc.ir.spec import parse, parse_relation
 
 TOKEN = "t"  # the dimension of the tokens of a mini-batch
 EARLIER = "s"  # the same tokens, seen from later ones
+
+_TORCH = Path(torch.__file__).parent
+_PACKAGE = Path(__file__).parents[1]
 
 
 @dataclass
@@ -99,14 +103,21 @@ def _sort_placeholders(graph: fx.Graph) -> None:
             anchor = anchor.next
 
 
+def is_users(file: str) -> bool:
+    """Whether a source file may hold steps: it is neither torch's nor the compiler's."""
+    path = Path(file)
+    if path.is_relative_to(_PACKAGE):
+        return path.is_relative_to(_PACKAGE / "nn")
+    return not path.is_relative_to(_TORCH) and path.is_absolute()
+
+
 def source_line(node: fx.Node) -> str | None:
-    """The user's file and line behind a captured node, the innermost that is not torch's."""
-    trace = node.meta.get("stack_trace") or node.stack_trace
-    if not trace:
-        return None
-    found = re.findall(r'File "([^"]+)", line (\d+)', trace)
-    found = [(f, line) for f, line in found if "/torch/" not in f and "/tttc/" not in f]
-    return f"{found[-1][0]}:{found[-1][1]}" if found else None
+    """The file and line of the step behind a captured node: the innermost that is neither torch's nor ours."""
+    trace = node.meta.get("stack_trace") or node.stack_trace or ""
+    for file, line in reversed(re.findall(r'File "([^"]+)", line (\d+)', trace)):
+        if is_users(file):
+            return f"{file}:{line}"
+    return None
 
 
 def spec_of(node: fx.Node) -> str:

@@ -17,7 +17,6 @@ from tttc.ir.body import Body
 from tttc.report import scans as running
 from tttc.report.costs import StageCost, stage_cost
 from tttc.report.kernels import default_target, kernels_of, save, scan_launches
-from tttc.report.limits import without_recompile_limit
 
 if TYPE_CHECKING:
     from tttc.codegen.kernel import Kernel
@@ -191,8 +190,8 @@ def explain(
         options = model._tttc_options
         model, backend = model._tttc_module, backend or options.backend
         mini_batch_size = mini_batch_size or options.mini_batch_size
-    compiled = compile(model, backend=backend or "auto", mini_batch_size=mini_batch_size)
-    with _recorder.record() as recording, without_recompile_limit(), torch.no_grad():
+    with _recorder.record() as recording, torch.no_grad():
+        compiled = compile(model, backend=backend or "auto", mini_batch_size=mini_batch_size)
         compiled(*args, **kwargs)
     explanation = Explanation()
     calls: dict[tuple[str, int], running.Call] = {}
