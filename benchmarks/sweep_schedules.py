@@ -1,6 +1,6 @@
 """Time every schedule of a list for some scans on the GPU at hand: values first, then times.
 
-    python benchmarks/sweep_schedules.py OUT.json [case ...]
+    python benchmarks/sweep_schedules.py OUT.json [case ...] [shape, as in B16T2048 ...]
 """
 
 from __future__ import annotations
@@ -22,15 +22,39 @@ from tttc.codegen.torch_scan import run_program
 from tttc.runtime import triton_scan
 
 GRIDS = {
-    "ttt_linear": list(itertools.product([False, True], [1, 2, 4], [1, 2, 3])),
-    "ttt_mlp": list(itertools.product([False, True], [4, 8, 16], [1, 2])),
-}
+    "ttt_linear_b16": {
+        "feature_major": [False], "num_warps": [2, 4], "num_stages": [1, 2, 3],
+        "nan": ["product", "branch"], "split": [False],
+    },
+    "ttt_linear_b16 split": {
+        "feature_major": [False], "num_warps": [2, 4], "num_stages": [1, 3], "split": [True],
+        "nan": ["product", "branch"],
+    },
+    "ttt_mlp_b16": {
+        "feature_major": [False], "num_warps": [8], "num_stages": [1, 2, 3], "least_live": [True],
+        "late_loads": [True], "nan": ["product", "branch", "ignored"],
+    },
+    "ttt_mlp_chunk64": {
+        "feature_major": [True], "num_warps": [8], "num_stages": [1, 2, 3],
+        "least_live": [True], "late_loads": [False, True],
+    },
+}  # fmt: skip
 
 
 def schedules(case: str) -> list[Schedule]:
     """The schedules tried for a case."""
-    grid = GRIDS["ttt_mlp" if "mlp" in case else "ttt_linear"]
-    return [Schedule(feature_major=f, num_warps=w, num_stages=s) for f, w, s in grid]
+    grids = [g for name, g in GRIDS.items() if name.split()[0] == case]
+    return [
+        Schedule(**dict(zip(g, values, strict=True)))
+        for g in grids
+        for values in itertools.product(*g.values())
+    ]
+
+
+def described(schedule: Schedule) -> str:
+    """What differs from the default."""
+    plain = Schedule()
+    return " ".join(f"{k}={v}" for k, v in schedule.__dict__.items() if v != getattr(plain, k))
 
 
 def runner(name: str, batch: int, length: int, schedule: Schedule):
@@ -64,7 +88,8 @@ def compile_one(job: tuple[str, Schedule]) -> tuple[str, Schedule, float, str]:
 
 def main() -> None:
     out, *names = sys.argv[1:]
-    names = names or ["ttt_linear_b16", "ttt_mlp_b16", "ttt_mlp_chunk64"]
+    shapes = [x for x in SHAPES if x.replace(" ", "") in names] or list(SHAPES)
+    names = [x for x in names if x.startswith("ttt")] or list(dict.fromkeys(x.split()[0] for x in GRIDS))
     jobs = [(n, s) for n in names for s in schedules(n)]
     with ProcessPoolExecutor(14, mp_context=multiprocessing.get_context("spawn")) as pool:
         compiled = list(pool.map(compile_one, jobs))
@@ -79,12 +104,12 @@ def main() -> None:
         double = [[x.double() for x in group] for group in (call.anchor, call.carry, call.tokens, call.shared)]
         exact = run_program(program, *double, 0)[2][0]
         for shape, (batch, length) in SHAPES.items():
-            if "mlp" in name and length > 8192 and batch == 1:
+            if shape not in shapes:
                 continue
             for schedule in schedules(name):
                 if (name, schedule) in failed:
                     continue
-                row = {"case": name, "shape": shape, **schedule.__dict__}
+                row = {"case": name, "shape": shape, "schedule": described(schedule)}
                 if shape == "B16 T2048":
                     z = runner(name, 1, 2048, schedule)[0]()[0].double()
                     row["error"] = float((z - exact).norm() / exact.norm())
@@ -94,8 +119,8 @@ def main() -> None:
                 rows.append(row)
             best = sorted((r for r in rows if r["case"] == name and r["shape"] == shape), key=lambda r: r["us"])
             print(name, shape)
-            for r in best[:5] + best[-1:]:
-                print(f"   {r['us']:9.1f} us  feature_major={r['feature_major']} warps={r['num_warps']} stages={r['num_stages']} error={r.get('error', -1):.1e}")
+            for r in best[:6] + best[-1:]:
+                print(f"   {r['us']:9.1f} us  {r['schedule']}  error={r.get('error', -1):.1e}")
         with open(out, "w") as f:
             json.dump(rows, f, indent=1)
 

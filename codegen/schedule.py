@@ -17,17 +17,18 @@ class Schedule:
         least_live: values are computed in the order that keeps least on chip (else as the graph has them).
         late_loads: tokens are loaded where they are first needed (else all at the start of a mini-batch).
         split: the states are made first, mini-batch after mini-batch, and saved; the outputs then in parallel.
-        exact_nan: what is not finite reaches only the tokens that it reaches token by token, at the price of a
-            small product for each causal one.
+        nan: how what is not finite is kept from tokens that do not see it: by a small "product" beside each
+            causal one, by a "branch" taken where there is such a value, or not at all ("ignored": for
+            measuring what exactness costs).
         maxnreg: registers a thread may take, None for the compiler's choice.
     """
 
     feature_major: bool = False
     num_warps: int = 4
-    num_stages: int = 1
+    num_stages: int = 3
     accumulate: bool = True
     least_live: bool = False
     late_loads: bool = False
     split: bool = False
-    exact_nan: bool = True
+    nan: str = "product"
     maxnreg: int | None = None

@@ -23,6 +23,7 @@ from tttc.passes.verify import verify_backward
 
 Tensor = torch.Tensor
 Values = dict[str, Tensor]
+LEAST_INTERVAL = 8  # mini-batches that are recomputed and reversed together, at least
 Leaves = tuple[
     str, ...
 ]  # token and shared leaves whose cotangents are wanted: ("token_0", "shared_1")

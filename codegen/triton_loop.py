@@ -346,16 +346,14 @@ class Renderer:
         by_dims = {frozenset(o): x for x, o in zip(operands_of(node), spec.operands, strict=True)}
         left = self.tile(by_dims[frozenset((rows, inner))])
         right = self.tile(by_dims[frozenset((inner, columns))])
-        reached = ""
-        if node.target is ops.masked_contraction:
+        causal = node.target is ops.masked_contraction
+        if causal:
             r = parse_relation(node.args[0])
-            pair = {r.earlier, r.later}
-            if set(left.dims) == pair:
+            pairs_left = set(left.dims) == {r.earlier, r.later}
+            if pairs_left:
                 left = self._causal(left, node.args[0])
-                right, reached = self._finite(right, left, node.args[0], (rows, columns, inner))
             else:
                 right = self._causal(right, node.args[0])
-                left, reached = self._finite(left, right, node.args[0], (rows, columns, inner))
         elif base(inner) in (TOKEN, EARLIER):
             small = left if self._elements(left) <= self._elements(right) else right
             cleared = self.cleared(small, (inner,))
@@ -366,33 +364,51 @@ class Renderer:
             small_left = self._elements(left) <= self._elements(right)
             negated = self.let("n", f"-{(left if small_left else right).name}", (left if small_left else right).dims)
             left, right = (negated, right) if small_left else (left, negated)
-        a = self._operand(left, (rows, inner))
-        b = self._operand(right, (inner, columns))
-        extra = f", acc={accumulator.name}" if accumulator is not None else ""
         zero = frozenset(d for d in (rows,) if d in left.zero) | frozenset(d for d in (columns,) if d in right.zero)
         if accumulator is not None:
             zero &= accumulator.zero
-        text = f"tl.dot({a}, {b}{extra}, input_precision=PRECISION)"
-        made = self.let("c", text, (rows, columns), zero, note=str(spec))
-        if reached:
-            value = f'tl.where({reached} > 0, float("nan"), {made.name})'
-            made = self.let("m", value, made.dims, made.zero)
+        made = Tile(self.fresh("c"), (rows, columns), zero)
+        labels = (rows, columns, inner)
+        if not causal or self.schedule.nan == "ignored":
+            self.write(f"{made.name} = {self._product(left, right, labels, accumulator)}  # {spec}")
+            return made
+        values, pairs = (right, left) if pairs_left else (left, right)
+        if self.schedule.nan == "product":
+            clean, reached = self._finite(values, pairs, str(node.args[0]), labels)
+            left, right = (left, clean) if pairs_left else (clean, right)
+            self.write(f"{made.name} = {self._product(left, right, labels, accumulator)}  # {spec}")
+            self.write(f'{made.name} = tl.where({reached} > 0, float("nan"), {made.name})')
+            return made
+        self.write(f"{made.name} = {self._product(left, right, labels, accumulator)}  # {spec}")
+        self.write(f"if tl.sum(tl.sum({values.name} * 0.0, 1), 0) != 0.0:")
+        self.indent += 1
+        clean, reached = self._finite(values, pairs, str(node.args[0]), labels)
+        left, right = (left, clean) if pairs_left else (clean, right)
+        exact = self._product(left, right, labels, accumulator)
+        self.write(f'{made.name} = tl.where({reached} > 0, float("nan"), {exact})')
+        self.indent -= 1
         return made
 
+    def _product(
+        self, left: Tile, right: Tile, labels: tuple[str, str, str], accumulator: Tile | None
+    ) -> str:
+        rows, columns, inner = labels
+        a = self._operand(left, (rows, inner))
+        b = self._operand(right, (inner, columns))
+        extra = f", acc={accumulator.name}" if accumulator is not None else ""
+        return f"tl.dot({a}, {b}{extra}, input_precision=PRECISION)"
+
     def _finite(
-        self, values: Tile, pairs: Tile, relation: Any, labels: tuple[str, str, str]
+        self, values: Tile, pairs: Tile, relation: str, labels: tuple[str, str, str]
     ) -> tuple[Tile, str]:
         """What a causal product sums, with zeros for what is not finite, and a tile that counts who must see that.
 
         Zero times infinity is not a number: without this, tokens before one that is not finite would see it.
         """
-        if not self.schedule.exact_nan:
-            return values, ""
         rows, columns, inner = labels
         clean = self.let("f", f"tl.where({values.name} * 0.0 == 0.0, {values.name}, 0.0)", values.dims, values.zero)
         bad = self.let("f", f"tl.where({values.name} * 0.0 == 0.0, 0.0, 1.0)", values.dims)
-        if self.ragged(next(d for d in values.dims if d != inner)):
-            bad = self.cleared(bad, tuple(d for d in values.dims if d != inner))
+        bad = self.cleared(bad, tuple(d for d in values.dims if d != inner and self.ragged(d)))
         shape = ", ".join(str(self.side(d)) for d in pairs.dims)
         ones = self._causal(Tile(f"tl.full(({shape},), 1.0, tl.float32)", pairs.dims), relation)
         left, right = (ones, bad) if rows in pairs.dims else (bad, ones)
@@ -524,8 +540,7 @@ class Renderer:
         if loop.parallel:
             self._mini_batch()
         elif loop.tokens:
-            stages = f", num_stages={self.schedule.num_stages}" if self.schedule.num_stages > 1 else ""
-            self.write(f"for step in tl.range(0, tl.cdiv(T, {loop.mini_batch_size}){stages}):")
+            self.write(f"for step in tl.range(0, tl.cdiv(T, {loop.mini_batch_size})):")
             self.indent += 1
             if loop.reverse:
                 self.write(f"n = tl.cdiv(T, {loop.mini_batch_size}) - 1 - step")
@@ -534,8 +549,7 @@ class Renderer:
             self._mini_batch()
             self.indent -= 1
         else:
-            stages = f", num_stages={self.schedule.num_stages}" if self.schedule.num_stages > 1 else ""
-            self.write(f"for n in tl.range(0, T{stages}):")
+            self.write("for n in tl.range(0, T):")
             self.indent += 1
             self._mini_batch()
             self.indent -= 1

@@ -58,7 +58,7 @@ def fused_scan(
     place: int,
     backend: str,
     states: bool,
-    interval: int = 0,
+    interval: int,
 ) -> list[Tensor]:
     """A compiled scan; arguments as those of ``torch.ops.tttc.scan``.
 
@@ -114,7 +114,7 @@ def saving_interval(
     if not torch.is_grad_enabled() or not any(x.requires_grad for x in arguments):
         return 0
     program = build_program(interned(key), mini_batch_size)
-    token_bytes = sum(math.prod(x.shape[3:]) * x.dtype.itemsize for x in tokens)
+    token_bytes = sum(math.prod(map(int, x.shape[3:])) * x.dtype.itemsize for x in tokens)
     compute = compute_dtype(anchor, tokens, shared)
     return save_interval(program, floating_leaves(tokens, shared), token_bytes, compute.itemsize)
 
@@ -161,7 +161,7 @@ def _unaliased(results: list[Tensor], arguments: list[Tensor]) -> list[Tensor]:
 
 @fused_scan.register_fake
 def _fused_scan_fake(
-    anchor, carry, tokens, shared, key, mini_batch_size, place, backend, states, interval=0
+    anchor, carry, tokens, shared, key, mini_batch_size, place, backend, states, interval
 ):
     info = scan_info(anchor, tokens, shared)
     outputs = _empty_outputs(tokens, key, info)

@@ -103,20 +103,7 @@ def _of_nothing(out, grads, anchor, carry, wanted, states, place) -> list[Tensor
 
 
 @fused_scan_backward.register_fake
-def _fake(
-    grads,
-    anchor,
-    carry,
-    tokens,
-    shared,
-    saved,
-    wanted,
-    key,
-    mini_batch_size,
-    place,
-    backend,
-    states,
-):
+def _fake(grads, anchor, carry, tokens, shared, saved, wanted, *rest):
     return _empty_cotangents(anchor, carry, tokens, shared, wanted)
 
 

@@ -31,7 +31,10 @@ class Launch:
     def options(self) -> dict[str, Any]:
         """What Triton is told beside the arguments."""
         schedule = self.kernel.config["schedule"]
-        options: dict[str, Any] = {"num_warps": schedule.num_warps}
+        options: dict[str, Any] = {
+            "num_warps": schedule.num_warps,
+            "num_stages": schedule.num_stages,
+        }
         if schedule.maxnreg is not None:
             options["maxnreg"] = schedule.maxnreg
         return options
