@@ -19,7 +19,7 @@ feature dimension is kept without it, as elementwise operators repeat their oper
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,7 +134,7 @@ class _Reverse:
     def visit(self, node: fx.Node) -> None:
         """Hand a node's cotangent on to its operands."""
         g = self.cotangents[node]
-        rule = {
+        rules: dict[Any, Callable[[fx.Node, fx.Node], None]] = {
             ops.elementwise: self.elementwise,
             ops.contraction: self.contraction,
             ops.masked_contraction: self.contraction,
@@ -144,8 +144,8 @@ class _Reverse:
             ops.broadcast: self.broadcast,
             ops.last: self.last,
             ops.at_last: self.at_last,
-        }[node.target]
-        rule(node, g)
+        }
+        rules[node.target](node, g)
 
     # -- sums ----------------------------------------------------------------------------------------
 

@@ -43,7 +43,7 @@ class InternedStep:
 
 
 # Inside an operator the autograd keys are masked, and torch.func needs them: run under the state of plain eager.
-_EAGER_KEYS = (
+EAGER_KEYS = (
     torch._C._dispatch_tls_local_include_set(),
     torch._C._dispatch_tls_local_exclude_set(),
 )
@@ -109,7 +109,7 @@ def run_naive(anchor, carry, tokens, shared, key, mini_batch_size, place):
     entry = interned(key)
     info = scan_info(anchor, tokens, shared)
     trees = entry.trees(anchor, carry, tokens, shared)
-    with torch._C._ForceDispatchKeyGuard(*_EAGER_KEYS):
+    with torch._C._ForceDispatchKeyGuard(*EAGER_KEYS):
         (new_anchor, new_carry), z = naive_loop(
             entry.step, trees[0], trees[1], place, trees[2], mini_batch_size, trees[3], info
         )
@@ -171,7 +171,7 @@ def scan_backward_op(
     leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
     it = iter(leaves)
     parts = [[next(it) for _ in group] for group in (anchor, carry, tokens, shared)]
-    with torch._C._ForceDispatchKeyGuard(*_EAGER_KEYS), torch.enable_grad():
+    with torch._C._ForceDispatchKeyGuard(*EAGER_KEYS), torch.enable_grad():
         out = run_naive(parts[0], parts[1], parts[2], parts[3], key, mini_batch_size, place)
         wanted = [x for x in leaves if x.requires_grad]
         pairs = [(o, g) for o, g in zip(out, grads, strict=True) if o.requires_grad]

@@ -25,6 +25,7 @@ from tttc.codegen.rowwise_launch import lower_regions
 from tttc.ir.errors import CheckError, NotLowerable
 from tttc.passes.fuse import decompositions, fuse
 from tttc.pipeline import build_program
+from tttc.runtime.fused_scan import saving_interval
 
 BACKENDS = ("auto", "triton", "torch")
 
@@ -108,10 +109,16 @@ def _replace_scan(graph: fx.Graph, node: fx.Node, mini_batch_size: int, backend:
         return user.args[1] if user.target is operator.getitem else 0
 
     states = any(picked(u) < skipped for u in node.users)
+    anchor, carry, tokens, shared = (
+        [x.meta["example_value"] for x in group]  # type: ignore[union-attr]
+        for group in node.args[:4]
+    )
+    key: Any = node.args[4]
+    interval = saving_interval(anchor, carry, tokens, shared, key, mini_batch_size)
     with graph.inserting_before(node):
         new = graph.call_function(
             torch.ops.tttc.fused_scan.default,
-            (*node.args[:5], mini_batch_size, node.args[6], backend, states),
+            (*node.args[:5], mini_batch_size, node.args[6], backend, states, interval),
         )
         new.meta = dict(node.meta)
     for user in list(node.users):
@@ -197,9 +204,12 @@ class _DirectScans:
         except NotLowerable as error:
             self._refuse(call.key.rpartition("#")[0], mini_batch_size, error)
             return None
-        return torch.ops.tttc.fused_scan(
-            *call[1:5], call.key, mini_batch_size, place, self.options.backend, True
+        anchor, carry, tokens, shared = call[1:5]
+        interval = saving_interval(anchor, carry, tokens, shared, call.key, mini_batch_size)
+        out = torch.ops.tttc.fused_scan(
+            anchor, carry, tokens, shared, call.key, mini_batch_size, place, self.options.backend, True, interval
         )
+        return out[: 2 * len(call.anchor) + len(interned(call.key).outputs)]
 
     def _refuse(self, name: str, mini_batch_size: int, error: NotLowerable) -> None:
         if self.options.strict:

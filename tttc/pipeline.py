@@ -6,7 +6,10 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from tttc._scan_op import InternedStep
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+from tttc._scan_op import EAGER_KEYS, InternedStep
 from tttc.capture.step import capture_step
 from tttc.ir.body import Body
 from tttc.ir.errors import NotLowerable
@@ -32,7 +35,9 @@ def build_program(entry: InternedStep, mini_batch_size: int, verify: bool = Fals
     with _lock:
         program = _programs.get(key)
         if program is None or (verify and not program.verified):
-            program = _build(entry, mini_batch_size, verify)
+            # Whoever asks may be tracing: what is built is for real.
+            with _disable_current_modes(), torch._C._ForceDispatchKeyGuard(*EAGER_KEYS):
+                program = _build(entry, mini_batch_size, verify)
             _programs[key] = program
         return program
 

@@ -30,6 +30,7 @@ class Program:
     schedules: dict = field(default_factory=dict)  # of the parts, where one was chosen
     kernels: dict = field(default_factory=dict)
     gradients: dict = field(default_factory=dict)  # what backends derive from the bodies' VJPs
+    save_interval: int | None = None  # mini-batches between saved states; None: chosen by cost
     no_kernels: str | None = None  # why Triton can not express it
 
     @property

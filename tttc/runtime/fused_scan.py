@@ -102,10 +102,10 @@ def floating_leaves(tokens: Sequence[Tensor], shared: Sequence[Tensor]) -> tuple
 
 
 def saving_interval(
-    anchor: Sequence[Tensor],
-    carry: Sequence[Tensor],
-    tokens: Sequence[Tensor],
-    shared: Sequence[Tensor],
+    anchor: list[Tensor],
+    carry: list[Tensor],
+    tokens: list[Tensor],
+    shared: list[Tensor],
     key: str,
     mini_batch_size: int,
 ) -> int:
