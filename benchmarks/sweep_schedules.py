@@ -23,20 +23,19 @@ from tttc.runtime import triton_scan
 
 GRIDS = {
     "ttt_linear_b16": {
-        "feature_major": [False], "num_warps": [2, 4], "num_stages": [1, 2, 3],
-        "nan": ["product", "branch"], "split": [False],
+        "num_warps": [2, 4], "order": ["graph", "products_first"], "late_loads": [False, True],
+        "repeat_vectors": [False, True], "nan": ["product", "branch"],
     },
     "ttt_linear_b16 split": {
-        "feature_major": [False], "num_warps": [2, 4], "num_stages": [1, 3], "split": [True],
-        "nan": ["product", "branch"],
+        "num_warps": [2, 4], "order": ["graph", "products_first"], "split": [True],
     },
     "ttt_mlp_b16": {
-        "feature_major": [False], "num_warps": [8], "num_stages": [1, 2, 3], "least_live": [True],
-        "late_loads": [True], "nan": ["product", "branch", "ignored"],
+        "num_warps": [8], "num_stages": [2, 3], "order": ["least_live"], "late_loads": [True],
+        "repeat_vectors": [False, True], "nan": ["product", "branch"],
     },
     "ttt_mlp_chunk64": {
-        "feature_major": [True], "num_warps": [8], "num_stages": [1, 2, 3],
-        "least_live": [True], "late_loads": [False, True],
+        "feature_major": [True], "num_warps": [8], "num_stages": [1],
+        "order": ["least_live", "products_first"], "late_loads": [True],
     },
 }  # fmt: skip
 

@@ -10,6 +10,7 @@ from torch import fx
 from tttc.ir import ops
 from tttc.ir.body import Body, role
 from tttc.ir.build import dims_of
+from tttc.passes.backward import Backward
 
 
 @dataclass(frozen=True)
@@ -99,9 +100,9 @@ def scan_loop(
             sources[node] = Source(kind, f"{kind}_{index}")
     sinks: list[tuple[fx.Node, Sink]] = []
     results = body.results
+    carried = "anchor" if body.batched and not continued else "carry"
     if states:
-        target = "anchor" if body.batched and not continued else "carry"
-        sinks += [(results[i], Sink("state", f"{target}_{i}")) for i in sorted(live)]
+        sinks += [(results[i], Sink("state", f"{carried}_{i}")) for i in sorted(live)]
     if outputs:
         sinks += [
             (node, Sink("token", f"output_{k}")) for k, node in enumerate(results[body.states :])
@@ -117,10 +118,35 @@ def scan_loop(
         # At 1 the body reads no anchor: there is none to refresh.
         refresh=None if body.batched or mini_batch_size == 1 else mini_batch_size,
         parallel=parallel,
-        save=tuple(f"anchor_{i}" for i in sorted(save or ())),
+        save=tuple(f"{carried}_{i}" for i in sorted(save or ())),
         store_state=store_state,
     )
     return loop
+
+
+def backward_loop(name: str, made: Backward, mini_batch_size: int) -> Loop:
+    """The loop of a VJP: mini-batches from the last to the first, each from the states saved at its start.
+
+    Carried are the cotangents of the state, ``gstate_k``. Cotangents of tokens (``gtoken_k``) are stored tile by
+    tile, those of parameters (``gshared_k``), and of anchors that are not the carry (``ganchor_k``), added up.
+    """
+    body = made.body
+    kinds = {"anchor": "saved", "carry": "saved", "gstate": "state", "goutput": "token"}
+    sources = {
+        node: Source(kinds.get(role(node)[0], role(node)[0]), str(node.target))
+        for node in body.placeholders
+    }
+    count = sum(role(node)[0] == "gstate" for node in body.placeholders)
+    sinks = []
+    for position, (leaf, node) in enumerate(zip(made.wanted, body.results, strict=True)):
+        if position < count:
+            sinks.append((node, Sink("state", f"gstate_{position}")))
+        else:
+            sinks.append((node, Sink("token" if leaf.startswith("token") else "sum", f"g{leaf}")))
+    size = mini_batch_size if body.batched else 1
+    return Loop(
+        name, body.gm.graph, body.sizes, size, sources, sinks, tokens=body.batched, reverse=True
+    )
 
 
 def _used(loop: Loop) -> set[fx.Node]:

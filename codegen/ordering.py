@@ -9,22 +9,37 @@ from torch import fx
 from tttc.ir import ops
 
 
-def _groups(
-    nodes: Sequence[fx.Node], members: set[fx.Node], product: Callable[[fx.Node], bool]
-) -> dict[fx.Node, list[fx.Node]]:
+def _is_product(node: fx.Node) -> bool:
+    """Whether a node makes every warp wait for the others: a product, a sum, an extreme."""
+    return node.target in (ops.contraction, ops.masked_contraction, ops.reduction, ops.last)
+
+
+def _depths(nodes: Sequence[fx.Node]) -> dict[fx.Node, int]:
+    """How many products and sums lie on the way to each node, itself included."""
+    depth: dict[fx.Node, int] = {}
+    for node in nodes:
+        before = max((depth.get(x, 0) for x in node.all_input_nodes), default=0)
+        depth[node] = before + int(_is_product(node))
+    return depth
+
+
+def products_first(nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    """The nodes with the products of arguments alone first: they run while the long chain of the state starts."""
+    depth = _depths(nodes)
+    return sorted(nodes, key=lambda n: depth[n] > 1)
+
+
+def _groups(nodes: Sequence[fx.Node], members: set[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
     """Elementwise values that only one other of the same depth reads are made with it: groups by their last node.
 
     The depth of a value counts the products and sums on the way to it.
     """
-    depth: dict[fx.Node, int] = {}
-    for node in nodes:
-        before = max((depth.get(x, 0) for x in node.all_input_nodes), default=0)
-        depth[node] = before + int(product(node))
+    depth = _depths(nodes)
     leader: dict[fx.Node, fx.Node] = {}
     for node in reversed(nodes):
         users = [u for u in node.users if u in members]
-        joins = len(users) == 1 and not product(node) and depth[users[0]] == depth[node]
-        leader[node] = leader[users[0]] if joins and not product(users[0]) else node
+        joins = len(users) == 1 and not _is_product(node) and depth[users[0]] == depth[node]
+        leader[node] = leader[users[0]] if joins and not _is_product(users[0]) else node
     groups: dict[fx.Node, list[fx.Node]] = {}
     for node in nodes:
         groups.setdefault(leader[node], []).append(node)
@@ -46,11 +61,7 @@ def least_live(
         after: nodes that must come after others: a state is not made anew while the old one is still read.
     """
     members = set(nodes)
-
-    def product(node: fx.Node) -> bool:
-        return node.target in (ops.contraction, ops.masked_contraction, ops.reduction, ops.last)
-
-    groups = _groups(nodes, members, product)
+    groups = _groups(nodes, members)
     position = {node: i for i, node in enumerate(nodes)}
     pending = dict(groups)
     done: set[fx.Node] = set()

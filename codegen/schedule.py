@@ -14,9 +14,11 @@ class Schedule:
         num_warps: warps a program.
         num_stages: depth of the software pipeline over mini-batches, 1 for none.
         accumulate: products are added into their sum inside the matrix unit.
-        least_live: values are computed in the order that keeps least on chip (else as the graph has them).
+        order: in which values are computed: as in the "graph", "products_first" (of tokens and state, before
+            anything waits for a sum), or "least_live" (what keeps least on chip).
         late_loads: tokens are loaded where they are first needed (else all at the start of a mini-batch).
         split: the states are made first, mini-batch after mini-batch, and saved; the outputs then in parallel.
+        repeat_vectors: vector states are kept as a row for every token, renewed by a product.
         nan: how what is not finite is kept from tokens that do not see it: by a small "product" beside each
             causal one, by a "branch" taken where there is such a value, or not at all ("ignored": for
             measuring what exactness costs).
@@ -27,8 +29,9 @@ class Schedule:
     num_warps: int = 4
     num_stages: int = 3
     accumulate: bool = True
-    least_live: bool = False
+    order: str = "graph"
     late_loads: bool = False
     split: bool = False
+    repeat_vectors: bool = True
     nan: str = "product"
     maxnreg: int | None = None

@@ -9,7 +9,7 @@ from torch import fx
 
 from tttc.codegen.kernel import Kernel
 from tttc.codegen.loop import Loop, Source
-from tttc.codegen.ordering import least_live
+from tttc.codegen.ordering import least_live, products_first
 from tttc.codegen.schedule import Schedule
 from tttc.codegen.triton_functions import FUNCTIONS, RECIPROCAL, number
 from tttc.ir import ops
@@ -57,6 +57,7 @@ class Renderer:
         self.used = self._used()
         self.dims = self._dims()
         self.dotted = self._dotted()
+        self.repeated, self.repeats = self._repeated()
 
     # -- what is needed ------------------------------------------------------------------------------
 
@@ -102,6 +103,72 @@ class Renderer:
             if node in self.used and self._dot_labels(node) is not None:
                 found |= set(parse(spec_of(node)).labels)
         return found
+
+    def _repeated(self) -> tuple[dict[str, Dims], dict[fx.Node, fx.Node]]:
+        """Vector states that are kept repeated for every token, and the sums that renew them.
+
+        Such a tile has the axes of what it is added to, so that products accumulate onto it, and its own
+        sum over tokens becomes a product too: no reduction, no change of layout.
+        """
+        names: dict[str, Dims] = {}
+        sums: dict[fx.Node, fx.Node] = {}
+        if not self.schedule.repeat_vectors or not self.loop.tokens or self.loop.parallel:
+            return names, sums
+        if TOKEN not in self.dims or EARLIER not in self.dims:
+            return names, sums
+        new = {sink.name: node for node, sink in self.loop.sinks if sink.kind == "state"}
+        for node, source in self.loop.sources.items():
+            if source.kind != "state" or len(dims_of(node)) != 1 or source.name not in new:
+                continue
+            (d,) = dims_of(node)
+            update = new[source.name]
+            others = [u for u in node.users if u in self.used and u is not update]
+            added = [
+                u.target is ops.elementwise and u.args[0] in ("add", "sub") and set(dims_of(u)) == {TOKEN, d}
+                for u in others
+            ]  # fmt: skip
+            total = self._token_sum(update, node)
+            if all(added) and total is not None and self.side(d) >= 16:
+                names[source.name] = self.order((TOKEN, d))
+                sums[update] = total
+        return names, sums
+
+    def _token_sum(self, update: fx.Node, state: fx.Node) -> fx.Node | None:
+        """The sum over tokens in ``state + sum`` or ``state - sum``, where nobody else reads it."""
+        if update.target is not ops.elementwise or update.args[0] not in ("add", "sub"):
+            return None
+        x, y = operands_of(update)
+        if x is not state or not isinstance(y, fx.Node) or y.target is not ops.contraction:
+            return None
+        if [u for u in y.users if u in self.used] != [update]:
+            return None
+        spec = parse(spec_of(y))
+        if spec.summed != (EARLIER,) or not 1 <= len(spec.operands) <= 2:
+            return None
+        (d,) = spec.result
+        shapes = sorted(spec.operands, key=len)
+        right = {EARLIER, d} == set(shapes[-1]) and (len(shapes) == 1 or shapes[0] == (EARLIER,))
+        return y if right else None
+
+    def _renewed(self, update: fx.Node) -> Tile:
+        """A repeated vector state with its sum over tokens: a product of per-token numbers and rows."""
+        total = self.repeats[update]
+        state = self.tile(operands_of(update)[0])
+        parts = sorted(operands_of(total), key=lambda x: len(dims_of(x)))
+        rows = self.tile(parts[-1])
+        pair = self.order((TOKEN, EARLIER))
+        shape = ", ".join(str(self.side(d)) for d in pair)
+        value = self.line_up(self.tile(parts[0]), pair) if len(parts) == 2 else "1.0"
+        inside = self.mask((EARLIER,), pair)
+        sign = "-" if update.args[0] == "sub" else ""
+        zeros = f"tl.zeros(({shape},), tl.float32)"
+        weights = self.let("m", f"tl.where({inside}, {sign}{value} + {zeros}, 0.0)", pair)
+        (d,) = [x for x in rows.dims if x != EARLIER]
+        if state.dims[0] == TOKEN:
+            text = self._product(weights, rows, (TOKEN, d, EARLIER), state)
+        else:
+            text = self._product(rows, weights, (d, TOKEN, EARLIER), state)
+        return self.let("c", text, state.dims, note=str(spec_of(total)))
 
     def size(self, dim: str) -> int:
         """The size of a dimension."""
@@ -250,10 +317,13 @@ class Renderer:
             ops.reduction: self._reduction,
             ops.broadcast: self._broadcast,
             ops.last: self._last,
+            ops.at_last: self._at_last,
         }[node.target]
         self.tiles[node] = render(node)
 
     def _elementwise(self, node: fx.Node) -> Tile:
+        if node in self.repeats:
+            return self._renewed(node)
         function = str(node.args[0])
         operands = operands_of(node)
         target = self.order(dims_of(node))
@@ -295,7 +365,9 @@ class Renderer:
         return isinstance(x, fx.Node) and x in self.used and x not in self.tiles
 
     def _deferred(self, node: fx.Node) -> bool:
-        """A matrix product whose only user is a sum of the same shape, which accumulates into the other operand."""
+        """A product whose only user is a sum of the same shape, which accumulates into the other operand."""
+        if node in self.repeats.values():
+            return True
         if not self.schedule.accumulate or self._dot_labels(node) is None:
             return False
         users = [u for u in node.users if u in self.used]
@@ -310,7 +382,14 @@ class Renderer:
             return False
         if not isinstance(other, fx.Node) or other is node or self._deferred_candidate(other, user):
             return False
-        return dims_of(other) != () and self.order(dims_of(other)) == self.order(dims_of(node))
+        return dims_of(other) != () and self._tile_dims(other) == self.order(dims_of(node))
+
+    def _tile_dims(self, node: fx.Node) -> Dims:
+        """The axes of the tile a node will have."""
+        source = self.loop.sources.get(node)
+        if source is not None and source.kind == "state" and source.name in self.repeated:
+            return self.repeated[source.name]
+        return self.order(dims_of(node))
 
     def _deferred_candidate(self, other: fx.Node, user: fx.Node) -> bool:
         """Of two products in a sum the second accumulates into the first."""
@@ -354,7 +433,8 @@ class Renderer:
                 left = self._causal(left, node.args[0])
             else:
                 right = self._causal(right, node.args[0])
-        elif base(inner) in (TOKEN, EARLIER):
+        if base(inner) in (TOKEN, EARLIER) and not (causal and inner == r.earlier):
+            # Of causal sums only those over later tokens reach beyond the sequence.
             small = left if self._elements(left) <= self._elements(right) else right
             cleared = self.cleared(small, (inner,))
             left, right = (cleared, right) if small is left else (left, cleared)
@@ -476,8 +556,14 @@ class Renderer:
             volume *= self.side(d)
         if volume > LARGEST_BROADCAST:
             raise NotLowerable(f"a product over {' '.join(every)} is too large for registers")
-        if any(base(d) in (TOKEN, EARLIER) for d in summed) and not masked:
-            d = next(x for x in summed if base(x) in (TOKEN, EARLIER))
+        # Causal sums over earlier tokens stay within the sequence.
+        within = ""
+        if masked:
+            r = parse_relation(str(node.args[0]))
+            within = r.earlier if r.later in result else ""
+        for d in summed:
+            if base(d) not in (TOKEN, EARLIER) or d == within:
+                continue
             i = min((i for i, t in enumerate(tiles) if d in t.dims), key=lambda i: self._elements(tiles[i]))
             tiles[i] = self.cleared(tiles[i], (d,))
         ragged = tuple(d for d in summed if self.ragged(d))
@@ -512,6 +598,8 @@ class Renderer:
     def _broadcast(self, node: fx.Node) -> Tile:
         tile = self.tile(operands_of(node)[0])
         target = self.order(dims_of(node))
+        if not target:
+            return tile
         shape = ", ".join(str(self.side(d)) for d in target)
         return self.let("e", f"{self.line_up(tile, target)} + tl.zeros(({shape},), tl.float32)", target)
 
@@ -527,6 +615,14 @@ class Renderer:
         result = self.order(dims_of(node))
         at = f"(first + {gone}){self.index((gone,), tile.dims)} == last"
         return self.let("c", f"tl.sum(tl.where({at}, {tile.name}, 0.0), {tile.dims.index(gone)})", result)
+
+    def _at_last(self, node: fx.Node) -> Tile:
+        source, _ = operands_of(node)
+        tile, target = self.tile(source), self.order(dims_of(node))
+        (token,) = [d for d in target if d not in tile.dims]
+        at = f"(first + {token} == last){self.index((token,), target)}"
+        zero = tile.zero | {token}
+        return self.let("m", f"tl.where({at}, {self.line_up(tile, target)}, 0.0)", target, zero)
 
     # -- the kernel --------------------------------------------------------------------------------------
 
@@ -629,6 +725,15 @@ class Renderer:
             name: dims for name, dims in self._state_dims().items() if name in made or self.loop.refresh
         }
 
+    def _state_tile(self, name: str, dims: Dims) -> Tile:
+        """A carried state as it is stored."""
+        if name not in self.repeated:
+            return Tile(name + "_v", self.order(dims))
+        target = self.repeated[name]
+        first = f"{TOKEN}{self.index((TOKEN,), target)} == 0"
+        value = f"tl.sum(tl.where({first}, {name}_v, 0.0), {target.index(TOKEN)})"
+        return self.let("x", value, dims)
+
     def _pointer(self, tensor: str, *axes: tuple[str, str]) -> None:
         terms = " + ".join(f"{value} * {self.stride(tensor, axis)}" for value, axis in axes)
         self.write(f"{tensor}_ptr = {tensor} + {terms}")
@@ -660,12 +765,16 @@ class Renderer:
                 tile = self.load(source.name, f"{source.name}_ptr", dims_of(node), None)
                 self.tiles[node] = self._named(tile, source.name + "_v")
         for name, dims in states.items():
-            self._named(self.load(name, f"{name}_ptr", dims, None), name + "_v")
+            tile = self.load(name, f"{name}_ptr", dims, None)
+            if name in self.repeated:
+                target = self.repeated[name]
+                shape = ", ".join(str(self.side(d)) for d in target)
+                value = f"{self.line_up(tile, target)} + tl.zeros(({shape},), tl.float32)"
+                tile = self.let("x", value, target)
+            self._named(tile, name + "_v")
         for node, source in self.loop.sources.items():
             if source.kind == "state" and source.name in states:
-                dims = self.order(dims_of(node))
-                zero = frozenset(d for d in dims if self.ragged(d))
-                self.tiles[node] = Tile(source.name + "_v", dims, frozenset() if zero else zero)
+                self.tiles[node] = Tile(source.name + "_v", self._tile_dims(node))
         for node, sink in self.loop.sinks:
             if sink.kind == "sum":
                 shape = ", ".join(str(self.side(d)) for d in self.order(dims_of(node)))
@@ -718,7 +827,7 @@ class Renderer:
         for name in loop.save:
             dims = self._state_dims()[name]
             pointer = f"saved_{name}_ptr + tl.cast(n, tl.int64) * {self.stride('saved_' + name, 'N')}"
-            self.store(f"saved_{name}", pointer, Tile(name + "_v", self.order(dims)), None)
+            self.store(f"saved_{name}", pointer, self._state_tile(name, dims), None)
         for node, source in loop.sources.items():
             if node not in self.used:
                 continue
@@ -746,8 +855,10 @@ class Renderer:
             for n in self.loop.graph.nodes
             if n.op == "call_function" and n in self.used and n not in self.invariant
         ]
-        if not self.schedule.least_live:
+        if self.schedule.order == "graph":
             return nodes
+        if self.schedule.order == "products_first":
+            return products_first(nodes)
         held = {n for n, _ in self.loop.sinks} | self.invariant
         return least_live(nodes, self._on_chip, held, self._updates_last(nodes))
 
@@ -815,7 +926,7 @@ class Renderer:
     def _epilogue(self) -> None:
         loop = self.loop
         for name, dims in self._stored_states().items():
-            self.store(f"new_{name}", f"new_{name}_ptr", Tile(name + "_v", self.order(dims)), None)
+            self.store(f"new_{name}", f"new_{name}_ptr", self._state_tile(name, dims), None)
         for node, sink in loop.sinks:
             if sink.kind == "sum":
                 tile = Tile(f"{sink.name}_v", self.order(dims_of(node)))
