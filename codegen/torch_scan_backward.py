@@ -70,12 +70,17 @@ def save_interval(program: Program, leaves: Leaves, token_bytes: int, state_byte
     """
     if program.save_interval is not None:
         return program.save_interval
-    part = "token" if program.sequential else "full"
-    body = derive(program, part, leaves).body
-    dims = {str(n.target): dims_of(n) for n in body.placeholders}
-    live = saved_leaves(program, leaves)
-    state = state_bytes * sum(element_count(dims[f"carry_{i}"], body.sizes) for i in live)
+    state = saved_bytes(program, leaves, state_bytes)
     return max(LEAST_INTERVAL, math.ceil(state / (program.mini_batch_size * token_bytes)))
+
+
+def saved_bytes(program: Program, leaves: Leaves, state_bytes: int) -> int:
+    """The bytes of what is saved of one state; ``state_bytes``: of one number."""
+    dims = {str(n.target): dims_of(n) for n in program.token.placeholders}
+    return state_bytes * sum(
+        element_count(dims[f"carry_{i}"], program.token.sizes)
+        for i in saved_leaves(program, leaves)
+    )
 
 
 def _bound(parts: Split) -> Split:
@@ -257,6 +262,7 @@ def run_backward(
     shared: Sequence[Tensor],
     place: int,
     given: tuple[Sequence[Tensor | None], Sequence[Tensor | None], Sequence[Tensor | None]],
+    live: list[int],
     saved: Sequence[Tensor],
     interval: int,
 ) -> tuple[list[Tensor], list[Tensor], dict[str, Tensor]]:
@@ -267,7 +273,8 @@ def run_backward(
         leaves: token and shared leaves whose cotangents are wanted.
         anchor, carry, tokens, shared, place: as :func:`tttc.codegen.torch_scan.run_program` takes them.
         given: cotangents of new anchor, new carry and outputs; None for none.
-        saved: leaf after leaf of :func:`saved_leaves`, the states ``[B, H, S, ...]`` at every ``interval``-th
+        live: the state leaves that the backward must know, of :func:`saved_leaves`.
+        saved: leaf after leaf of ``live``, the states ``[B, H, S, ...]`` at every ``interval``-th
             mini-batch from the first that starts at its anchor; empty where they are to be computed again.
         interval: how many mini-batches are recomputed at a time.
 
@@ -290,7 +297,7 @@ def run_backward(
         f"constant_{i}": prepared(x.to(device)[None], 1)
         for i, x in enumerate(program.token.constants)
     }
-    call = _Call(program, leaves, saved_leaves(program, leaves), once)
+    call = _Call(program, leaves, live, once)
 
     def filled(x: Tensor | None, like: Tensor) -> Tensor:
         return torch.zeros_like(like) if x is None else x.to(dtype).reshape(like.shape)

@@ -645,8 +645,10 @@ class Renderer:
             self._mini_batch()
             self.indent -= 1
         else:
-            self.write("for n in tl.range(0, T):")
+            self.write(f"for {'step' if loop.reverse else 'n'} in tl.range(0, T):")
             self.indent += 1
+            if loop.reverse:
+                self.write("n = T - 1 - step")
             self._mini_batch()
             self.indent -= 1
         self._epilogue()

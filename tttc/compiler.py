@@ -114,7 +114,9 @@ def _replace_scan(graph: fx.Graph, node: fx.Node, mini_batch_size: int, backend:
         for group in node.args[:4]
     )
     key: Any = node.args[4]
-    interval = saving_interval(anchor, carry, tokens, shared, key, mini_batch_size)
+    interval = saving_interval(
+        anchor, carry, tokens, shared, key, mini_batch_size, backend
+    )
     with graph.inserting_before(node):
         new = graph.call_function(
             torch.ops.tttc.fused_scan.default,
@@ -205,7 +207,9 @@ class _DirectScans:
             self._refuse(call.key.rpartition("#")[0], mini_batch_size, error)
             return None
         anchor, carry, tokens, shared = call[1:5]
-        interval = saving_interval(anchor, carry, tokens, shared, call.key, mini_batch_size)
+        interval = saving_interval(
+            anchor, carry, tokens, shared, call.key, mini_batch_size, self.options.backend
+        )
         out = torch.ops.tttc.fused_scan(
             anchor, carry, tokens, shared, call.key, mini_batch_size, place, self.options.backend, True, interval
         )

@@ -11,7 +11,7 @@ import torch
 from tttc._checks import compute_dtype
 from tttc._scan_op import interned, scan_info
 from tttc.codegen.torch_scan import run_program
-from tttc.codegen.torch_scan_backward import save_interval, saved_leaves
+from tttc.codegen.torch_scan_backward import save_interval, saved_bytes, saved_leaves
 from tttc.ir.errors import NotLowerable
 from tttc.pipeline import build_program
 from tttc.runtime.triton_scan import run_kernels, scan_kernel
@@ -19,32 +19,45 @@ from tttc.runtime.triton_scan import run_kernels, scan_kernel
 Tensor = torch.Tensor
 
 
+def runs_by_kernels(backend: str, device: torch.device, compute: torch.dtype) -> bool:
+    """Whether a scan on this device, computed in this dtype, runs by kernels."""
+    if backend == "torch" or compute is not torch.float32:
+        return False  # matrix units have no float64 worth the name: torch operations are as fast
+    return device.type == "cuda" or (
+        backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    )
+
+
 def uses_triton(backend: str, device: torch.device, compute: torch.dtype) -> bool:
-    """Whether a scan on this device, computed in this dtype, runs by kernels.
+    """As :func:`runs_by_kernels`.
 
     Raises:
         ValueError: ``backend="triton"`` where no kernel can run.
     """
-    if backend == "torch" or compute is not torch.float32:
-        return False  # matrix units have no float64 worth the name: torch operations are as fast
-    if device.type == "cuda":
-        return True
-    if backend == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
+    runs = runs_by_kernels(backend, device, compute)
+    if backend == "triton" and compute is torch.float32 and not runs:
         raise ValueError(
             f"backend: 'triton' expected tensors on a GPU (or TRITON_INTERPRET=1), got {device}"
         )
-    return backend == "triton"
+    return runs
 
 
-def _by_kernels(program, anchor, carry, tokens, shared, place, info, states) -> list[Tensor] | None:
+def _by_kernels(
+    program, anchor, carry, tokens, shared, place, info, states, saved
+) -> list[Tensor] | None:
     try:
         for part in ["tokens"] if program.sequential else ["full", "continued"]:
             scan_kernel(program, part, states)
     except NotLowerable as error:
         program.no_kernels = error.reason
         return None
-    out = run_kernels(program, anchor, carry, tokens, shared, place, info.output, states)
-    return [x for group in out for x in group]
+    save = (
+        dict(zip(saved_leaves(program, floating_leaves(tokens, shared)), saved, strict=True))
+        if saved
+        else None
+    )
+    out = run_kernels(program, anchor, carry, tokens, shared, place, info.output, states, save=save)
+    return [*(x for group in out for x in group), *saved]
 
 
 @torch.library.custom_op("tttc::fused_scan", mutates_args=())
@@ -74,8 +87,10 @@ def fused_scan(
         empty = _empty_outputs(tokens, key, info)
         saved = _empty_saved(program, anchor, tokens, shared, place, interval, info)
         return [*(kept if states else []), *empty, *saved]
-    if uses_triton(backend, tokens[0].device, info.compute) and program.no_kernels is None:
-        out = _by_kernels(program, anchor, carry, tokens, shared, place, info, states)
+    saved = _empty_saved(program, anchor, tokens, shared, place, interval, info)
+    by_kernels = interval in (0, 1) and program.no_kernels is None
+    if by_kernels and uses_triton(backend, tokens[0].device, info.compute):
+        out = _by_kernels(program, anchor, carry, tokens, shared, place, info, states, saved)
         if out is not None:
             return _unaliased(out, [*anchor, *carry])
     starts: list[list[Tensor]] | None = [] if interval else None
@@ -85,7 +100,6 @@ def fused_scan(
     outputs = _empty_outputs(tokens, key, info)
     for x, y in zip(outputs, z, strict=True):
         x.copy_(y)
-    saved = _empty_saved(program, anchor, tokens, shared, place, interval, info)
     if starts:
         live = saved_leaves(program, floating_leaves(tokens, shared))
         for x, i in zip(saved, live, strict=True):
@@ -108,15 +122,23 @@ def saving_interval(
     shared: list[Tensor],
     key: str,
     mini_batch_size: int,
+    backend: str,
 ) -> int:
     """The ``interval`` of a call of ``tttc::fused_scan`` with these arguments: 0 where no gradient is asked for."""
     arguments = [*anchor, *carry, *tokens, *shared]
     if not torch.is_grad_enabled() or not any(x.requires_grad for x in arguments):
         return 0
     program = build_program(interned(key), mini_batch_size)
+    leaves = floating_leaves(tokens, shared)
     token_bytes = sum(math.prod(map(int, x.shape[3:])) * x.dtype.itemsize for x in tokens)
     compute = compute_dtype(anchor, tokens, shared)
-    return save_interval(program, floating_leaves(tokens, shared), token_bytes, compute.itemsize)
+    if not runs_by_kernels(backend, tokens[0].device, compute):
+        return save_interval(program, leaves, token_bytes, compute.itemsize)
+    # Kernels keep every state: worth it where those of a mini-batch are not much larger than its tokens.
+    state_bytes = saved_bytes(program, leaves, compute.itemsize)
+    refreshed = program.sequential and mini_batch_size > 1
+    large = state_bytes > 8 * mini_batch_size * token_bytes
+    return 0 if refreshed or large else 1
 
 
 def _empty_saved(program, anchor, tokens, shared, place, interval, info) -> list[Tensor]:

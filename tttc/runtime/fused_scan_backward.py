@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 
 from tttc._scan_op import interned, scan_info
-from tttc.codegen.torch_scan_backward import run_backward
+from tttc.codegen.torch_scan_backward import run_backward, saved_leaves
+from tttc.ir.errors import NotLowerable
 from tttc.pipeline import build_program
-from tttc.runtime.fused_scan import fused_scan
+from tttc.runtime.fused_scan import floating_leaves, fused_scan, runs_by_kernels
+from tttc.runtime.triton_scan_backward import backward_kernel, run_backward_kernels
 
 Tensor = torch.Tensor
 RECOMPUTED = 16  # mini-batches at a time, where the forward saved no states
@@ -44,23 +46,40 @@ def fused_scan_backward(
     names = _names(anchor, carry, tokens, shared)
     chosen = [name for name, w in zip(names, wanted, strict=True) if w]
     leaves = tuple(x for x in chosen if x.startswith(("token", "shared")))
-    to_anchor, to_carry, rest = run_backward(
-        program,
-        leaves,
+    live = saved_leaves(program, floating_leaves(tokens, shared))
+    arguments = (
         [x.to(info.compute) for x in anchor],
         [x.to(info.compute) for x in carry],
         tokens,
         shared,
         place,
         (*by_state, by_output),
+        live,
         saved,
-        interval or RECOMPUTED,
     )
-    found = rest | {f"anchor_{i}": x for i, x in enumerate(to_anchor)}
+    rows = {name: x for name, x in zip(chosen, out, strict=True) if name.startswith("token")}
+    if saved and interval == 1 and _has_kernels(program, leaves, backend, tokens[0], info.compute):
+        made = run_backward_kernels(program, leaves, *arguments, rows, info.output)
+    else:
+        made = run_backward(program, leaves, *arguments, interval or RECOMPUTED)
+    to_anchor, to_carry, found = made
+    found |= {f"anchor_{i}": x for i, x in enumerate(to_anchor)}
     found |= {f"carry_{i}": x for i, x in enumerate(to_carry)}
     for name, x in zip(chosen, out, strict=True):
-        x.copy_(found[name].reshape(x.shape))
+        if found[name] is not x:
+            x.copy_(found[name].reshape(x.shape))
     return out
+
+
+def _has_kernels(program, leaves, backend, token, compute) -> bool:
+    if not runs_by_kernels(backend, token.device, compute) or program.no_kernels is not None:
+        return False
+    try:
+        for part in ["token"] if program.sequential else ["full", "continued"]:
+            backward_kernel(program, part, leaves)
+    except NotLowerable:
+        return False
+    return True
 
 
 def _names(anchor, carry, tokens, shared) -> list[str]:

@@ -22,21 +22,26 @@ _lock = threading.Lock()
 
 
 def scan_kernel(
-    program: Program, part: str, states: bool = True, schedule: Schedule | None = None
+    program: Program,
+    part: str,
+    states: bool = True,
+    schedule: Schedule | None = None,
+    save: tuple[int, ...] = (),
 ) -> Kernel:
     """One kernel of a program, rendered once.
 
     ``part``: "full" (all mini-batches), "recurrence" and "outputs" (the same in two), "continued" (one
-    mini-batch from any carry) or "tokens" (token after token); ``states``: whether final states are wanted.
+    mini-batch from any carry) or "tokens" (token after token); ``states``: whether final states are wanted; ``save``: state leaves to store at every mini-batch.
 
     Raises:
         NotLowerable: where an operator has no Triton form.
     """
     with _lock:
         schedule = schedule or schedule_of(program, part)
-        if (part, states, schedule) not in program.kernels:
-            program.kernels[part, states, schedule] = render(_loop(program, part, states), schedule)
-        return program.kernels[part, states, schedule]
+        key = (part, states, schedule, save)
+        if key not in program.kernels:
+            program.kernels[key] = render(_loop(program, part, states, save), schedule)
+        return program.kernels[key]
 
 
 def schedule_of(program: Program, part: str) -> Schedule:
@@ -44,20 +49,20 @@ def schedule_of(program: Program, part: str) -> Schedule:
     return program.schedules.get(part) or Schedule()
 
 
-def _loop(program: Program, part: str, states: bool) -> Loop:
+def _loop(program: Program, part: str, states: bool, save: tuple[int, ...] = ()) -> Loop:
     body = {"tokens": program.token, "continued": program.continued}.get(part, program.full)
     assert body is not None
     b, name = program.mini_batch_size, f"scan_{part}"
-    live = live_states(
-        body, range(body.states) if states else [], range(len(body.results) - body.states)
-    )
+    wanted = range(body.states) if states else save
+    live = live_states(body, wanted, range(len(body.results) - body.states))
     if part == "outputs":
         return scan_loop(name, body, b, live, states=False, parallel=True, store_state=False)
     if part == "recurrence":
         read = anchors_read(_loop(program, "outputs", False))
-        return scan_loop(name, body, b, live, outputs=False, save=set(read), store_state=states)
+        stored = {*read, *save}
+        return scan_loop(name, body, b, live, outputs=False, save=stored, store_state=states)
     continued = part == "continued"
-    return scan_loop(name, body, b, live, continued=continued, store_state=states)
+    return scan_loop(name, body, b, live, save=set(save), continued=continued, store_state=states)
 
 
 def run_kernels(
@@ -70,12 +75,14 @@ def run_kernels(
     output_dtype: torch.dtype,
     states: bool = True,
     launcher: Launcher = launch,
+    save: dict[int, Tensor] | None = None,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Scan by kernels; arguments and results as :func:`tttc.codegen.torch_scan.run_program`.
 
     Tokens keep their dtypes. Outputs are laid out ``[B, T, H, ...]`` in memory, as projections take them.
     ``states=False`` leaves the states out; the lists are then empty. ``launcher`` gets every launch there is:
-    one that only records them, on meta tensors, tells what a call would run.
+    one that only records them, on meta tensors, tells what a call would run. ``save`` has a tensor
+    ``[B, H, N, ...]`` for each state leaf to store at every mini-batch that starts at its anchor.
     """
     batch, heads, length = tokens[0].shape[:3]
     shapes = [x.shape for x in anchor]
@@ -92,11 +99,13 @@ def run_kernels(
     ]
     results = [squeeze_features(x, 3) for x in outputs]
 
-    saved: dict[str, Tensor] = {}
+    carried = "carry" if program.sequential else "anchor"
+    saved = {f"saved_{carried}_{i}": squeeze_features(x, 3) for i, x in (save or {}).items()}
 
     def run(part: str, start: int, count: int, place: int, states: bool) -> None:
         nonlocal now_anchor, now_carry
-        kernel = scan_kernel(program, part, states)
+        stored = tuple(save or ()) if part in ("full", "recurrence", "tokens") else ()
+        kernel = scan_kernel(program, part, states, save=stored)
         given = dict(named)
         given |= {f"token_{i}": x[:, :, start : start + count] for i, x in enumerate(rows)}
         given |= {f"output_{i}": x[:, :, start : start + count] for i, x in enumerate(results)}
@@ -114,9 +123,8 @@ def run_kernels(
                 x = now_anchor[index]
                 narrow = products and output_dtype.itemsize < x.dtype.itemsize
                 shape = (*x.shape[:2], batches, *x.shape[2:])
-                saved[f"saved_anchor_{index}"] = x.new_empty(
-                    shape, dtype=output_dtype if narrow else x.dtype
-                )
+                empty = x.new_empty(shape, dtype=output_dtype if narrow else x.dtype)
+                saved.setdefault(f"saved_anchor_{index}", empty)
         grid = (batch * heads, batches) if part == "outputs" else (batch * heads,)
         tensors = {**given, **made, **saved}
         launcher(Launch(kernel, tensors, grid, count, heads, place, output_dtype))
@@ -145,6 +153,8 @@ def run_kernels(
         elif whole:
             run("full", start, whole, 0, states)
         if rest:
+            for i, x in (save or {}).items():
+                saved[f"saved_anchor_{i}"][:, :, -1] = now_carry[i]
             run("continued", start + whole, rest, 0, states)
     if not states:
         return [], [], outputs
