@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from tttc.codegen.heuristics import default_schedule, processors
 from tttc.codegen.kernel import Kernel
 from tttc.codegen.loop import Loop, anchors_read, constant_tensors, scan_loop
 from tttc.codegen.schedule import Schedule
@@ -27,26 +28,34 @@ def scan_kernel(
     states: bool = True,
     schedule: Schedule | None = None,
     save: tuple[int, ...] = (),
+    many: bool = False,
 ) -> Kernel:
     """One kernel of a program, rendered once.
 
-    ``part``: "full" (all mini-batches), "recurrence" and "outputs" (the same in two), "continued" (one
-    mini-batch from any carry) or "tokens" (token after token); ``states``: whether final states are wanted; ``save``: state leaves to store at every mini-batch.
+    Args:
+        part: "full" (all mini-batches), "recurrence" and "outputs" (the same in two), "continued" (one
+            mini-batch from any carry) or "tokens" (token after token).
+        states: whether final states are wanted.
+        schedule: None for the one chosen for the part, else the default.
+        save: state leaves to store at every mini-batch.
+        many: whether there are at least two programs for each multiprocessor, which the default depends on.
 
     Raises:
         NotLowerable: where an operator has no Triton form.
     """
     with _lock:
-        schedule = schedule or schedule_of(program, part)
-        key = (part, states, schedule, save)
+        schedule = schedule or program.schedules.get(part)
+        key = (part, states, save, schedule or many)
         if key not in program.kernels:
-            program.kernels[key] = render(_loop(program, part, states, save), schedule)
+            loop = _loop(program, part, states, save)
+            program.kernels[key] = render(loop, schedule or default_schedule(loop, many))
         return program.kernels[key]
 
 
-def schedule_of(program: Program, part: str) -> Schedule:
-    """The schedule of a part: the one chosen for it, else the default."""
-    return program.schedules.get(part) or Schedule()
+def is_split(program: Program) -> bool:
+    """Whether the schedule chosen for the full mini-batches makes states and outputs apart."""
+    chosen = program.schedules.get("full")
+    return chosen is not None and chosen.split
 
 
 def _loop(program: Program, part: str, states: bool, save: tuple[int, ...] = ()) -> Loop:
@@ -86,6 +95,7 @@ def run_kernels(
     """
     batch, heads, length = tokens[0].shape[:3]
     shapes = [x.shape for x in anchor]
+    many = batch * heads >= 2 * processors(anchor[0].device)
     named: dict[str, Tensor] = constant_tensors(program.token, anchor[0].device)
     named |= {f"shared_{i}": squeeze_features(x, 1) for i, x in enumerate(shared)}
     now_anchor = [squeeze_features(x, 2) for x in anchor]
@@ -105,7 +115,7 @@ def run_kernels(
     def run(part: str, start: int, count: int, place: int, states: bool) -> None:
         nonlocal now_anchor, now_carry
         stored = tuple(save or ()) if part in ("full", "recurrence", "tokens") else ()
-        kernel = scan_kernel(program, part, states, save=stored)
+        kernel = scan_kernel(program, part, states, save=stored, many=many)
         given = dict(named)
         given |= {f"token_{i}": x[:, :, start : start + count] for i, x in enumerate(rows)}
         given |= {f"output_{i}": x[:, :, start : start + count] for i, x in enumerate(results)}
@@ -147,7 +157,7 @@ def run_kernels(
         rest = length - start - whole
         if start:
             run("continued", 0, start, place, states or whole > 0)
-        if whole and schedule_of(program, "full").split:
+        if whole and is_split(program):
             run("recurrence", start, whole, 0, states)
             run("outputs", start, whole, 0, False)
         elif whole:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
+from tttc.codegen.heuristics import default_schedule
 from tttc.codegen.kernel import Kernel
 from tttc.codegen.loop import backward_loop, constant_tensors
 from tttc.codegen.schedule import Schedule
@@ -19,8 +21,6 @@ from tttc.runtime.triton_scan import Launcher
 
 Tensor = torch.Tensor
 _lock = threading.Lock()
-# What is not finite makes the loss so: it is not traced token by token through cotangents.
-DEFAULT = Schedule(nan="ignored")
 
 
 def backward_kernel(
@@ -32,12 +32,14 @@ def backward_kernel(
         NotLowerable: where an operator has no derivative or no Triton form.
     """
     with _lock:
-        schedule = schedule or program.schedules.get(f"{part}_backward") or DEFAULT
+        schedule = schedule or program.schedules.get(f"{part}_backward")
         key = ("backward", part, leaves, schedule)
         if key not in program.kernels:
             made = derive(program, part, leaves)
             loop = backward_loop(f"scan_{part}_backward", made, program.mini_batch_size)
-            program.kernels[key] = render(loop, schedule)
+            # What is not finite makes the loss so: it is not traced token by token through cotangents.
+            chosen = schedule or replace(default_schedule(loop, False), nan="ignored")
+            program.kernels[key] = render(loop, chosen)
         return program.kernels[key]
 
 
