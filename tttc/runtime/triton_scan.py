@@ -163,7 +163,7 @@ def run_kernels(
         elif whole:
             run("full", start, whole, 0, states)
         if rest:
-            for i, x in (save or {}).items():
+            for i in save or {}:
                 saved[f"saved_anchor_{i}"][:, :, -1] = now_carry[i]
             run("continued", start + whole, rest, 0, states)
     if not states:
