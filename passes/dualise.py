@@ -30,11 +30,11 @@ from torch import fx
 from tttc.passes.terms import Expander, Term, collect, linear_kind
 
 from tttc.ir import ops
-from tttc.ir.body import EARLIER, TOKEN, Body, operands_of
+from tttc.ir.body import EARLIER, TOKEN, Body, operands_of, spec_of
 from tttc.ir.build import Builder, dims_of
 from tttc.ir.cost import element_count, flops, size_table
 from tttc.ir.errors import NotLowerable
-from tttc.ir.spec import Dims, Relation
+from tttc.ir.spec import Dims, Relation, parse
 
 
 @dataclass
@@ -77,21 +77,34 @@ class _Dualiser:
     # -- what is opened ----------------------------------------------------------------------------
 
     def _heavy(self) -> set[fx.Node]:
-        """Values with a token dimension that are larger than anything they are made of: never to be made."""
+        """Matrices (or more) of which every token has its own, larger than what they are made of: never to be made.
+
+        A vector for every token is what tokens are; so is what a matrix product makes of them.
+        """
         largest: dict[fx.Node, int] = {}
         heavy: set[fx.Node] = set()
         for node in self.body.gm.graph.nodes:
             if node.op == "output":
                 continue
             size = element_count(dims_of(node), self.sizes)
-            tokens = [d for d in dims_of(node) if d in (TOKEN, EARLIER)]
+            features = [d for d in dims_of(node) if d not in (TOKEN, EARLIER)]
             sources = [largest[x] for x in node.all_input_nodes if x in largest]
-            if tokens and linear_kind(node) and sources and size > max(sources):
+            if (
+                1 < len(features) < len(dims_of(node))
+                and linear_kind(node)
+                and sources
+                and size > max(sources)
+                and (not self._sums_up(node) or any(x in heavy for x in node.all_input_nodes))
+            ):
                 heavy.add(node)
                 largest[node] = max(sources)
             else:
                 largest[node] = size
         return heavy
+
+    @staticmethod
+    def _sums_up(node: fx.Node) -> bool:
+        return node.target is ops.contraction and bool(parse(spec_of(node)).summed)
 
     def _opened(self) -> set[fx.Node]:
         opened = set(self.heavy)
@@ -262,6 +275,7 @@ class _Dualiser:
         self, operands: list[_Operand], relations: Sequence[Relation]
     ) -> list[_Operand]:
         """Per-token numbers are multiplied with each other first: terms then share the product."""
+        operands = self._numbers_first(operands)
         tokens = {x for r in relations for x in (r.earlier, r.later)}
         numbers = [o for o in operands if all(x in tokens for x in o.labels)]
         others = [o for o in operands if o not in numbers]
@@ -280,6 +294,18 @@ class _Dualiser:
                 labels = tuple(x for x in (r.later, r.earlier) if x in labels)
             combined = _Operand(self._product([combined, o], labels), labels)
         return [combined, *others]
+
+    def _numbers_first(self, operands: list[_Operand]) -> list[_Operand]:
+        """What has no axes goes to the smallest factor: a mask alone would not say how many tokens there are."""
+        numbers = [o for o in operands if not o.labels]
+        factors = [o for o in operands if o.labels]
+        if not numbers or not factors:
+            return operands
+        small = min(factors, key=lambda o: element_count(dims_of(o.node), self.sizes))
+        scaled = small
+        for o in numbers:
+            scaled = _Operand(self._product([o, scaled], small.labels), small.labels)
+        return [scaled if o is small else o for o in factors]
 
     @staticmethod
     def _is_token(operand: _Operand) -> bool:
