@@ -1,0 +1,206 @@
+"""Forward (and training) of TTT scans on a GPU beside flash-linear-attention: values first, then times.
+
+    python benchmarks/scan_forward.py benchmarks/results/OUT.json
+
+flash-linear-attention 0.6 joins where it is installed (the extra "bench"). Inputs are bf16, heads 32 of 64,
+laid out [B, T, H, d] as projections leave them; times are medians of repeated runs, in microseconds.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import sys
+import traceback
+from importlib import metadata
+from typing import Any
+
+import torch
+import triton
+from scans import SHAPES, Case, make_case
+
+import tttc
+from tttc.codegen.torch_scan import run_program
+from tttc._scan_op import scan_info
+from tttc.runtime.triton_scan import run_kernels
+
+CASES = ("ttt_linear_b16", "ttt_mlp_b16", "ttt_mlp_chunk64")
+D, HEADS = 64, 32
+PACKAGES = ("tttc", "torch", "triton", "flash-linear-attention", "fla-core")
+
+
+def _installed(name: str) -> bool:
+    return any(True for _ in metadata.distributions(name=name))
+
+
+def median(run, rep: int = 100) -> dict[str, float]:
+    """Median, lower and upper quartile of a function's time, in microseconds."""
+    low, mid, high = triton.testing.do_bench(run, warmup=20, rep=rep, quantiles=[0.25, 0.5, 0.75])
+    return {"us": 1e3 * mid, "q25": 1e3 * low, "q75": 1e3 * high}
+
+
+def relative(x: torch.Tensor, exact: torch.Tensor) -> float:
+    """``|x - exact| / |exact|``."""
+    return float((x.double() - exact).norm() / exact.norm())
+
+
+def exact_output(case: Case) -> torch.Tensor:
+    """The output in float64 by the torch backend, which the tests hold to the naive loop within 1e-9."""
+    call = case.flat()
+    groups = [[x.double() for x in g] for g in (call.anchor, call.carry, call.tokens, call.shared)]
+    return run_program(case.program(), *groups, 0, False)[2][0]
+
+
+def naive_output(case: Case) -> torch.Tensor:
+    """The output of the naive loop in float64, on the same values."""
+    def to(tree: Any) -> Any:
+        return torch.utils._pytree.tree_map(lambda x: x.double(), tree)
+
+    return tttc.scan(case.step, to(case.init), to(case.tokens), case.mini_batch_size, shared=to(case.shared))[1]
+
+
+def launches(case: Case, states: bool = False) -> list:
+    """What a call would launch."""
+    call, found = case.flat(), []
+    meta = [[torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta") for x in g] for g in call[1:5]]
+    run_kernels(case.program(), *meta, 0, scan_info(*[call[i] for i in (1, 3, 4)]).output, states, found.append)
+    return found
+
+
+def forward_rows() -> list[dict[str, Any]]:
+    rows = []
+    for name in CASES:
+        small = make_case(name, 1, 2048, HEADS, D)
+        call, program = small.flat(), small.program()
+        dtype = scan_info(call.anchor, call.tokens, call.shared).output
+        z = run_kernels(program, call.anchor, call.carry, call.tokens, call.shared, 0, dtype, False)[2][0]
+        dual = exact_output(small)
+        errors = {"T2048 against the dual form in float64": relative(z, dual)}
+        if name == "ttt_linear_b16":
+            naive = naive_output(small)
+            errors["T2048 against the naive loop in float64"] = relative(z, naive)
+            errors["naive against dual, both float64"] = relative(dual, naive)
+        long = make_case(name, 1, 32768, HEADS, D)
+        call = long.flat()
+        z = run_kernels(program, call.anchor, call.carry, call.tokens, call.shared, 0, dtype, False)[2][0]
+        errors["T32768 against the dual form in float64"] = relative(z, exact_output(long))
+        print(name, {k: f"{v:.1e}" for k, v in errors.items()})
+        for shape, (batch, length) in SHAPES.items():
+            case = make_case(name, batch, length, HEADS, D)
+            call = case.flat()
+
+            def run(call=call, program=program, dtype=dtype):
+                return run_kernels(program, call.anchor, call.carry, call.tokens, call.shared, 0, dtype, False)
+
+            floor = 4 * batch * length * HEADS * D * 2 / 4.27e12 * 1e6
+            row = {"case": name, "shape": shape, **median(run), "floor_us": floor, "errors": errors}
+            row["schedule"] = str(launches(case)[0].kernel.config["schedule"])
+            rows.append(row)
+            print(f"  {name} {shape}: {row['us']:.0f} us (floor {floor:.0f})")
+    return rows
+
+
+def peer_rows() -> list[dict[str, Any]]:
+    from fla.ops.ttt import chunk_ttt_linear, fused_chunk_ttt_linear
+
+    rows = []
+    for shape, (batch, length) in SHAPES.items():
+        raw = make_case("ttt_linear_b16", batch, length, HEADS, D).raw
+        W = raw["W1"].expand(batch, HEADS, D, D).contiguous()
+        b = raw["b1"][None, :, None].expand(batch, HEADS, 1, D).contiguous()
+        eta, g, beta = raw["eta"][..., None], raw["gain"].bfloat16(), raw["bias"].bfloat16()
+        for peer in (chunk_ttt_linear, fused_chunk_ttt_linear):
+            def run(peer=peer):
+                with torch.no_grad():
+                    return peer(raw["q"], raw["k"], raw["v"], g, beta, eta, chunk_size=16,
+                                initial_state=W, initial_state_bias=b)  # fmt: skip
+
+            row = {"case": f"fla {peer.__name__}", "shape": shape, **median(run)}
+            leaves = [raw[n].detach().clone().requires_grad_() for n in ("q", "k", "v")]
+            if peer is chunk_ttt_linear:
+                def train(leaves=leaves, peer=peer):
+                    out = peer(*leaves, g, beta, eta, chunk_size=16, initial_state=W, initial_state_bias=b)
+                    out = out[0] if isinstance(out, tuple) else out
+                    torch.autograd.grad(out, leaves, torch.ones_like(out))
+
+                row["training_us"] = median(train)["us"]
+            rows.append(row)
+            print(f"  {row['case']} {shape}: {row['us']:.0f} us, training {row.get('training_us', 0):.0f}")
+    return rows
+
+
+def training_rows() -> list[dict[str, Any]]:
+    """Forward and backward of a scan, as ``tttc.compile`` runs it, and its gradients against float64."""
+    rows = []
+    for name in ("ttt_linear_b16", "ttt_mlp_chunk64"):
+        for shape, (batch, length) in SHAPES.items():
+            case = make_case(name, batch, length, HEADS, D)
+            call = case.flat()
+            from tttc.runtime.fused_scan import saving_interval
+
+            leaves = [x.detach().requires_grad_() for x in call.tokens[:3]]
+            tokens = [*leaves, *call.tokens[3:]]
+            interval = saving_interval(call.anchor, [], tokens, call.shared, call.key, case.mini_batch_size, "auto")
+
+            def run(call=call, tokens=tokens, case=case, interval=interval):
+                return torch.ops.tttc.fused_scan(
+                    call.anchor, [], tokens, call.shared, call.key, case.mini_batch_size, 0, "auto", False, interval
+                )[0]  # fmt: skip
+
+            def train(run=run, leaves=leaves):
+                out = run()
+                return torch.autograd.grad(out, leaves, torch.ones_like(out))
+
+            row: dict[str, Any] = {"case": name, "shape": shape}
+            if shape == "B1 T2048":
+                groups = [[x.detach().double() for x in g] for g in (call.anchor, [], tokens, call.shared)]
+                inputs = [x.requires_grad_() for x in groups[2][:3]]
+                z = torch.ops.tttc.fused_scan(groups[0], [], groups[2], groups[3], call.key, case.mini_batch_size,
+                                              0, "torch", False, 1)[0]  # fmt: skip
+                exact = torch.autograd.grad(z, inputs, torch.ones_like(z))
+                row["gradient_errors"] = [relative(x, y) for x, y in zip(train(), exact, strict=True)]
+            row["training_us"] = median(train, 60)["us"]
+            rows.append(row)
+            print(f"  training {name} {shape}: {row['training_us']:.0f} us {row.get('gradient_errors', '')}")
+    return rows
+
+
+def model_rows() -> list[dict[str, Any]]:
+    """Whole layers through ``tttc.compile`` on the GPU: fused regions and scans, in bf16, against float64."""
+    rows = []
+    for cls in (tttc.nn.TTTLinear, tttc.nn.TTTMLP):
+        torch.manual_seed(0)
+        layer = cls(512, 8, gate=True, share_qk=True).cuda()
+        x = torch.randn(2, 512, 512, device="cuda")
+        with torch.no_grad():
+            exact = cls(512, 8, gate=True, share_qk=True).cuda().double()
+            exact.load_state_dict(layer.state_dict())
+            want = tttc.compile(exact, backend="torch", strict=True)(x.double())
+            got = tttc.compile(layer.bfloat16(), strict=True)(x.bfloat16())
+            eager = tttc.compile(layer, backend="torch", strict=True)(x.bfloat16())
+        row = {"case": f"layer {cls.__name__}", "error": relative(got, want), "torch_error": relative(eager, want)}
+        rows.append(row)
+        print(" ", row)
+    return rows
+
+
+def main() -> None:
+    (out,) = sys.argv[1:]
+    record: dict[str, Any] = {
+        "command": f"python benchmarks/scan_forward.py {out}",
+        "date": datetime.date.today().isoformat(),
+        "device": torch.cuda.get_device_name(),
+        "versions": {n: metadata.version(n) for n in PACKAGES if _installed(n)},
+    }
+    for section, make in (("forward", forward_rows), ("peers", peer_rows), ("layers", model_rows), ("training", training_rows)):
+        try:
+            record[section] = make()
+        except Exception:
+            record[section] = {"error": traceback.format_exc()}
+            print(section, "FAILED", record[section]["error"][-1500:])
+        with open(out, "w") as f:
+            json.dump(record, f, indent=1)
+
+
+if __name__ == "__main__":
+    main()
