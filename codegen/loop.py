@@ -124,11 +124,12 @@ def scan_loop(
     return loop
 
 
-def backward_loop(name: str, made: Backward, mini_batch_size: int) -> Loop:
+def backward_loop(name: str, made: Backward, mini_batch_size: int, handed_on: str) -> Loop:
     """The loop of a VJP: mini-batches from the last to the first, each from the states saved at its start.
 
     Carried are the cotangents of the state, ``gstate_k``. Cotangents of tokens (``gtoken_k``) are stored tile by
-    tile, those of parameters (``gshared_k``), and of anchors that are not the carry (``ganchor_k``), added up.
+    tile, those of parameters (``gshared_k``), and of states that are not carried, added up. ``handed_on``: the
+    kind of state whose cotangents are carried, "anchor" or "carry".
     """
     body = made.body
     kinds = {"anchor": "saved", "carry": "saved", "gstate": "state", "goutput": "token"}
@@ -136,13 +137,14 @@ def backward_loop(name: str, made: Backward, mini_batch_size: int) -> Loop:
         node: Source(kinds.get(role(node)[0], role(node)[0]), str(node.target))
         for node in body.placeholders
     }
-    count = sum(role(node)[0] == "gstate" for node in body.placeholders)
+    given = {str(node.target) for node in body.placeholders}
     sinks = []
-    for position, (leaf, node) in enumerate(zip(made.wanted, body.results, strict=True)):
-        if position < count:
-            sinks.append((node, Sink("state", f"gstate_{position}")))
+    for leaf, node in zip(made.wanted, body.results, strict=True):
+        kind, _, index = leaf.rpartition("_")
+        if kind == handed_on and f"gstate_{index}" in given:
+            sinks.append((node, Sink("state", f"gstate_{index}")))
         else:
-            sinks.append((node, Sink("token" if leaf.startswith("token") else "sum", f"g{leaf}")))
+            sinks.append((node, Sink("token" if kind == "token" else "sum", f"g{leaf}")))
     size = mini_batch_size if body.batched else 1
     return Loop(
         name, body.gm.graph, body.sizes, size, sources, sinks, tokens=body.batched, reverse=True

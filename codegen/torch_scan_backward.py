@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,23 +32,45 @@ Leaves = tuple[
 # -- what is derived from a program, once --------------------------------------------------------------
 
 
-def derive(program: Program, part: str, leaves: Leaves) -> Backward:
+def derive(
+    program: Program, part: str, leaves: Leaves, live: tuple[int, ...] | None = None
+) -> Backward:
     """The simplified VJP of a body of a program ("full", "continued" or "token").
 
-    The cotangents of its states come first: those handed on, then of the anchors where these differ.
+    ``live``: the states that have cotangents, all where None. Of these come first in ``wanted`` the cotangents
+    handed on; then, where anchors are not those, the cotangents of all anchors.
     """
-    key = (part, leaves)
+    key = (part, leaves, live)
     if key not in program.gradients:
         body: Body = getattr(program, part)
-        kinds = ["anchor"] if part == "full" else ["carry", "anchor"]
-        if part == "token" and program.mini_batch_size == 1:
-            kinds = ["carry"]
-        states = [f"{kind}_{i}" for kind in kinds for i in range(body.states)]
-        made = backward(body, [*states, *leaves])
+        handed_on = "anchor" if part == "full" else "carry"
+        states = [f"{handed_on}_{i}" for i in (range(body.states) if live is None else live)]
+        if part == "continued":
+            states = [f"carry_{i}" for i in range(body.states)]
+        if part == "continued" or (part == "token" and program.mini_batch_size > 1):
+            states += [f"anchor_{i}" for i in range(body.states)]
+        made = backward(body, [*states, *leaves], live)
         made.body = simplify(made.body)
         if program.verified:
             verify_backward(f"backward of {part}", body, made, at_anchor=part == "full")
         program.gradients[key] = made
+    return program.gradients[key]
+
+
+def live_cotangents(program: Program, leaves: Leaves, given: Iterable[int]) -> tuple[int, ...]:
+    """The states that come to have cotangents, where those ``given`` have them after the last token."""
+    live = tuple(sorted(given))
+    key = ("live", leaves, live)
+    while key not in program.gradients:
+        part = "token" if program.sequential else "full"
+        body: Body = getattr(program, part)
+        states = [f"{kind}_{i}" for kind in ("anchor", "carry") for i in range(body.states)]
+        made = backward(body, states, live)
+        found = {int(name.rpartition("_")[2]) for name in states if name not in made.zero}
+        more = tuple(sorted(found.union(live)))
+        if more == live:
+            program.gradients[key] = live
+        live = more
     return program.gradients[key]
 
 
@@ -98,10 +120,10 @@ def _forward_parts(program: Program, live: list[int]) -> Split:
     return program.gradients[key]
 
 
-def _backward_parts(program: Program, part: str, leaves: Leaves) -> Split:
-    key = ("parts", part, leaves)
+def _backward_parts(program: Program, part: str, leaves: Leaves, live: tuple[int, ...]) -> Split:
+    key = ("parts", part, leaves, live)
     if key not in program.gradients:
-        body = derive(program, part, leaves).body
+        body = derive(program, part, leaves, live).body
         known = ("token", "goutput", "anchor", "carry")
         program.gradients[key] = _bound(split(body, range(body.states), ("gstate",), known))
     return program.gradients[key]
@@ -116,7 +138,8 @@ class _Call:
 
     program: Program
     leaves: Leaves
-    live: list[int]  # of the state leaves
+    live: list[int]  # the state leaves to compute again
+    given: tuple[int, ...]  # the states that have cotangents
     once: Values  # shared leaves [H, ...] and constants [1, ...]
 
 
@@ -215,9 +238,10 @@ def _reverse(
     ``given``: cotangents of outputs, shaped like tokens. Returns the cotangents of the wanted leaves, of tokens
     ``[B, H, N, ...]``, of shared leaves ``[H, ...]``.
     """
-    program, size = call.program, len(state.carry)
-    parts = _backward_parts(program, part, call.leaves)
-    made = derive(program, part, call.leaves)
+    program = call.program
+    parts = _backward_parts(program, part, call.leaves, call.given)
+    made = derive(program, part, call.leaves, call.given)
+    handed_on = "anchor" if part == "full" else "carry"
     names = {x for p in (parts.before, parts.recurrence, parts.outputs) for x in p.inputs}
     varying = units.varying(names) | {f"goutput_{i}": x for i, x in enumerate(given)}
     once, many = _prepare(parts, call.once, varying)
@@ -230,12 +254,15 @@ def _reverse(
         results = dict(zip(step.results, step.gm(*_arguments(step, columns, n, now)), strict=True))
         for name, values in left.items():
             values.append(now[name] if name in now else results[name])
-        new = [results[parts.states[i]] for i in range(len(parts.states))]
-        state.carry = new[:size]
-        if len(new) > size:
-            state.anchor = [
-                x if a is None else a + x for a, x in zip(state.anchor, new[size:], strict=True)
-            ]
+        for position, name in parts.states.items():
+            kind, _, index = made.wanted[position].rpartition("_")
+            if kind == handed_on:
+                state.carry[int(index)] = results[name]
+            else:
+                before = state.anchor[int(index)]
+                state.anchor[int(index)] = (
+                    results[name] if before is None else before + results[name]
+                )
         if part == "full" or (part == "token" and (place + n) % program.mini_batch_size == 0):
             state.refresh()
     many |= {name: torch.stack(values[::-1], 2) for name, values in left.items()}
@@ -297,7 +324,8 @@ def run_backward(
         f"constant_{i}": prepared(x.to(device)[None], 1)
         for i, x in enumerate(program.token.constants)
     }
-    call = _Call(program, leaves, live, once)
+    given_states = {i for group in given[:2] for i, x in enumerate(group) if x is not None}
+    call = _Call(program, leaves, live, live_cotangents(program, leaves, given_states), once)
 
     def filled(x: Tensor | None, like: Tensor) -> Tensor:
         return torch.zeros_like(like) if x is None else x.to(dtype).reshape(like.shape)

@@ -19,7 +19,7 @@ feature dimension is kept without it, as elementwise operators repeat their oper
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +47,7 @@ class Backward:
 
     body: Body
     wanted: list[str]
+    zero: set[str]  # of the wanted, those that no given cotangent reaches
 
 
 def _is_token(dim: str) -> bool:
@@ -56,9 +57,10 @@ def _is_token(dim: str) -> bool:
 class _Reverse:
     """One run of the pass."""
 
-    def __init__(self, body: Body, wanted: Sequence[str]) -> None:
+    def __init__(self, body: Body, wanted: Sequence[str], states: Iterable[int]) -> None:
         self.body = body
         self.wanted = wanted
+        self.states = set(states)
         self.graph = fx.Graph()
         self.builder = Builder(self.graph)
         self.env: dict[fx.Node, fx.Node] = {}  # of the forward graph -> of the new one
@@ -88,6 +90,8 @@ class _Reverse:
                 operands = [self.env.get(x, x) for x in operands_of(node)]
                 self.env[node] = self.builder.copy(node, operands, dims_of(node))
         for i, node in enumerate(body.results):
+            if i < body.states and i not in self.states:
+                continue
             name = f"gstate_{i}" if i < body.states else f"goutput_{i - body.states}"
             given = self.placeholder(name, dims_of(node))
             if node in self.active:
@@ -99,7 +103,8 @@ class _Reverse:
         self.graph.output(tuple(self.result(by_name[name]) for name in self.wanted))
         states = sum(role(by_name[name])[0] in ("anchor", "carry") for name in self.wanted)
         made = body.with_graph(self.graph, states=states, output_shapes=[])
-        return Backward(made, list(self.wanted))
+        zero = {name for name in self.wanted if by_name[name] not in self.cotangents}
+        return Backward(made, list(self.wanted), zero)
 
     def placeholder(self, name: str, dims: Dims) -> fx.Node:
         """An argument of the new graph."""
@@ -277,12 +282,14 @@ class _Reverse:
         self.add(x, self.builder.last(g, token) if token in dims_of(g) else g)
 
 
-def backward(body: Body, wanted: Sequence[str]) -> Backward:
+def backward(body: Body, wanted: Sequence[str], states: Iterable[int] | None = None) -> Backward:
     """The VJP of any body with respect to the leaves named in ``wanted``.
 
-    State leaves (``anchor_k``, ``carry_k``) come first in ``wanted``.
+    State leaves (``anchor_k``, ``carry_k``) come first in ``wanted``. ``states``: the new state leaves that have
+    cotangents, all where None.
 
     Raises:
         NotLowerable: where an operator has no derivative.
     """
-    return _Reverse(body, wanted).run()
+    given = range(body.states) if states is None else states
+    return _Reverse(body, wanted, given).run()

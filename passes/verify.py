@@ -105,20 +105,26 @@ def verify_pass(
 
 def verify_backward(name: str, body: Body, made: Backward, at_anchor: bool) -> None:
     """Check a VJP against torch's autograd through the body itself."""
+    names = [str(n.target) for n in body.placeholders]
+    results = [f"gstate_{i}" for i in range(body.states)]
+    results += [f"goutput_{i}" for i in range(len(body.results) - body.states)]
+    given = [str(n.target) for n in made.body.placeholders if str(n.target) in results]
     for length in (1, 3) if body.batched else (None,):
         arguments = random_arguments(body, length, at_anchor)
-        names = [str(n.target) for n in body.placeholders]
-        leaves = dict(zip(names, (x.clone().requires_grad_() for x in arguments), strict=True))
-        out = [x for x in body.gm(*leaves.values()) if x.requires_grad]
+        leaves = {n: x.clone().requires_grad_() for n, x in zip(names, arguments, strict=True)}
+        out = dict(zip(results, body.gm(*leaves.values()), strict=True))
         generator = torch.Generator().manual_seed(1)
-        given = [torch.randn(x.shape, generator=generator, dtype=x.dtype) for x in out]
-        wanted = [leaves[x] for x in made.wanted]
+        cotangents = {
+            n: torch.randn(out[n].shape, generator=generator, dtype=out[n].dtype) for n in given
+        }
+        reached = [n for n in given if out[n].requires_grad]
         expected = torch.autograd.grad(
-            out, wanted, given, allow_unused=True, materialize_grads=True
+            [out[n] for n in reached],
+            [leaves[n] for n in made.wanted],
+            [cotangents[n] for n in reached],
+            allow_unused=True,
+            materialize_grads=True,
         )
-        cotangents = iter(given)
-        full = [
-            next(cotangents) if x.requires_grad else torch.zeros_like(x)
-            for x in body.gm(*leaves.values())
-        ]
-        compare(name, expected, made.body.gm(*arguments, *full))
+        values = dict(zip(names, arguments, strict=True)) | cotangents
+        got = made.body.gm(*(values[str(n.target)] for n in made.body.placeholders))
+        compare(name, expected, got)

@@ -13,7 +13,7 @@ from tttc.codegen.kernel import Kernel
 from tttc.codegen.loop import backward_loop, constant_tensors
 from tttc.codegen.schedule import Schedule
 from tttc.codegen.torch_scan import squeeze_features
-from tttc.codegen.torch_scan_backward import Leaves, derive
+from tttc.codegen.torch_scan_backward import Leaves, derive, live_cotangents
 from tttc.codegen.triton_loop import render
 from tttc.ir.program import Program
 from tttc.runtime.launch import Launch, launch
@@ -24,19 +24,27 @@ _lock = threading.Lock()
 
 
 def backward_kernel(
-    program: Program, part: str, leaves: Leaves, schedule: Schedule | None = None
+    program: Program,
+    part: str,
+    leaves: Leaves,
+    live: tuple[int, ...] | None = None,
+    schedule: Schedule | None = None,
 ) -> Kernel:
     """The kernel of the VJP of a body ("full", "continued" or "token"), rendered once.
+
+    ``live``: the states that have cotangents, all where None.
 
     Raises:
         NotLowerable: where an operator has no derivative or no Triton form.
     """
     with _lock:
         schedule = schedule or program.schedules.get(f"{part}_backward")
-        key = ("backward", part, leaves, schedule)
+        key = ("backward", part, leaves, live, schedule)
         if key not in program.kernels:
-            made = derive(program, part, leaves)
-            loop = backward_loop(f"scan_{part}_backward", made, program.mini_batch_size)
+            made = derive(program, part, leaves, live)
+            handed_on = "anchor" if part == "full" else "carry"
+            b = program.mini_batch_size
+            loop = backward_loop(f"scan_{part}_backward", made, b, handed_on)
             # What is not finite makes the loss so: it is not traced token by token through cotangents.
             chosen = schedule or replace(default_schedule(loop, False), nan="ignored")
             program.kernels[key] = render(loop, chosen)
@@ -84,6 +92,8 @@ def run_backward_kernels(
     ]
     on_carry = [cotangent(x, y) for x, y in zip(given[1], now_carry, strict=True)]
     sums: dict[str, Tensor] = {}
+    known = {i for group in given[:2] for i, x in enumerate(group) if x is not None}
+    given_states = live_cotangents(program, leaves, known)
 
     def refresh() -> None:
         """The anchor was set to the carry here: the carry takes both cotangents."""
@@ -94,22 +104,22 @@ def run_backward_kernels(
 
     def run(part: str, start: int, count: int, states: dict[str, Tensor]) -> None:
         nonlocal on_anchor, on_carry
-        kernel = backward_kernel(program, part, leaves)
+        kernel = backward_kernel(program, part, leaves, given_states)
         tensors = named | states | {k: x[:, :, start : start + count] for k, x in rows.items()}
         for i, g in enumerate(on_carry):
             tensors[f"gstate_{i}"] = g
             tensors[f"new_gstate_{i}"] = torch.empty_like(g)
         for i, x in enumerate(now_anchor):
             tensors[f"ganchor_{i}"] = torch.empty_like(x)
+            tensors[f"gcarry_{i}"] = torch.empty_like(x)
         for i, _ in enumerate(shared):
             x = named[f"shared_{i}"]
             tensors[f"gshared_{i}"] = x.new_empty((batch, *x.shape), dtype=on_carry[0].dtype)
         launcher(Launch(kernel, tensors, (batch * heads,), count, heads, 0, dtype))
         used = {name for name, _ in kernel.config["arguments"]}
-        on_carry = [
-            tensors[f"new_gstate_{i}"] if f"new_gstate_{i}" in used else g
-            for i, g in enumerate(on_carry)
-        ]
+        for i, _ in enumerate(on_carry):
+            made = [name for name in (f"new_gstate_{i}", f"gcarry_{i}") if name in used]
+            on_carry[i] = tensors[made[0]] if made else on_carry[i]
         if f"ganchor_{0}" in used:
             got = [tensors[f"ganchor_{i}"] for i in range(len(on_anchor))]
             on_anchor = [x if a is None else a + x for a, x in zip(on_anchor, got, strict=True)]
