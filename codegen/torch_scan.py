@@ -99,10 +99,14 @@ def _run_group(
         for kept, x in zip(left, results, strict=True):
             kept.append(x)
     wanted = set(parts.outputs.inputs)
-    many |= {name: torch.stack(anchors[i], 2) for name, i in index.items() if name in wanted}
-    many |= {name: torch.stack(x, 2) for name, x in zip(step.results, left, strict=True) if name in wanted}
+    many |= {name: _stacked(anchors[i]) for name, i in index.items() if name in wanted}
+    many |= {name: _stacked(x) for name, x in zip(step.results, left, strict=True) if name in wanted}
     made = _run(parts.outputs, many)
     return states, [made[name] for name in parts.emitted]
+
+
+def _stacked(values: Sequence[Tensor]) -> Tensor:
+    return values[0].unsqueeze(2) if len(values) == 1 else torch.stack(list(values), 2)
 
 
 def _run(part: Part, values: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -21,8 +21,8 @@ FUNCTIONS: dict[str, str] = {
     "sin": "tl.sin({0})",
     "cos": "tl.cos({0})",
     # exp overflows to infinity, where this is 1, as it should be.
-    "tanh": "1.0 - 2.0 * reciprocal(tl.exp(2.0 * {0}) + 1.0, FAST)",
-    "sigmoid": "reciprocal(1.0 + tl.exp(-({0})), FAST)",
+    "tanh": "1.0 - 2.0 * reciprocal(tl.exp2({0} * 2.8853900817779268) + 1.0, FAST)",
+    "sigmoid": "reciprocal(1.0 + tl.exp2({0} * -1.4426950408889634), FAST)",
     "erf": "tl.erf({0})",
     "abs": "tl.abs({0})",
     "sign": "tl.where({0} > 0, 1.0, tl.where({0} < 0, -1.0, {0} * 0.0))",

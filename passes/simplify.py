@@ -93,7 +93,35 @@ class _Simplifier:
             return self.elementwise("sub", [x, operands_of(y)[0]], result)
         if function == "sub" and _is(y, "neg"):
             return self.elementwise("add", [x, operands_of(y)[0]], result)
+        if function == "mul" and same and dims_of(y) == result:
+            (x, c), (y, d) = _scaled(x), _scaled(y)
+            if c * d != 1 or c != 1:
+                product = self.elementwise("mul", [x, y], result)
+                return self.elementwise("mul", [product, c * d], result)
+        logistic = self.logistic(function, x, y, result)
+        if logistic is not None:
+            return logistic
         return self.shared(self.builder.elementwise(function, *operands, result=result))
+
+    def logistic(self, function: str, x: Any, y: Any, result: tuple[str, ...]) -> Any:
+        """``1 + tanh u`` and ``1 - tanh^2 u``, as gelu and its derivative have them, by ``s = sigmoid 2u``.
+
+        They are ``2 s`` and ``4 s (1 - s)``: no numbers that nearly cancel, and fewer operations.
+        """
+        if function == "add" and _is_number(y) and y == 1 and _is(x, "tanh"):
+            return self.elementwise("mul", [self.sigmoid_of_double(x), 2.0], result)
+        square = function == "sub" and _is_number(x) and x == 1 and _is(y, "mul")
+        if square and _is(operands_of(y)[0], "tanh") and operands_of(y)[0] is operands_of(y)[1]:
+            s = self.sigmoid_of_double(operands_of(y)[0])
+            rest = self.elementwise("sub", [1, s], result)
+            return self.elementwise("mul", [self.elementwise("mul", [s, rest], result), 4.0], result)
+        return None
+
+    def sigmoid_of_double(self, tanh: fx.Node) -> Any:
+        """``sigmoid(2 u)`` for a node ``tanh(u)``."""
+        dims = dims_of(tanh)
+        double = self.elementwise("mul", [operands_of(tanh)[0], 2.0], dims)
+        return self.elementwise("sigmoid", [double], dims)
 
     def renamed(self, x: Any, result: tuple[str, ...]) -> Any:
         """A renaming of renamings is one; one that changes nothing is none."""
@@ -116,6 +144,13 @@ class _Simplifier:
             return self.seen[key]
         self.seen[key] = node
         return node
+
+
+def _scaled(x: fx.Node) -> tuple[Any, float]:
+    """A node as another one times a number."""
+    if _is(x, "mul") and _is_number(operands_of(x)[1]) and dims_of(operands_of(x)[0]) == dims_of(x):
+        return operands_of(x)[0], operands_of(x)[1]
+    return x, 1.0
 
 
 def _is(x: Any, function: str) -> bool:
