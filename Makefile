@@ -2,6 +2,7 @@
 #
 #   make demo                 compile two TTT language models, show what the compiler did, compare
 #   make test                 lint and tests
+#   make bench                what benchmarks/results records, on the GPU at hand
 #   make CONSTRAINTS= demo    with the newest torch instead of the tested one (a CUDA build, say)
 #   make PYTHON=python3.12    another interpreter
 
@@ -10,13 +11,17 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test lint format clean
+.PHONY: demo test lint format bench clean
 
 demo: $(VENV)/installed
 	$(RUN) -m tttc demo
 
 test: lint
 	$(RUN) -m pytest
+
+bench: $(VENV)/installed
+	$(RUN) -m pip install $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[bench]'
+	$(RUN) benchmarks/scan_forward.py benchmarks/results/$(shell date +%F)-scans.json
 
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .
