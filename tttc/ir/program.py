@@ -32,6 +32,7 @@ class Program:
     gradients: dict = field(default_factory=dict)  # what backends derive from the bodies' VJPs
     save_interval: int | None = None  # mini-batches between saved states; None: chosen by cost
     no_kernels: str | None = None  # why Triton can not express it
+    no_backward_kernels: str | None = None  # likewise, of its backward
 
     @property
     def sequential(self) -> bool:

@@ -6,7 +6,7 @@ import torch
 
 from tttc._scan_op import interned, scan_info
 from tttc.codegen.torch_scan_backward import run_backward, saved_leaves
-from tttc.ir.errors import NotLowerable
+from tttc.ir.errors import KernelTooLarge, NotLowerable
 from tttc.pipeline import build_program
 from tttc.runtime.fused_scan import floating_leaves, fused_scan, runs_by_kernels
 from tttc.runtime.triton_scan_backward import backward_kernel, run_backward_kernels
@@ -58,9 +58,13 @@ def fused_scan_backward(
         saved,
     )
     rows = {name: x for name, x in zip(chosen, out, strict=True) if name.startswith("token")}
+    made = None
     if saved and interval == 1 and _has_kernels(program, leaves, backend, tokens[0], info.compute):
-        made = run_backward_kernels(program, leaves, *arguments, rows, info.output)
-    else:
+        try:
+            made = run_backward_kernels(program, leaves, *arguments, rows, info.output)
+        except KernelTooLarge as error:
+            program.no_backward_kernels = error.reason
+    if made is None:
         made = run_backward(program, leaves, *arguments, interval or RECOMPUTED)
     to_anchor, to_carry, found = made
     found |= {f"anchor_{i}": x for i, x in enumerate(to_anchor)}
@@ -72,12 +76,14 @@ def fused_scan_backward(
 
 
 def _has_kernels(program, leaves, backend, token, compute) -> bool:
-    if not runs_by_kernels(backend, token.device, compute) or program.no_kernels is not None:
+    refused = program.no_kernels or program.no_backward_kernels
+    if refused is not None or not runs_by_kernels(backend, token.device, compute):
         return False
     try:
         for part in ["token"] if program.sequential else ["full", "continued"]:
             backward_kernel(program, part, leaves)
-    except NotLowerable:
+    except NotLowerable as error:
+        program.no_backward_kernels = error.reason
         return False
     return True
 
