@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from tttc.codegen.loop import Loop
+from tttc.codegen.loop import Loop, used
 from tttc.codegen.schedule import Schedule
 from tttc.ir.build import dims_of
 from tttc.ir.cost import element_count
@@ -25,13 +25,14 @@ def processors(device: torch.device) -> int:
 
 
 def state_elements(loop: Loop) -> int:
-    """Numbers of the state that one program keeps in registers."""
+    """Numbers of the state that one program keeps in registers: those it makes, and those it starts from."""
+    wanted = used(loop)
     made = {sink.name for _, sink in loop.sinks if sink.kind == "state"}
-    sizes = {**loop.sizes}
-    counted: dict[str, int] = {}
-    for node, source in loop.sources.items():
-        if source.kind == "state" and source.name in made:
-            counted[source.name] = element_count(dims_of(node), sizes)
+    counted = {
+        source.name: element_count(dims_of(node), loop.sizes)
+        for node, source in loop.sources.items()
+        if source.kind == "state" and (source.name in made or node in wanted)
+    }
     return sum(counted.values())
 
 
@@ -65,4 +66,6 @@ def default_schedule(loop: Loop, many: bool) -> Schedule:
     common = {"num_warps": warps, "late_loads": True, "repeat_vectors": False, "nan": "branch"}
     if tile_rows(loop) >= 64:
         return Schedule(feature_major=True, num_stages=1, order="least_live", **common)  # type: ignore[arg-type]
+    if loop.once:
+        return Schedule(num_stages=1, order="least_live", **common)  # type: ignore[arg-type]
     return Schedule(order="products_first", **common)  # type: ignore[arg-type]

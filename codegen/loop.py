@@ -52,6 +52,7 @@ class Loop:
     refresh: int | None = None  # one token at a time: the anchors are refreshed every so many
     reverse: bool = False  # mini-batches from the last to the first
     parallel: bool = False  # mini-batches are independent
+    once: bool = False  # there is only one mini-batch
     save: tuple[str, ...] = ()  # states stored before every mini-batch, as ``saved_<name>``
     store_state: bool = True  # the states are stored after the last mini-batch
     notes: list[str] = field(default_factory=list)
@@ -118,6 +119,7 @@ def scan_loop(
         # At 1 the body reads no anchor: there is none to refresh.
         refresh=None if body.batched or mini_batch_size == 1 else mini_batch_size,
         parallel=parallel,
+        once=continued,
         save=tuple(f"{carried}_{i}" for i in sorted(save or ())),
         store_state=store_state,
     )
@@ -151,24 +153,25 @@ def backward_loop(name: str, made: Backward, mini_batch_size: int, handed_on: st
     )
 
 
-def _used(loop: Loop) -> set[fx.Node]:
+def used(loop: Loop) -> set[fx.Node]:
+    """The nodes that the results of a loop need."""
     stack = [n for n, _ in loop.sinks]
-    used: set[fx.Node] = set()
+    found: set[fx.Node] = set()
     while stack:
         node = stack.pop()
-        if node not in used:
-            used.add(node)
+        if node not in found:
+            found.add(node)
             stack += node.all_input_nodes
-    return used
+    return found
 
 
 def anchors_read(loop: Loop) -> dict[int, bool]:
     """The state leaves whose anchors a parallel loop reads, and whether matrix products alone read them."""
-    used = _used(loop)
+    needed = used(loop)
     found: dict[int, bool] = {}
     for node, source in loop.sources.items():
-        if node in used and source.kind == "saved":
-            readers = [u for u in node.users if u in used]
+        if node in needed and source.kind == "saved":
+            readers = [u for u in node.users if u in needed]
             products = all(
                 u.target in (ops.contraction, ops.masked_contraction) and len(u.all_input_nodes) == 2
                 for u in readers

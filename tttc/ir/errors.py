@@ -12,5 +12,9 @@ class NotLowerable(Exception):
         self.where = where
 
 
+class KernelTooLarge(NotLowerable):
+    """A kernel takes more registers or shared memory than the device has."""
+
+
 class CheckError(AssertionError):
     """A graph broke a rule of the IR, or a pass changed what it computes."""

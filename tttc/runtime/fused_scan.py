@@ -45,18 +45,21 @@ def uses_triton(backend: str, device: torch.device, compute: torch.dtype) -> boo
 def _by_kernels(
     program, anchor, carry, tokens, shared, place, info, states, saved
 ) -> list[Tensor] | None:
-    try:
-        for part in ["tokens"] if program.sequential else ["full", "continued"]:
-            scan_kernel(program, part, states)
-    except NotLowerable as error:
-        program.no_kernels = error.reason
-        return None
+    """The scan by kernels; None, and remembered, where they can't be made or the device can't hold them."""
     save = (
         dict(zip(saved_leaves(program, floating_leaves(tokens, shared)), saved, strict=True))
         if saved
         else None
     )
-    out = run_kernels(program, anchor, carry, tokens, shared, place, info.output, states, save=save)
+    try:
+        for part in ["tokens"] if program.sequential else ["full", "continued"]:
+            scan_kernel(program, part, states)
+        out = run_kernels(
+            program, anchor, carry, tokens, shared, place, info.output, states, save=save
+        )
+    except NotLowerable as error:
+        program.no_kernels = error.reason
+        return None
     return [*(x for group in out for x in group), *saved]
 
 

@@ -10,6 +10,7 @@ import torch
 
 from tttc.codegen.kernel import Kernel
 from tttc.codegen.resources import Request
+from tttc.ir.errors import KernelTooLarge
 
 POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16",
             torch.int64: "*i64", torch.int32: "*i32", torch.bool: "*i1"}  # fmt: skip
@@ -88,7 +89,13 @@ def dot_dtype(dtype: torch.dtype) -> Any:
 
 
 def launch(call: Launch) -> None:
-    """Run a kernel."""
+    """Run a kernel.
+
+    Raises:
+        KernelTooLarge: where it takes more than the device has.
+    """
+    from triton.runtime.errors import OutOfResources
+
     arguments: list[Any] = []
     for name, rank in call.kernel.config["arguments"]:
         x = call.tensors[name]
@@ -97,4 +104,7 @@ def launch(call: Launch) -> None:
         arguments += [x, *x.stride()]
     arguments += call.sizes.values()
     fast = next(iter(call.tensors.values())).is_cuda and torch.version.hip is None
-    call.kernel.function()[call.grid](*arguments, **call.constants(fast), **call.options)
+    try:
+        call.kernel.function()[call.grid](*arguments, **call.constants(fast), **call.options)
+    except OutOfResources as error:
+        raise KernelTooLarge(f"{call.kernel.name}: {error}") from error

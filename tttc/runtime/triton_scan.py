@@ -11,8 +11,9 @@ from tttc.codegen.heuristics import default_schedule, processors
 from tttc.codegen.kernel import Kernel
 from tttc.codegen.loop import Loop, anchors_read, constant_tensors, scan_loop
 from tttc.codegen.schedule import Schedule
-from tttc.codegen.torch_scan import squeeze_features
+from tttc.codegen.torch_scan import run_program, squeeze_features
 from tttc.codegen.triton_loop import render
+from tttc.ir.errors import KernelTooLarge
 from tttc.ir.program import Program
 from tttc.passes.prune_state import live_states
 from tttc.runtime.launch import Launch, launch
@@ -112,6 +113,16 @@ def run_kernels(
     carried = "carry" if program.sequential else "anchor"
     saved = {f"saved_{carried}_{i}": squeeze_features(x, 3) for i, x in (save or {}).items()}
 
+    def by_operations(start: int, count: int, place: int) -> None:
+        """A part of a mini-batch by torch operations: too small a share for its kernel's size to matter."""
+        nonlocal now_anchor, now_carry
+        part_tokens = [x[:, :, start : start + count] for x in rows]
+        now_anchor, now_carry, z = run_program(
+            program, now_anchor, now_carry, part_tokens, shared, place
+        )
+        for x, y in zip(results, z, strict=True):
+            x[:, :, start : start + count] = squeeze_features(y, 3)
+
     def run(part: str, start: int, count: int, place: int, states: bool) -> None:
         nonlocal now_anchor, now_carry
         stored = tuple(save or ()) if part in ("full", "recurrence", "tokens") else ()
@@ -137,7 +148,13 @@ def run_kernels(
                 saved.setdefault(f"saved_anchor_{index}", empty)
         grid = (batch * heads, batches) if part == "outputs" else (batch * heads,)
         tensors = {**given, **made, **saved}
-        launcher(Launch(kernel, tensors, grid, count, heads, place, output_dtype))
+        try:
+            launcher(Launch(kernel, tensors, grid, count, heads, place, output_dtype))
+        except KernelTooLarge:
+            if part != "continued":
+                raise
+            by_operations(start, count, place)
+            return
         if not states:
             return
         new = "new_anchor_" if part in ("full", "recurrence") else "new_carry_"
