@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
-from triton.runtime.errors import OutOfResources
 from tttc.codegen.torch_scan_backward import save_interval
 from tttc.passes.backward import backward
 from tttc.passes.derivatives import DERIVATIVES
@@ -19,6 +18,7 @@ from tttc.passes.verify import verify_backward
 import tttc
 from tttc import _scan_op, _tracing
 from tttc.ir import ops
+from tttc.ir.errors import KernelTooLarge
 from tttc.ir.functions import FUNCTIONS
 from tttc.nn import inner
 from tttc.pipeline import build_program
@@ -273,7 +273,7 @@ def test_a_kernel_too_large_for_the_gpu_leaves_the_backward_to_torch_operations(
     _, expected = gradients(fused, groups, key, 8, 0, "torch", True, 0)
 
     def refuse(*arguments):
-        raise OutOfResources(300_000, 232_448, "shared memory")
+        raise KernelTooLarge("300000 bytes of shared memory, 232448 there")
 
     monkeypatch.setattr(fused_scan_backward, "run_backward_kernels", refuse)
     _, got = gradients(fused, groups, key, 8, 0, "triton", True, 1)
