@@ -536,19 +536,23 @@ def _extreme(function: str) -> Callable[..., Value]:
 
 def _power(n: Normaliser, node: fx.Node, args: list[Any]) -> Value:
     base, exponent = args
-    if exponent == 2:
-        return n.pointwise("mul", [base, base])
-    if exponent == 3:
-        return n.pointwise("mul", [base, n.pointwise("mul", [base, base])])
-    if exponent == 1:
-        return base
+    if isinstance(exponent, (int, float)) and exponent == int(exponent) and 0 < abs(exponent) <= 16:
+        # Products: exact for a negative base, which a power by logarithms is not.
+        whole = _repeated(n, base, abs(int(exponent)))
+        return whole if exponent > 0 else n.pointwise("reciprocal", [whole])
     if exponent == 0.5:
         return n.pointwise("sqrt", [base])
     if exponent == -0.5:
         return n.pointwise("rsqrt", [base])
-    if exponent == -1:
-        return n.pointwise("reciprocal", [base])
     return n.pointwise("pow", [base, exponent])
+
+
+def _repeated(n: Normaliser, base: Value, times: int) -> Value:
+    if times == 1:
+        return base
+    half = _repeated(n, base, times // 2)
+    square = n.pointwise("mul", [half, half])
+    return square if times % 2 == 0 else n.pointwise("mul", [base, square])
 
 
 def _clamp(n: Normaliser, node: fx.Node, args: list[Any]) -> Value:
@@ -616,7 +620,7 @@ def _product(names: Sequence[str], result: str) -> Callable[..., Value]:
 HANDLERS: dict[Any, Callable[..., Any]] = {
     aten.sum: _sum, prims.sum: _sum, aten.mean: _mean, aten.var: _variance, prims.var: _variance,
     aten.amax: _extreme("amax"), aten.amin: _extreme("amin"), prims.amax: _extreme("amax"),
-    aten.pow: _power, aten.clamp: _clamp, aten.clamp_min: _clamp, aten.relu: _relu,
+    aten.pow: _power, prims.pow: _power, aten.clamp: _clamp, aten.clamp_min: _clamp, aten.relu: _relu,
     aten.permute: _permute, aten.t: _transpose, aten.transpose: _transpose,
     aten.unsqueeze: _unsqueeze, aten.squeeze: _squeeze, aten.squeeze_: _squeeze, prims.squeeze: _squeeze,
     aten.view: lambda n, node, args: n.view(args[0], args[1]),
