@@ -18,9 +18,9 @@ from typing import Any
 import torch
 import triton
 from scans import SHAPES, Case, make_case
+from tttc.codegen.torch_scan import run_program
 
 import tttc
-from tttc.codegen.torch_scan import run_program
 from tttc._scan_op import scan_info
 from tttc.runtime.triton_scan import run_kernels
 
@@ -53,17 +53,30 @@ def exact_output(case: Case) -> torch.Tensor:
 
 def naive_output(case: Case) -> torch.Tensor:
     """The output of the naive loop in float64, on the same values."""
+
     def to(tree: Any) -> Any:
         return torch.utils._pytree.tree_map(lambda x: x.double(), tree)
 
-    return tttc.scan(case.step, to(case.init), to(case.tokens), case.mini_batch_size, shared=to(case.shared))[1]
+    return tttc.scan(
+        case.step, to(case.init), to(case.tokens), case.mini_batch_size, shared=to(case.shared)
+    )[1]
 
 
 def launches(case: Case, states: bool = False) -> list:
     """What a call would launch."""
     call, found = case.flat(), []
-    meta = [[torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta") for x in g] for g in call[1:5]]
-    run_kernels(case.program(), *meta, 0, scan_info(*[call[i] for i in (1, 3, 4)]).output, states, found.append)
+    meta = [
+        [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta") for x in g]
+        for g in call[1:5]
+    ]
+    run_kernels(
+        case.program(),
+        *meta,
+        0,
+        scan_info(*[call[i] for i in (1, 3, 4)]).output,
+        states,
+        found.append,
+    )
     return found
 
 
@@ -73,7 +86,9 @@ def forward_rows() -> list[dict[str, Any]]:
         small = make_case(name, 1, 2048, HEADS, D)
         call, program = small.flat(), small.program()
         dtype = scan_info(call.anchor, call.tokens, call.shared).output
-        z = run_kernels(program, call.anchor, call.carry, call.tokens, call.shared, 0, dtype, False)[2][0]
+        z = run_kernels(
+            program, call.anchor, call.carry, call.tokens, call.shared, 0, dtype, False
+        )[2][0]
         dual = exact_output(small)
         errors = {"T2048 against the dual form in float64": relative(z, dual)}
         if name == "ttt_linear_b16":
@@ -82,7 +97,9 @@ def forward_rows() -> list[dict[str, Any]]:
             errors["naive against dual, both float64"] = relative(dual, naive)
         long = make_case(name, 1, 32768, HEADS, D)
         call = long.flat()
-        z = run_kernels(program, call.anchor, call.carry, call.tokens, call.shared, 0, dtype, False)[2][0]
+        z = run_kernels(
+            program, call.anchor, call.carry, call.tokens, call.shared, 0, dtype, False
+        )[2][0]
         errors["T32768 against the dual form in float64"] = relative(z, exact_output(long))
         print(name, {k: f"{v:.1e}" for k, v in errors.items()})
         for shape, (batch, length) in SHAPES.items():
@@ -90,7 +107,9 @@ def forward_rows() -> list[dict[str, Any]]:
             call = case.flat()
 
             def run(call=call, program=program, dtype=dtype):
-                return run_kernels(program, call.anchor, call.carry, call.tokens, call.shared, 0, dtype, False)
+                return run_kernels(
+                    program, call.anchor, call.carry, call.tokens, call.shared, 0, dtype, False
+                )
 
             floor = 4 * batch * length * HEADS * D * 2 / 4.27e12 * 1e6
             row = {"case": name, "shape": shape, **median(run), "floor_us": floor, "errors": errors}
@@ -100,32 +119,46 @@ def forward_rows() -> list[dict[str, Any]]:
     return rows
 
 
+def peer_row(peer: Any, shape: str, batch: int, length: int) -> dict[str, Any]:
+    """One kernel of flash-linear-attention on the inputs of the TTT-Linear case."""
+    raw = make_case("ttt_linear_b16", batch, length, HEADS, D).raw
+    rest = {
+        "w": raw["gain"].bfloat16(),
+        "b": raw["bias"].bfloat16(),
+        "eta": raw["eta"][..., None],
+        "chunk_size": 16,
+        "initial_state": raw["W1"].expand(batch, HEADS, D, D).contiguous(),
+        "initial_state_bias": raw["b1"][None, :, None].expand(batch, HEADS, 1, D).contiguous(),
+    }
+    leaves = [raw[n].detach().clone().requires_grad_() for n in ("q", "k", "v")]
+
+    @torch.no_grad()
+    def forward() -> Any:
+        return peer(*leaves, **rest)
+
+    def train() -> None:
+        out = peer(*leaves, **rest)
+        out = out[0] if isinstance(out, tuple) else out
+        torch.autograd.grad(out, leaves, torch.ones_like(out))
+
+    row = {"case": f"fla {peer.__name__}", "shape": shape, **median(forward)}
+    if peer.__name__ == "chunk_ttt_linear":
+        row["training_us"] = median(train)["us"]
+    return row
+
+
 def peer_rows() -> list[dict[str, Any]]:
+    """flash-linear-attention's two kernels at every shape."""
     from fla.ops.ttt import chunk_ttt_linear, fused_chunk_ttt_linear
 
     rows = []
     for shape, (batch, length) in SHAPES.items():
-        raw = make_case("ttt_linear_b16", batch, length, HEADS, D).raw
-        W = raw["W1"].expand(batch, HEADS, D, D).contiguous()
-        b = raw["b1"][None, :, None].expand(batch, HEADS, 1, D).contiguous()
-        eta, g, beta = raw["eta"][..., None], raw["gain"].bfloat16(), raw["bias"].bfloat16()
         for peer in (chunk_ttt_linear, fused_chunk_ttt_linear):
-            def run(peer=peer):
-                with torch.no_grad():
-                    return peer(raw["q"], raw["k"], raw["v"], g, beta, eta, chunk_size=16,
-                                initial_state=W, initial_state_bias=b)  # fmt: skip
-
-            row = {"case": f"fla {peer.__name__}", "shape": shape, **median(run)}
-            leaves = [raw[n].detach().clone().requires_grad_() for n in ("q", "k", "v")]
-            if peer is chunk_ttt_linear:
-                def train(leaves=leaves, peer=peer):
-                    out = peer(*leaves, g, beta, eta, chunk_size=16, initial_state=W, initial_state_bias=b)
-                    out = out[0] if isinstance(out, tuple) else out
-                    torch.autograd.grad(out, leaves, torch.ones_like(out))
-
-                row["training_us"] = median(train)["us"]
+            row = peer_row(peer, shape, batch, length)
             rows.append(row)
-            print(f"  {row['case']} {shape}: {row['us']:.0f} us, training {row.get('training_us', 0):.0f}")
+            print(
+                f"  {row['case']} {shape}: {row['us']:.0f} us, training {row.get('training_us', 0):.0f}"
+            )
     return rows
 
 
@@ -140,7 +173,9 @@ def training_rows() -> list[dict[str, Any]]:
 
             leaves = [x.detach().requires_grad_() for x in call.tokens[:3]]
             tokens = [*leaves, *call.tokens[3:]]
-            interval = saving_interval(call.anchor, [], tokens, call.shared, call.key, case.mini_batch_size, "auto")
+            interval = saving_interval(
+                call.anchor, [], tokens, call.shared, call.key, case.mini_batch_size, "auto"
+            )
 
             def run(call=call, tokens=tokens, case=case, interval=interval):
                 return torch.ops.tttc.fused_scan(
@@ -153,15 +188,21 @@ def training_rows() -> list[dict[str, Any]]:
 
             row: dict[str, Any] = {"case": name, "shape": shape}
             if shape == "B1 T2048":
-                groups = [[x.detach().double() for x in g] for g in (call.anchor, [], tokens, call.shared)]
+                groups = [
+                    [x.detach().double() for x in g] for g in (call.anchor, [], tokens, call.shared)
+                ]
                 inputs = [x.requires_grad_() for x in groups[2][:3]]
                 z = torch.ops.tttc.fused_scan(groups[0], [], groups[2], groups[3], call.key, case.mini_batch_size,
                                               0, "torch", False, 1)[0]  # fmt: skip
                 exact = torch.autograd.grad(z, inputs, torch.ones_like(z))
-                row["gradient_errors"] = [relative(x, y) for x, y in zip(train(), exact, strict=True)]
+                row["gradient_errors"] = [
+                    relative(x, y) for x, y in zip(train(), exact, strict=True)
+                ]
             row["training_us"] = median(train, 60)["us"]
             rows.append(row)
-            print(f"  training {name} {shape}: {row['training_us']:.0f} us {row.get('gradient_errors', '')}")
+            print(
+                f"  training {name} {shape}: {row['training_us']:.0f} us {row.get('gradient_errors', '')}"
+            )
     return rows
 
 
@@ -178,7 +219,11 @@ def model_rows() -> list[dict[str, Any]]:
             want = tttc.compile(exact, backend="torch", strict=True)(x.double())
             got = tttc.compile(layer.bfloat16(), strict=True)(x.bfloat16())
             eager = tttc.compile(layer, backend="torch", strict=True)(x.bfloat16())
-        row = {"case": f"layer {cls.__name__}", "error": relative(got, want), "torch_error": relative(eager, want)}
+        row = {
+            "case": f"layer {cls.__name__}",
+            "error": relative(got, want),
+            "torch_error": relative(eager, want),
+        }
         rows.append(row)
         print(" ", row)
     return rows
@@ -192,7 +237,12 @@ def main() -> None:
         "device": torch.cuda.get_device_name(),
         "versions": {n: metadata.version(n) for n in PACKAGES if _installed(n)},
     }
-    for section, make in (("forward", forward_rows), ("peers", peer_rows), ("layers", model_rows), ("training", training_rows)):
+    for section, make in (
+        ("forward", forward_rows),
+        ("peers", peer_rows),
+        ("layers", model_rows),
+        ("training", training_rows),
+    ):
         try:
             record[section] = make()
         except Exception:

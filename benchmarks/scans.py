@@ -13,6 +13,7 @@ import torch
 
 from tttc import _tracing
 from tttc._checks import check_scan_inputs
+from tttc._scan_op import interned
 from tttc.ir.program import Program
 from tttc.nn.inner import (
     Carry,
@@ -25,9 +26,13 @@ from tttc.nn.inner import (
 )
 from tttc.pipeline import build_program
 from tttc.scan import _flatten
-from tttc._scan_op import interned
 
-SHAPES = {"B16 T2048": (16, 2048), "B1 T2048": (1, 2048), "B1 T32768": (1, 32768), "B8 T8192": (8, 8192)}
+SHAPES = {
+    "B16 T2048": (16, 2048),
+    "B1 T2048": (1, 2048),
+    "B1 T32768": (1, 32768),
+    "B8 T8192": (8, 8192),
+}
 
 
 def example_rule(name: str) -> ModuleType:
@@ -82,11 +87,24 @@ def make_case(
     b = int("".join(c for c in size if c.isdigit()))
     q, k, v = (normal(batch, length, heads, d) for _ in range(3))
     q, k = (torch.nn.functional.normalize(x.float(), dim=-1).to(dtype) for x in (q, k))
-    eta = (torch.rand(batch, length, heads, generator=g, device=device) * (0.1 if "mlp" in name else 1.0) / d).to(dtype)
-    gain, bias = 1 + normal(heads, d, scale=0.1, to=torch.float32), normal(heads, d, scale=0.1, to=torch.float32)
+    eta = (
+        torch.rand(batch, length, heads, generator=g, device=device)
+        * (0.1 if "mlp" in name else 1.0)
+        / d
+    ).to(dtype)
+    gain, bias = (
+        1 + normal(heads, d, scale=0.1, to=torch.float32),
+        normal(heads, d, scale=0.1, to=torch.float32),
+    )
     m = 4 * d if "mlp" in name else d
-    W1, b1 = normal(heads, d, m, scale=0.1, to=torch.float32), normal(heads, m, scale=0.1, to=torch.float32)
-    W2, b2 = normal(heads, m, d, scale=0.05, to=torch.float32), normal(heads, d, scale=0.1, to=torch.float32)
+    W1, b1 = (
+        normal(heads, d, m, scale=0.1, to=torch.float32),
+        normal(heads, m, scale=0.1, to=torch.float32),
+    )
+    W2, b2 = (
+        normal(heads, m, d, scale=0.05, to=torch.float32),
+        normal(heads, d, scale=0.1, to=torch.float32),
+    )
     raw = {"q": q, "k": k, "v": v, "eta": eta, "gain": gain, "bias": bias, "W1": W1, "b1": b1}
     norm = Norm(gain, bias)
     bthd = [x.transpose(1, 2) for x in (q, k, v)]

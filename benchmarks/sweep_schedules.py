@@ -1,6 +1,6 @@
 """Time every schedule of a list for some scans on the GPU at hand: values first, then times.
 
-    python benchmarks/sweep_schedules.py OUT.json [case ...] [shape, as in B16T2048 ...]
+python benchmarks/sweep_schedules.py OUT.json [case ...] [shape, as in B16T2048 ...]
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from concurrent.futures import ProcessPoolExecutor
 import torch
 import triton
 from scans import SHAPES, make_case
-
-from tttc._scan_op import scan_info
 from tttc.codegen.schedule import Schedule
 from tttc.codegen.torch_scan import run_program
+
+from tttc._scan_op import scan_info
 from tttc.runtime import triton_scan
 
 GRIDS = {
@@ -88,19 +88,26 @@ def compile_one(job: tuple[str, Schedule]) -> tuple[str, Schedule, float, str]:
 def main() -> None:
     out, *names = sys.argv[1:]
     shapes = [x for x in SHAPES if x.replace(" ", "") in names] or list(SHAPES)
-    names = [x for x in names if x.startswith("ttt")] or list(dict.fromkeys(x.split()[0] for x in GRIDS))
+    names = [x for x in names if x.startswith("ttt")] or list(
+        dict.fromkeys(x.split()[0] for x in GRIDS)
+    )
     jobs = [(n, s) for n in names for s in schedules(n)]
     with ProcessPoolExecutor(14, mp_context=multiprocessing.get_context("spawn")) as pool:
         compiled = list(pool.map(compile_one, jobs))
     failed = {(n, s): e for n, s, _, e in compiled if e}
     slowest = max(compiled, key=lambda c: c[2])
-    print(f"{len(jobs)} variants, {len(failed)} failed, slowest to compile {slowest[2]:.0f} s: {slowest[:2]}")
+    print(
+        f"{len(jobs)} variants, {len(failed)} failed, slowest to compile {slowest[2]:.0f} s: {slowest[:2]}"
+    )
     for key, error in list(failed.items())[:6]:
         print("FAILED", key, error)
     rows = []
     for name in names:
-        run, case, call, program = runner(name, 1, 2048, Schedule())
-        double = [[x.double() for x in group] for group in (call.anchor, call.carry, call.tokens, call.shared)]
+        run, _, call, program = runner(name, 1, 2048, Schedule())
+        double = [
+            [x.double() for x in group]
+            for group in (call.anchor, call.carry, call.tokens, call.shared)
+        ]
         exact = run_program(program, *double, 0)[2][0]
         for shape, (batch, length) in SHAPES.items():
             if shape not in shapes:
@@ -114,9 +121,14 @@ def main() -> None:
                     row["error"] = float((z - exact).norm() / exact.norm())
                 run, *_ = runner(name, batch, length, schedule)
                 run()
-                row["us"] = 1e3 * triton.testing.do_bench(run, warmup=10, rep=40, return_mode="median")
+                row["us"] = 1e3 * triton.testing.do_bench(
+                    run, warmup=10, rep=40, return_mode="median"
+                )
                 rows.append(row)
-            best = sorted((r for r in rows if r["case"] == name and r["shape"] == shape), key=lambda r: r["us"])
+            best = sorted(
+                (r for r in rows if r["case"] == name and r["shape"] == shape),
+                key=lambda r: r["us"],
+            )
             print(name, shape)
             for r in best[:6] + best[-1:]:
                 print(f"   {r['us']:9.1f} us  {r['schedule']}  error={r.get('error', -1):.1e}")

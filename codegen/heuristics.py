@@ -6,14 +6,16 @@ The measurements are in benchmarks/results; benchmarks/sweep_schedules.py repeat
 from __future__ import annotations
 
 import torch
-
 from tttc.codegen.loop import Loop, used
 from tttc.codegen.schedule import Schedule
+
 from tttc.ir.build import dims_of
 from tttc.ir.cost import element_count
 
 THREADS = 32  # of a warp
-STATE_REGISTERS = 80  # of a thread, at most, where warps can be added: tiles and operands need the others
+STATE_REGISTERS = (
+    80  # of a thread, at most, where warps can be added: tiles and operands need the others
+)
 MOST_WARPS = 8  # with 16, matrix products of 64 rows are made more than once
 
 

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import fx
+from tttc.passes.backward import Backward
 
 from tttc.ir import ops
 from tttc.ir.body import Body, role
-from tttc.ir.build import dims_of
-from tttc.passes.backward import Backward
+from tttc.ir.build import ancestors, dims_of
 
 
 @dataclass(frozen=True)
@@ -155,14 +155,7 @@ def backward_loop(name: str, made: Backward, mini_batch_size: int, handed_on: st
 
 def used(loop: Loop) -> set[fx.Node]:
     """The nodes that the results of a loop need."""
-    stack = [n for n, _ in loop.sinks]
-    found: set[fx.Node] = set()
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack += node.all_input_nodes
-    return found
+    return ancestors(node for node, _ in loop.sinks)
 
 
 def anchors_read(loop: Loop) -> dict[int, bool]:
@@ -173,7 +166,8 @@ def anchors_read(loop: Loop) -> dict[int, bool]:
         if node in needed and source.kind == "saved":
             readers = [u for u in node.users if u in needed]
             products = all(
-                u.target in (ops.contraction, ops.masked_contraction) and len(u.all_input_nodes) == 2
+                u.target in (ops.contraction, ops.masked_contraction)
+                and len(u.all_input_nodes) == 2
                 for u in readers
             )
             found[role(node)[1]] = products and len(dims_of(node)) > 1

@@ -78,7 +78,8 @@ def least_live(
             freed = sum(
                 size(x)
                 for x in inputs
-                if x not in held and all(u in done or u in inside or u not in members for u in x.users)
+                if x not in held
+                and all(u in done or u in inside or u not in members for u in x.users)
             )
             key = (size(last) - freed, position[group[0]])
             if best is None or key < best:

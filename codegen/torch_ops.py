@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -29,10 +30,12 @@ def _view(dims: Dims, target: Dims) -> View | None:
     first = next(i for i, d in enumerate(target) if d in dims) - len(target)
     added = [i for i in added if i > first]
     if turned and len(dims) == 2:
+
         def turn(x: Tensor) -> Tensor:
             return x.transpose(-1, -2)
     elif turned:
         moves = tuple(dims.index(d) - len(dims) for d in order)
+
         def turn(x: Tensor) -> Tensor:
             lead = x.ndim - len(moves)
             return x.permute(*range(lead), *(x.ndim + m for m in moves))
@@ -51,7 +54,7 @@ def _view(dims: Dims, target: Dims) -> View | None:
     return view
 
 
-@lru_cache(maxsize=None)
+@cache
 def _elementwise(function: str, spec: str) -> Callable[..., Any] | None:
     parsed = parse(spec)
     run = FUNCTIONS[function].torch
@@ -60,7 +63,7 @@ def _elementwise(function: str, spec: str) -> Callable[..., Any] | None:
     for dims in parsed.operands:
         missing_first = bool(dims) and bool(target) and target[0] not in dims
         if missing_first or (not dims and target):
-            views.append(lambda x, dims=dims: ops.align(x, dims, target))
+            views.append(functools.partial(ops.align, dims=dims, target=target))
         else:
             views.append(_view(dims, target))
     if all(v is None for v in views):
@@ -78,7 +81,7 @@ def _elementwise(function: str, spec: str) -> Callable[..., Any] | None:
     return lambda *xs: run(*(x if v is None else v(x) for x, v in zip(xs, views, strict=True)))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _contraction(spec: str) -> Callable[..., Any] | None:
     parsed = parse(spec)
     plan = ops.product_plan(spec)
@@ -113,7 +116,10 @@ def _added(sign: int, spec: str) -> Callable[..., Any] | None:
         if not lead or a.shape[:-2] != lead or b.shape[:-2] != lead:
             return x + a @ b if sign > 0 else x - a @ b
         flat = torch.baddbmm(
-            x.reshape(-1, *x.shape[-2:]), a.reshape(-1, *a.shape[-2:]), b.reshape(-1, *b.shape[-2:]), alpha=sign
+            x.reshape(-1, *x.shape[-2:]),
+            a.reshape(-1, *a.shape[-2:]),
+            b.reshape(-1, *b.shape[-2:]),
+            alpha=sign,
         )
         return flat.view(x.shape)
 
@@ -137,7 +143,11 @@ def _fused_sum(node: fx.Node) -> tuple[Callable[..., Any], tuple[Any, ...], fx.N
             bound = _added(sign, str(y.args[0]))
             if bound is not None:
                 return bound, (x, *y.args[1:]), y
-        if y.target is ops.elementwise and y.args[0] == "mul" and isinstance(y.args[3], (int, float)):
+        if (
+            y.target is ops.elementwise
+            and y.args[0] == "mul"
+            and isinstance(y.args[3], (int, float))
+        ):
             run = torch.add if sign > 0 else torch.sub
             return _scaled(run, y.args[3]), (x, y.args[2]), y
     return None

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-
 from tttc.codegen.torch_ops import direct
-from tttc.ir.body import Body, role
-from tttc.ir.program import Program
 from tttc.passes.prune_state import live_states
 from tttc.passes.split import Part, Split, split
+
+from tttc.ir.body import Body, role
+from tttc.ir.program import Program
 
 Tensor = torch.Tensor
 
@@ -75,7 +75,9 @@ def _run_group(
     once |= {f"constant_{i}": x for i, x in enumerate(constants)}
     once |= _run(parts.invariant, once)
     # A parameter [H, ...] meets values [B, H, N, ...].
-    many = {k: x if k.startswith("constant") or not x.ndim else x.unsqueeze(1) for k, x in once.items()}
+    many = {
+        k: x if k.startswith("constant") or not x.ndim else x.unsqueeze(1) for k, x in once.items()
+    }
     many |= {f"token_{i}": x for i, x in enumerate(tokens)}
     many |= _run(parts.before, many)
     step = parts.recurrence
@@ -84,7 +86,9 @@ def _run_group(
         index[name] if name in index else (once[name] if name in once else many[name].unbind(2))
         for name in step.inputs
     ]
-    places = {i: step.results.index(name) for i, name in parts.states.items() if name in step.results}
+    places = {
+        i: step.results.index(name) for i, name in parts.states.items() if name in step.results
+    }
     states = list(anchor)
     anchors: list[list[Tensor]] = [[] for _ in anchor]
     left: list[list[Tensor]] = [[] for _ in step.results]
@@ -92,7 +96,10 @@ def _run_group(
         for kept, x in zip(anchors, states, strict=True):
             kept.append(x)
         results = step.gm(
-            *(states[x] if isinstance(x, int) else (x[n] if isinstance(x, tuple) else x) for x in given)
+            *(
+                states[x] if isinstance(x, int) else (x[n] if isinstance(x, tuple) else x)
+                for x in given
+            )
         )
         for i, place in places.items():
             states[i] = results[place]
@@ -100,7 +107,9 @@ def _run_group(
             kept.append(x)
     wanted = set(parts.outputs.inputs)
     many |= {name: _stacked(anchors[i]) for name, i in index.items() if name in wanted}
-    many |= {name: _stacked(x) for name, x in zip(step.results, left, strict=True) if name in wanted}
+    many |= {
+        name: _stacked(x) for name, x in zip(step.results, left, strict=True) if name in wanted
+    }
     made = _run(parts.outputs, many)
     return states, [made[name] for name in parts.emitted]
 

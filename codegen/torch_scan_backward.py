@@ -8,18 +8,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-
 from tttc.codegen.torch_ops import direct
 from tttc.codegen.torch_scan import squeeze_features
-from tttc.ir.body import Body, role
-from tttc.ir.build import dims_of
-from tttc.ir.cost import element_count
-from tttc.ir.program import Program
 from tttc.passes.backward import Backward, backward
 from tttc.passes.prune_state import live_states
 from tttc.passes.simplify import simplify
 from tttc.passes.split import Part, Split, split
 from tttc.passes.verify import verify_backward
+
+from tttc.ir.body import Body, role
+from tttc.ir.build import dims_of
+from tttc.ir.cost import element_count
+from tttc.ir.program import Program
 
 Tensor = torch.Tensor
 Values = dict[str, Tensor]

@@ -45,7 +45,7 @@ FUNCTIONS: dict[str, str] = {
 
 
 # One instruction, within one unit in the last place, where Triton's division takes about eight.
-RECIPROCAL = '''@triton.jit
+RECIPROCAL = """@triton.jit
 def reciprocal(x, FAST: tl.constexpr):
     if FAST:
         return tl.inline_asm_elementwise(
@@ -55,7 +55,7 @@ def reciprocal(x, FAST: tl.constexpr):
         return 1.0 / x
 
 
-'''
+"""
 
 
 def number(x: Any) -> str:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
-
 from tttc.codegen.kernel import Kernel
-from tttc.codegen.loop import Loop, Source
+from tttc.codegen.loop import Loop, Source, used
 from tttc.codegen.ordering import least_live, products_first
 from tttc.codegen.schedule import Schedule
 from tttc.codegen.triton_functions import FUNCTIONS, RECIPROCAL, number
+
 from tttc.ir import ops
 from tttc.ir.body import EARLIER, TOKEN, operands_of, spec_of
 from tttc.ir.build import dims_of
@@ -54,22 +55,12 @@ class Renderer:
         self.arguments: list[str] = []
         self.strides: dict[str, list[str]] = {}
         self.late: set[fx.Node] = set()
-        self.used = self._used()
+        self.used = used(loop)
         self.dims = self._dims()
         self.dotted = self._dotted()
         self.repeated, self.repeats = self._repeated()
 
     # -- what is needed ------------------------------------------------------------------------------
-
-    def _used(self) -> set[fx.Node]:
-        stack = [n for n, _ in self.loop.sinks]
-        used: set[fx.Node] = set()
-        while stack:
-            node = stack.pop()
-            if node not in used:
-                used.add(node)
-                stack += node.all_input_nodes
-        return used
 
     def _dims(self) -> list[str]:
         found: dict[str, None] = {}
@@ -199,7 +190,14 @@ class Renderer:
         self.counter += 1
         return f"{prefix}{self.counter}"
 
-    def let(self, prefix: str, value: str, dims: Dims, zero: frozenset[str] = frozenset(), note: str = "") -> Tile:
+    def let(
+        self,
+        prefix: str,
+        value: str,
+        dims: Dims,
+        zero: frozenset[str] = frozenset(),
+        note: str = "",
+    ) -> Tile:
         """Assign a value to a new variable."""
         name = self.fresh(prefix)
         self.write(f"{name} = {value}" + (f"  # {note}" if note else ""))
@@ -281,11 +279,17 @@ class Renderer:
         )
         value = tile.name
         if memory != tile.dims:
-            value = f"tl.trans({value})" if len(memory) == 2 else (
-                f"tl.permute({value}, ({', '.join(str(tile.dims.index(d)) for d in memory)}))"
+            value = (
+                f"tl.trans({value})"
+                if len(memory) == 2
+                else (
+                    f"tl.permute({value}, ({', '.join(str(tile.dims.index(d)) for d in memory)}))"
+                )
             )
         bounded = tuple(
-            d for d in memory if self.ragged(d) or (base(d) in (TOKEN, EARLIER) and rows is not None)
+            d
+            for d in memory
+            if self.ragged(d) or (base(d) in (TOKEN, EARLIER) and rows is not None)
         )
         offset = self.offset(tensor, memory, rows)
         address = f"{pointer} + {offset}" if offset else pointer
@@ -309,7 +313,7 @@ class Renderer:
             zero = frozenset(names[d] for d in source.zero)
             self.tiles[node] = self.sorted_tile(source.name, dims, zero)
             return
-        render = {
+        render: dict[Any, Callable[[fx.Node], Tile]] = {
             ops.elementwise: self._elementwise,
             ops.contraction: self._contraction,
             ops.masked_contraction: self._masked_contraction,
@@ -318,8 +322,8 @@ class Renderer:
             ops.broadcast: self._broadcast,
             ops.last: self._last,
             ops.at_last: self._at_last,
-        }[node.target]
-        self.tiles[node] = render(node)
+        }
+        self.tiles[node] = render[node.target](node)
 
     def _elementwise(self, node: fx.Node) -> Tile:
         if node in self.repeats:
@@ -394,13 +398,19 @@ class Renderer:
     def _deferred_candidate(self, other: fx.Node, user: fx.Node) -> bool:
         """Of two products in a sum the second accumulates into the first."""
         operands = operands_of(user)
-        return self._dot_labels(other) is not None and operands[1] is other and operands[0] is not other and (
-            [u for u in other.users if u in self.used] == [user] and user.args[0] == "add"
+        return (
+            self._dot_labels(other) is not None
+            and operands[1] is other
+            and operands[0] is not other
+            and ([u for u in other.users if u in self.used] == [user] and user.args[0] == "add")
         )
 
     def _dot_labels(self, node: fx.Node) -> tuple[str, str, str] | None:
         """Rows, columns and inner dimension of a product the matrix unit can make, else None."""
-        if node.op != "call_function" or node.target not in (ops.contraction, ops.masked_contraction):
+        if node.op != "call_function" or node.target not in (
+            ops.contraction,
+            ops.masked_contraction,
+        ):
             return None
         spec = parse(spec_of(node))
         if len(spec.operands) != 2 or len(spec.result) != 2 or len(spec.labels) != 3:
@@ -427,10 +437,10 @@ class Renderer:
         right = self.tile(by_dims[frozenset((inner, columns))])
         causal = node.target is ops.masked_contraction
         if causal:
-            r = parse_relation(node.args[0])
+            r = parse_relation(str(node.args[0]))
             pairs_left = set(left.dims) == {r.earlier, r.later}
             if pairs_left:
-                left = self._causal(left, node.args[0])
+                left = self._causal(left, str(node.args[0]))
             else:
                 right = self._causal(right, node.args[0])
         if base(inner) in (TOKEN, EARLIER) and not (causal and inner == r.earlier):
@@ -442,9 +452,15 @@ class Renderer:
             left, right = self.cleared(left, (inner,)), self.cleared(right, (inner,))
         if negative:
             small_left = self._elements(left) <= self._elements(right)
-            negated = self.let("n", f"-{(left if small_left else right).name}", (left if small_left else right).dims)
+            negated = self.let(
+                "n",
+                f"-{(left if small_left else right).name}",
+                (left if small_left else right).dims,
+            )
             left, right = (negated, right) if small_left else (left, negated)
-        zero = frozenset(d for d in (rows,) if d in left.zero) | frozenset(d for d in (columns,) if d in right.zero)
+        zero = frozenset(d for d in (rows,) if d in left.zero) | frozenset(
+            d for d in (columns,) if d in right.zero
+        )
         if accumulator is not None:
             zero &= accumulator.zero
         made = Tile(self.fresh("c"), (rows, columns), zero)
@@ -486,7 +502,12 @@ class Renderer:
         Zero times infinity is not a number: without this, tokens before one that is not finite would see it.
         """
         rows, columns, inner = labels
-        clean = self.let("f", f"tl.where({values.name} * 0.0 == 0.0, {values.name}, 0.0)", values.dims, values.zero)
+        clean = self.let(
+            "f",
+            f"tl.where({values.name} * 0.0 == 0.0, {values.name}, 0.0)",
+            values.dims,
+            values.zero,
+        )
         bad = self.let("f", f"tl.where({values.name} * 0.0 == 0.0, 0.0, 1.0)", values.dims)
         bad = self.cleared(bad, tuple(d for d in values.dims if d != inner and self.ragged(d)))
         shape = ", ".join(str(self.side(d)) for d in pairs.dims)
@@ -511,7 +532,9 @@ class Renderer:
         comparison = "<" if r.strict else "<="
         later = r.later + self.index((r.later,), tile.dims)
         earlier = r.earlier + self.index((r.earlier,), tile.dims)
-        return self.let("m", f"tl.where({earlier} {comparison} {later}, {tile.name}, 0.0)", tile.dims, tile.zero)
+        return self.let(
+            "m", f"tl.where({earlier} {comparison} {later}, {tile.name}, 0.0)", tile.dims, tile.zero
+        )
 
     def _contraction(self, node: fx.Node) -> Tile:
         if self._dot_labels(node) is not None:
@@ -528,7 +551,9 @@ class Renderer:
         if both:
             tiles[both[0]] = self._causal(tiles[both[0]], node.args[0])
         else:
-            ones = Tile(f"tl.full(({', '.join(str(self.side(d)) for d in pair)}), 1.0, tl.float32)", pair)
+            ones = Tile(
+                f"tl.full(({', '.join(str(self.side(d)) for d in pair)}), 1.0, tl.float32)", pair
+            )
             tiles.append(self._causal(ones, node.args[0]))
         if len(tiles) == 2 and not both:
             # One operand under a causal sum: a matrix product with the mask.
@@ -540,7 +565,10 @@ class Renderer:
                 (inner,) = [d for d in x.dims if d not in spec.result]
                 if min(self.side(d) for d in (rows, columns, inner)) >= 16:
                     left, right = (tile, x) if rows in tile.dims else (x, tile)
-                    a, b = self._operand(left, (rows, inner)), self._operand(right, (inner, columns))
+                    a, b = (
+                        self._operand(left, (rows, inner)),
+                        self._operand(right, (inner, columns)),
+                    )
                     text = f"tl.dot({a}, {b}, input_precision=PRECISION)"
                     return self.let("c", text, (rows, columns), note=str(spec))
         return self._broadcast_product(node, tiles, masked=True)
@@ -564,7 +592,10 @@ class Renderer:
         for d in summed:
             if base(d) not in (TOKEN, EARLIER) or d == within:
                 continue
-            i = min((i for i, t in enumerate(tiles) if d in t.dims), key=lambda i: self._elements(tiles[i]))
+            i = min(
+                (i for i, t in enumerate(tiles) if d in t.dims),
+                key=lambda i: self._elements(tiles[i]),
+            )
             tiles[i] = self.cleared(tiles[i], (d,))
         ragged = tuple(d for d in summed if self.ragged(d))
         tiles = [self.cleared(t, ragged) for t in tiles]
@@ -572,7 +603,9 @@ class Renderer:
         value = " * ".join(self.line_up(t, every) for t in tiles)
         for d in reversed(summed):
             value = f"tl.sum({value}, {every.index(d)})"
-        return self.let("c" if summed else "e", value, result, zero, note=str(spec) if summed else "")
+        return self.let(
+            "c" if summed else "e", value, result, zero, note=str(spec) if summed else ""
+        )
 
     def _masked(self, node: fx.Node) -> Tile:
         return self._causal(self.tile(operands_of(node)[0]), node.args[0])
@@ -601,7 +634,9 @@ class Renderer:
         if not target:
             return tile
         shape = ", ".join(str(self.side(d)) for d in target)
-        return self.let("e", f"{self.line_up(tile, target)} + tl.zeros(({shape},), tl.float32)", target)
+        return self.let(
+            "e", f"{self.line_up(tile, target)} + tl.zeros(({shape},), tl.float32)", target
+        )
 
     def _last(self, node: fx.Node) -> Tile:
         (source,) = operands_of(node)
@@ -614,7 +649,9 @@ class Renderer:
         tile = self.tile(source)
         result = self.order(dims_of(node))
         at = f"(first + {gone}){self.index((gone,), tile.dims)} == last"
-        return self.let("c", f"tl.sum(tl.where({at}, {tile.name}, 0.0), {tile.dims.index(gone)})", result)
+        return self.let(
+            "c", f"tl.sum(tl.where({at}, {tile.name}, 0.0), {tile.dims.index(gone)})", result
+        )
 
     def _at_last(self, node: fx.Node) -> Tile:
         source, _ = operands_of(node)
@@ -660,7 +697,11 @@ class Renderer:
 
     def _header(self) -> None:
         loop = self.loop
-        what = "in parallel" if loop.parallel else ("backwards" if loop.reverse else "one after another")
+        what = (
+            "in parallel"
+            if loop.parallel
+            else ("backwards" if loop.reverse else "one after another")
+        )
         unit = f"mini-batches of {loop.mini_batch_size} tokens" if loop.tokens else "tokens"
         self.write(f'"""{loop.name}: one program a batch and head; {unit} {what}."""')
         self.write()
@@ -724,7 +765,9 @@ class Renderer:
             return {}
         made = {s.name for _, s in self.loop.sinks if s.kind == "state"}
         return {
-            name: dims for name, dims in self._state_dims().items() if name in made or self.loop.refresh
+            name: dims
+            for name, dims in self._state_dims().items()
+            if name in made or self.loop.refresh
         }
 
     def _state_tile(self, name: str, dims: Dims) -> Tile:
@@ -818,7 +861,11 @@ class Renderer:
         else:
             self.write("last = n")
         if loop.refresh and any(name.startswith("anchor") for name in self._state_dims()):
-            pairs = [(n, n.replace("anchor", "carry")) for n in self._state_dims() if n.startswith("anchor")]
+            pairs = [
+                (n, n.replace("anchor", "carry"))
+                for n in self._state_dims()
+                if n.startswith("anchor")
+            ]
             if loop.refresh == 1:
                 for a, c in pairs:
                     self.write(f"{a}_v = {c}_v")
@@ -828,7 +875,9 @@ class Renderer:
                     self.write(f"    {a}_v = {c}_v")
         for name in loop.save:
             dims = self._state_dims()[name]
-            pointer = f"saved_{name}_ptr + tl.cast(n, tl.int64) * {self.stride('saved_' + name, 'N')}"
+            pointer = (
+                f"saved_{name}_ptr + tl.cast(n, tl.int64) * {self.stride('saved_' + name, 'N')}"
+            )
             self.store(f"saved_{name}", pointer, self._state_tile(name, dims), None)
         for node, source in loop.sources.items():
             if node not in self.used:
@@ -875,7 +924,9 @@ class Renderer:
         for new, sink in self.loop.sinks:
             if sink.kind != "state" or new not in position:
                 continue
-            old = [n for n, s in self.loop.sources.items() if s.kind == "state" and s.name == sink.name]
+            old = [
+                n for n, s in self.loop.sources.items() if s.kind == "state" and s.name == sink.name
+            ]
             readers = {u for n in old for u in n.users if u in position and u is not new}
             waits[new] = {u for u in readers if new not in needs[u]}
         # Waiting must not close a circle: of two states that wait for each other the later one waits.

@@ -13,9 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from torch import fx
-
 from tttc.ir.body import Body, role
+from tttc.ir.build import ancestors
 
 
 def live_states(body: Body, wanted: Iterable[int], outputs: Iterable[int]) -> set[int]:
@@ -23,13 +22,9 @@ def live_states(body: Body, wanted: Iterable[int], outputs: Iterable[int]) -> se
     live = set(wanted)
     results = body.results
     while True:
-        stack = [results[i] for i in live] + [results[body.states + i] for i in outputs]
-        reached: set[fx.Node] = set()
-        while stack:
-            node = stack.pop()
-            if node not in reached:
-                reached.add(node)
-                stack += node.all_input_nodes
+        reached = ancestors(
+            [*(results[i] for i in live), *(results[body.states + i] for i in outputs)]
+        )
         found = live | {
             role(n)[1]
             for n in reached

@@ -114,7 +114,9 @@ class _Simplifier:
         if square and _is(operands_of(y)[0], "tanh") and operands_of(y)[0] is operands_of(y)[1]:
             s = self.sigmoid_of_double(operands_of(y)[0])
             rest = self.elementwise("sub", [1, s], result)
-            return self.elementwise("mul", [self.elementwise("mul", [s, rest], result), 4.0], result)
+            return self.elementwise(
+                "mul", [self.elementwise("mul", [s, rest], result), 4.0], result
+            )
         return None
 
     def sigmoid_of_double(self, tanh: fx.Node) -> Any:

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from tttc.ir.body import Body, role
+from tttc.ir.build import ancestors
 
 
 @dataclass
@@ -44,17 +45,6 @@ class Split:
     outputs: Part
     states: dict[int, str]  # the nodes of the new states
     emitted: list[str]  # the nodes of the outputs
-
-
-def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    found: set[fx.Node] = set()
-    stack = list(nodes)
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack += node.all_input_nodes
-    return found
 
 
 def _part(body: Body, members: set[fx.Node], results: list[fx.Node]) -> Part:
@@ -101,11 +91,11 @@ def split(
                 on_tokens.add(node)
     states = [body.results[i] for i in sorted(live)]
     emitted = body.results[body.states :]
-    critical = _ancestors(states) & nodes
+    critical = ancestors(states) & nodes
     invariant = nodes - on_state - on_tokens
     recurrence = (critical & on_state) - invariant
     before = critical - on_state - invariant
-    outputs = (_ancestors(emitted) & nodes) - recurrence - before - invariant
+    outputs = (ancestors(emitted) & nodes) - recurrence - before - invariant
 
     def leaving(members: set[fx.Node]) -> list[fx.Node]:
         final = {*states, *emitted}

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import fx
+from tttc.passes.backward import Backward
 
 from tttc.ir.body import TOKEN, Body, role
 from tttc.ir.build import dims_of
 from tttc.ir.errors import CheckError
-from tttc.passes.backward import Backward
 
 TOLERANCE = 1e-9
 

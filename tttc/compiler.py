@@ -114,9 +114,7 @@ def _replace_scan(graph: fx.Graph, node: fx.Node, mini_batch_size: int, backend:
         for group in node.args[:4]
     )
     key: Any = node.args[4]
-    interval = saving_interval(
-        anchor, carry, tokens, shared, key, mini_batch_size, backend
-    )
+    interval = saving_interval(anchor, carry, tokens, shared, key, mini_batch_size, backend)
     with graph.inserting_before(node):
         new = graph.call_function(
             torch.ops.tttc.fused_scan.default,
@@ -211,7 +209,16 @@ class _DirectScans:
             anchor, carry, tokens, shared, call.key, mini_batch_size, self.options.backend
         )
         out = torch.ops.tttc.fused_scan(
-            anchor, carry, tokens, shared, call.key, mini_batch_size, place, self.options.backend, True, interval
+            anchor,
+            carry,
+            tokens,
+            shared,
+            call.key,
+            mini_batch_size,
+            place,
+            self.options.backend,
+            True,
+            interval,
         )
         return out[: 2 * len(call.anchor) + len(interned(call.key).outputs)]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import fx
@@ -14,6 +14,18 @@ from tttc.ir.spec import Dims
 def dims_of(x: Any) -> Dims:
     """The names of a node's axes; a number has none."""
     return tuple(x.meta["dims"]) if isinstance(x, fx.Node) else ()
+
+
+def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """The nodes and all that they are made of."""
+    found: set[fx.Node] = set()
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack += node.all_input_nodes
+    return found
 
 
 def union(operands: Sequence[Any]) -> Dims:

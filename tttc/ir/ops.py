@@ -6,7 +6,7 @@ over and broadcast as in torch. In graphs each node's ``meta["dims"]`` holds the
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ def align(x: Any, dims: Dims, target: Dims) -> Any:
     return x
 
 
-@lru_cache(maxsize=None)
+@cache
 def _einsum_equation(spec: str) -> str:
     parsed = parse(spec)
     letter = {label: chr(ord("a") + i) for i, label in enumerate(parsed.labels)}
@@ -39,7 +39,7 @@ def _einsum_equation(spec: str) -> str:
     return f"{operands}->...{''.join(letter[d] for d in parsed.result)}"
 
 
-@lru_cache(maxsize=None)
+@cache
 def product_plan(spec: str) -> tuple[Dims, Dims, Dims] | None:
     """How to run a contraction of two operands as one ``matmul``: orders of left, right and result."""
     parsed = parse(spec)
