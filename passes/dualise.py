@@ -32,7 +32,7 @@ from tttc.passes.terms import Expander, Term, collect, linear_kind
 from tttc.ir import ops
 from tttc.ir.body import EARLIER, TOKEN, Body, operands_of, spec_of
 from tttc.ir.build import Builder, dims_of
-from tttc.ir.cost import element_count, flops, size_table
+from tttc.ir.cost import element_count
 from tttc.ir.errors import NotLowerable
 from tttc.ir.spec import Dims, Relation, parse
 
@@ -64,7 +64,6 @@ class _Dualiser:
     def __init__(self, body: Body, mini_batch_size: int) -> None:
         self.body = body
         self.sizes = {**body.sizes, TOKEN: mini_batch_size, EARLIER: mini_batch_size}
-        self.table = size_table(body, mini_batch_size)
         self.graph = fx.Graph()
         self.builder = Builder(self.graph)
         self.env: dict[fx.Node, Any] = {}
@@ -526,9 +525,3 @@ def dualise(body: Body, mini_batch_size: int) -> Body:
         NotLowerable: where fast weights pass through a nonlinear function token by token.
     """
     return _Dualiser(body, mini_batch_size).run()
-
-
-def total_flops(body: Body, mini_batch_size: int) -> float:
-    """Operations per mini-batch and head, in numbers."""
-    table = size_table(body, mini_batch_size)
-    return float(sum(flops(n).subs(table) for n in body.nodes))
