@@ -555,6 +555,24 @@ def _repeated(n: Normaliser, base: Value, times: int) -> Value:
     return square if times % 2 == 0 else n.pointwise("mul", [base, square])
 
 
+def _cosh(n: Normaliser, node: fx.Node, args: list[Any]) -> Value:
+    up, down = (n.pointwise("exp", [x]) for x in (args[0], n.pointwise("neg", args[:1])))
+    return n.pointwise("mul", [n.pointwise("add", [up, down]), 0.5])
+
+
+def _sinh(n: Normaliser, node: fx.Node, args: list[Any]) -> Value:
+    up, down = (n.pointwise("expm1", [x]) for x in (args[0], n.pointwise("neg", args[:1])))
+    return n.pointwise("mul", [n.pointwise("sub", [up, down]), 0.5])
+
+
+def _exp2(n: Normaliser, node: fx.Node, args: list[Any]) -> Value:
+    return n.pointwise("exp", [n.pointwise("mul", [args[0], math.log(2.0)])])
+
+
+def _log2(n: Normaliser, node: fx.Node, args: list[Any]) -> Value:
+    return n.pointwise("mul", [n.pointwise("log", args[:1]), 1.0 / math.log(2.0)])
+
+
 def _clamp(n: Normaliser, node: fx.Node, args: list[Any]) -> Value:
     low, high = _option(node, args, 1, "min", None), _option(node, args, 2, "max", None)
     value = args[0]
@@ -620,7 +638,8 @@ def _product(names: Sequence[str], result: str) -> Callable[..., Value]:
 HANDLERS: dict[Any, Callable[..., Any]] = {
     aten.sum: _sum, prims.sum: _sum, aten.mean: _mean, aten.var: _variance, prims.var: _variance,
     aten.amax: _extreme("amax"), aten.amin: _extreme("amin"), prims.amax: _extreme("amax"),
-    aten.pow: _power, prims.pow: _power, aten.clamp: _clamp, aten.clamp_min: _clamp, aten.relu: _relu,
+    aten.pow: _power, prims.pow: _power, aten.cosh: _cosh, aten.sinh: _sinh, aten.exp2: _exp2,
+    aten.log2: _log2, aten.clamp: _clamp, aten.clamp_min: _clamp, aten.relu: _relu,
     aten.permute: _permute, aten.t: _transpose, aten.transpose: _transpose,
     aten.unsqueeze: _unsqueeze, aten.squeeze: _squeeze, aten.squeeze_: _squeeze, prims.squeeze: _squeeze,
     aten.view: lambda n, node, args: n.view(args[0], args[1]),
