@@ -16,8 +16,10 @@ RUN := $(VENV)/bin/python
 demo: $(VENV)/installed
 	$(RUN) -m tttc demo
 
+# The comparison of speeds runs by itself: other tests beside it would take its cores.
 test: lint
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2 --ignore=tests/test_speed.py
+	$(RUN) -m pytest -s tests/test_speed.py
 
 bench: $(VENV)/installed
 	$(RUN) -m pip install $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[bench]'
