@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 WIDTH = 110  # columns of a report where no terminal says otherwise
-NARROW, WIDE = 80, 160
+NARROW, WIDE = 100, 160
 
 
 def count(x: float) -> str:
