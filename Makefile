@@ -2,6 +2,7 @@
 #
 #   make demo                 compile two TTT language models, show what the compiler did, compare
 #   make test                 lint and tests
+#   make speed                the torch backend against the naive loop on an idle CPU
 #   make bench                what benchmarks/results records, on the GPU at hand
 #   make CONSTRAINTS= demo    with the newest torch instead of the tested one (a CUDA build, say)
 #   make PYTHON=python3.12    another interpreter
@@ -11,14 +12,16 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test speed lint format bench clean
 
 demo: $(VENV)/installed
 	$(RUN) -m tttc demo
 
-# The comparison of speeds runs by itself: other tests beside it would take its cores.
 test: lint
 	$(RUN) -m pytest -n 2 --ignore=tests/test_speed.py
+
+# By itself: a comparison of times needs the machine to itself.
+speed: $(VENV)/installed
 	$(RUN) -m pytest -s tests/test_speed.py
 
 bench: $(VENV)/installed
