@@ -92,8 +92,8 @@ def _contraction(spec: str) -> Callable[..., Any] | None:
         return None
     turn_left, turn_right = parsed.operands[0] != left, parsed.operands[1] != right
 
-    def product(x: Tensor, y: Tensor) -> Tensor:
-        return torch.matmul(x.mT if turn_left else x, y.mT if turn_right else y)
+    def product(x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
+        return torch.matmul(x.mT if turn_left else x, y.mT if turn_right else y, out=out)
 
     return product
 
@@ -108,18 +108,19 @@ def _added(sign: int, spec: str) -> Callable[..., Any] | None:
     turn_left, turn_right = parsed.operands[0] != left, parsed.operands[1] != right
     swap = parsed.result != result
 
-    def run(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    def run(x: Tensor, a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
         a, b = (a.mT if turn_left else a), (b.mT if turn_right else b)
         if swap:
             a, b = b.mT, a.mT
         lead = x.shape[:-2]
         if not lead or a.shape[:-2] != lead or b.shape[:-2] != lead:
-            return x + a @ b if sign > 0 else x - a @ b
+            return torch.add(x, a @ b, alpha=sign, out=out)
         flat = torch.baddbmm(
             x.reshape(-1, *x.shape[-2:]),
             a.reshape(-1, *a.shape[-2:]),
             b.reshape(-1, *b.shape[-2:]),
             alpha=sign,
+            out=None if out is None else out.view(-1, *x.shape[-2:]),
         )
         return flat.view(x.shape)
 
@@ -157,18 +158,28 @@ def _scaled(run: Callable[..., Any], factor: float) -> Callable[..., Any]:
     return lambda x, y: run(x, y, alpha=factor)
 
 
-def direct(gm: fx.GraphModule) -> fx.GraphModule:
-    """The same graph with operators bound to their specs where that saves time."""
+def direct(gm: fx.GraphModule, into: bool = False) -> fx.GraphModule:
+    """The same graph with operators bound to their specs where that saves time.
+
+    ``into``: after its other arguments the graph takes, for each result, the tensor to write it into, or None.
+    Only products use it, so the tensor returned is what counts.
+    """
     graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
+    results = list(gm.graph.output_node().args[0])  # type: ignore[arg-type]
+    outs: dict[fx.Node, fx.Node] = {}
     fused = {n: f for n in gm.graph.nodes if (f := _fused_sum(n)) is not None}
     inside = {f[2] for f in fused.values()}
     for node in gm.graph.nodes:
+        if into and node.op != "placeholder" and not outs:
+            outs = {x: graph.placeholder(f"into_{i}") for i, x in enumerate(results)}
         if node in inside:
             continue
+        out: dict[str, Any] = {"out": outs[node]} if node in outs else {}
         if node in fused:
-            run, operands, _ = fused[node]
-            mapping[node] = graph.call_function(run, tuple(mapping[x] for x in operands))
+            run, operands, product = fused[node]
+            kwargs = out if product.target is ops.contraction else {}
+            mapping[node] = graph.call_function(run, tuple(mapping[x] for x in operands), kwargs)
             continue
         bound = None
         if node.op == "call_function" and node.target is ops.elementwise:
@@ -180,7 +191,8 @@ def direct(gm: fx.GraphModule) -> fx.GraphModule:
         elif bound is not None:
             operands = node.args[head_length(node) + 1 :]
             new = tuple(mapping[x] if isinstance(x, fx.Node) else x for x in operands)
-            mapping[node] = graph.call_function(bound, new)
+            kwargs = out if node.target is ops.contraction else {}
+            mapping[node] = graph.call_function(bound, new, kwargs)
         else:
             mapping[node] = graph.node_copy(node, lambda x: mapping[x])
     return fx.GraphModule(gm, graph)

@@ -41,9 +41,9 @@ def _arguments(
 
 
 def _group_size(state: Sequence[Tensor]) -> int:
-    """Mini-batches whose outputs are made together: as many as keep their anchors within 16 MiB, near the caches."""
+    """Mini-batches whose outputs are made together: as many as keep their anchors within 8 MiB, near the caches."""
     bytes_each = sum(x.numel() * x.element_size() for x in state)
-    return max(1, min(256, (16 << 20) // max(bytes_each, 1)))
+    return max(1, min(256, (8 << 20) // max(bytes_each, 1)))
 
 
 def _split(program: Program, states: bool) -> Split:
@@ -54,8 +54,9 @@ def _split(program: Program, states: bool) -> Split:
         outputs = range(len(body.results) - body.states)
         live = live_states(body, range(body.states) if states else [], outputs)
         made = split(body, live)
-        for part in (made.invariant, made.before, made.recurrence, made.outputs):
+        for part in (made.invariant, made.before, made.outputs):
             part.gm = direct(part.gm)
+        made.recurrence.gm = direct(made.recurrence.gm, into=True)
         program.splits[states] = made
     return program.splits[states]
 
@@ -66,56 +67,82 @@ def _run_group(
     tokens: Sequence[Tensor],
     shared: Sequence[Tensor],
     constants: Sequence[Tensor],
+    stacks: dict[int, _Stack],
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Mini-batches that start at their anchors: the state one after another, the rest all together.
 
-    ``tokens``: leaves ``[B, H, N, b, ...]``; returns new states and outputs ``[B, H, N, b, ...]``.
+    ``tokens``: leaves ``[N, B, H, b, ...]``, so that each mini-batch lies together and parameters ``[H, ...]`` meet
+    them as they are; returns new states and outputs ``[N, B, H, b, ...]``. ``stacks`` is kept from group to group:
+    memory that was written once already is much faster to write.
     """
     once = {f"shared_{i}": x for i, x in enumerate(shared)}
     once |= {f"constant_{i}": x for i, x in enumerate(constants)}
     once |= _run(parts.invariant, once)
-    # A parameter [H, ...] meets values [B, H, N, ...].
-    many = {
-        k: x if k.startswith("constant") or not x.ndim else x.unsqueeze(1) for k, x in once.items()
-    }
-    many |= {f"token_{i}": x for i, x in enumerate(tokens)}
+    many = once | {f"token_{i}": x.contiguous() for i, x in enumerate(tokens)}
     many |= _run(parts.before, many)
-    step = parts.recurrence
+    step, count = parts.recurrence, tokens[0].shape[0]
     index = {f"anchor_{i}": i for i in range(len(anchor))}
     given: list[Any] = [
-        index[name] if name in index else (once[name] if name in once else many[name].unbind(2))
+        index[name] if name in index else (once[name] if name in once else many[name].unbind(0))
         for name in step.inputs
     ]
     places = {
         i: step.results.index(name) for i, name in parts.states.items() if name in step.results
     }
     states = list(anchor)
-    anchors: list[list[Tensor]] = [[] for _ in anchor]
-    left: list[list[Tensor]] = [[] for _ in step.results]
-    for n in range(tokens[0].shape[2]):
-        for kept, x in zip(anchors, states, strict=True):
-            kept.append(x)
-        results = step.gm(
-            *(
-                states[x] if isinstance(x, int) else (x[n] if isinstance(x, tuple) else x)
-                for x in given
-            )
-        )
-        for i, place in places.items():
-            states[i] = results[place]
-        for kept, x in zip(left, results, strict=True):
-            kept.append(x)
-    wanted = set(parts.outputs.inputs)
-    many |= {name: _stacked(anchors[i]) for name, i in index.items() if name in wanted}
-    many |= {
-        name: _stacked(x) for name, x in zip(step.results, left, strict=True) if name in wanted
+    left = {
+        i: stacks.setdefault(i, _Stack(count))
+        for i, name in enumerate(step.results)
+        if name in parts.outputs.inputs or i in places.values()
     }
+    for n in range(count):
+        arguments = [
+            states[x] if isinstance(x, int) else (x[n] if isinstance(x, tuple) else x)
+            for x in given
+        ]
+        into = [left[i].place(n) if i in left else None for i in range(len(step.results))]
+        results = step.gm(*arguments, *into)
+        for i, stack in left.items():
+            stack.put(n, results[i])
+        for i, place in places.items():
+            states[i] = left[place].values[n + 1]
+    wanted = set(parts.outputs.inputs)
+    for name, i in index.items():
+        if name in wanted:
+            many[name] = left[places[i]].before(anchor[i], count) if i in places else anchor[i]
+    many |= {step.results[i]: x.given(count) for i, x in left.items() if step.results[i] in wanted}
     made = _run(parts.outputs, many)
-    return states, [made[name] for name in parts.emitted]
+    # What is handed on must not keep the states of the whole group alive.
+    return [x.clone() for x in states], [made[name] for name in parts.emitted]
 
 
-def _stacked(values: Sequence[Tensor]) -> Tensor:
-    return values[0].unsqueeze(2) if len(values) == 1 else torch.stack(list(values), 2)
+class _Stack:
+    """One result of every mini-batch of a group in one tensor, with room before the first for what came before."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.values = torch.empty(0)  # its shape is known with the first result
+
+    def place(self, n: int) -> Tensor | None:
+        """Where the result of mini-batch n goes; None before the very first."""
+        return self.values[n + 1] if self.values.numel() else None
+
+    def put(self, n: int, x: Tensor) -> None:
+        """Keep a result, unless it was written into its place."""
+        if not self.values.numel():
+            self.values = x.new_empty((self.count + 1, *x.shape))
+        place = self.values[n + 1]
+        if x.data_ptr() != place.data_ptr():
+            place.copy_(x)
+
+    def given(self, count: int) -> Tensor:
+        """The results of ``count`` mini-batches."""
+        return self.values[1 : count + 1]
+
+    def before(self, first: Tensor, count: int) -> Tensor:
+        """What mini-batches start from: ``first``, then the results of all but the last."""
+        self.values[0] = first
+        return self.values[:count]
 
 
 def _run(part: Part, values: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -161,6 +188,7 @@ def run_program(
     ]
     b, length = program.mini_batch_size, tokens[0].shape[2]
     pieces: list[list[Tensor]] = []
+    stacks: dict[int, _Stack] = {}
     start = mini_batches = 0
     while start < length:
         if place == 0:
@@ -178,9 +206,13 @@ def run_program(
                 group = min(group, interval - (mini_batches - 1) % interval)
             mini_batches += group - 1
             count = group * b
-            now = [x[:, :, start : start + count].unflatten(2, (group, b)) for x in tokens]
-            carry, outputs = _run_group(_split(program, states), anchor, now, shared, constants)
-            pieces.append([x.flatten(2, 3) for x in outputs])
+            now = [
+                x[:, :, start : start + count].unflatten(2, (group, b)).movedim(2, 0)
+                for x in tokens
+            ]
+            parts = _split(program, states)
+            carry, outputs = _run_group(parts, anchor, now, shared, constants, stacks)
+            pieces.append([x.movedim(0, 2).flatten(2, 3) for x in outputs])
             start += count
             continue
         else:
