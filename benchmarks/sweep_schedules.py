@@ -1,6 +1,8 @@
-"""Time every schedule of a list for some scans on the GPU at hand: values first, then times.
+"""Time schedules of the kernels of a scan, stage by stage, on the GPU at hand: values first, then times.
 
-python benchmarks/sweep_schedules.py OUT.json [case ...] [shape, as in B16T2048 ...]
+    python benchmarks/sweep_schedules.py OUT.json [case ...] [shape, as in B16T2048 ...] [forward] [backward]
+
+Every launch of a call is timed under every schedule of its grid; what it passes on comes from the first of them.
 """
 
 from __future__ import annotations
@@ -10,44 +12,179 @@ import json
 import multiprocessing
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import triton
-from scans import SHAPES, make_case
+from scans import SHAPES, Case, make_case
+from tttc.codegen.loop import Loop
 from tttc.codegen.schedule import Schedule
-from tttc.codegen.torch_scan import run_program
+from tttc.codegen.stages import stages
+from tttc.codegen.torch_scan_backward import live_cotangents, saved_leaves
+from tttc.codegen.triton_loop import render
 
 from tttc._scan_op import scan_info
-from tttc.runtime import triton_scan
+from tttc.runtime import fused_scan, launch, triton_scan, triton_scan_backward
 
-GRIDS = {
-    "ttt_linear_b16": {
-        "num_warps": [2, 4], "order": ["graph", "products_first"], "late_loads": [False, True],
-        "repeat_vectors": [False, True], "nan": ["product", "branch"],
-    },
-    "ttt_linear_b16 split": {
-        "num_warps": [2, 4], "order": ["graph", "products_first"], "split": [True],
-    },
-    "ttt_mlp_b16": {
-        "num_warps": [8], "num_stages": [2, 3], "order": ["least_live"], "late_loads": [True],
-        "repeat_vectors": [False, True], "nan": ["product", "branch"],
-    },
-    "ttt_mlp_chunk64": {
-        "feature_major": [True], "num_warps": [8], "num_stages": [1],
-        "order": ["least_live", "products_first"], "late_loads": [True],
-    },
-}  # fmt: skip
+CASES = ("ttt_linear_b16", "ttt_mlp_chunk64", "ttt_mlp_b16")
+COUNTS = {"forward": (1, 2), "backward": (1, 2, 3)}
 
 
-def schedules(case: str) -> list[Schedule]:
-    """The schedules tried for a case."""
-    grids = [g for name, g in GRIDS.items() if name.split()[0] == case]
+def grid(loop: Loop, name: str, direction: str) -> list[Schedule]:
+    """The schedules tried for one kernel."""
+    small = name == "ttt_linear_b16"
+    choices: dict[str, list[Any]] = {
+        "num_warps": [2, 4] if small else [8],
+        "num_stages": [1, 3] if small else [1, 2],
+        "order": ["products_first", "graph"] if small else ["least_live", "graph"],
+        "late_loads": [False, True] if small else [True],
+        "feature_major": [False] if small else [True, False],
+        "group": [1, 8] if loop.parallel else [1],
+        "nan": ["branch" if direction == "forward" else "ignored"],
+        "repeat_vectors": [False],
+        "narrow": [True],
+    }
+    if small and loop.parallel:
+        choices["num_warps"] = [1, 2, 4]
+        choices["late_loads"] = [True]
+    if name == "ttt_mlp_b16":
+        choices["feature_major"] = [False]
     return [
-        Schedule(**dict(zip(g, values, strict=True)))
-        for g in grids
-        for values in itertools.product(*g.values())
+        Schedule(**dict(zip(choices, values, strict=True)))
+        for values in itertools.product(*choices.values())
     ]
+
+
+@dataclass
+class Bench:
+    """One case at one shape: its arguments, and a way to run either direction."""
+
+    case: Case
+    direction: str
+
+    def __post_init__(self) -> None:
+        self.call, self.program = self.case.flat(), self.case.program()
+        self.info = scan_info(self.call.anchor, self.call.tokens, self.call.shared)
+        self.leaves = fused_scan.floating_leaves(self.call.tokens, self.call.shared)
+        self.part = "token" if self.program.sequential else "full"
+
+    def loop(self) -> Loop:
+        """The whole loop of the direction."""
+        if self.direction == "forward":
+            part = "tokens" if self.program.sequential else "full"
+            return triton_scan._loop(self.program, part, False)
+        live = live_cotangents(self.program, self.leaves, set())
+        return triton_scan_backward.backward_loop_of(self.program, self.part, self.leaves, live)
+
+    def choose(self, schedule: Schedule) -> None:
+        """Run under a schedule from now on."""
+        self.program.kernels.clear()
+        for key in ("full", "tokens", "full_backward", "token_backward"):
+            self.program.schedules[key] = schedule
+
+    def run(self, launcher: Any) -> Any:
+        """One call, every launch through ``launcher``."""
+        call, info = self.call, self.info
+        if self.direction == "forward":
+            return triton_scan.run_kernels(
+                self.program, call.anchor, call.carry, call.tokens, call.shared, 0, info.output,
+                states=False, launcher=launcher,
+            )[2]  # fmt: skip
+        live = saved_leaves(self.program, self.leaves)
+        torch.manual_seed(0)
+        saved = fused_scan._empty_saved(
+            self.program, call.anchor, call.tokens, call.shared, 0, 1, info, "auto"
+        )
+        z = triton_scan.run_kernels(
+            self.program, call.anchor, call.carry, call.tokens, call.shared, 0, info.output,
+            states=False, save=dict(zip(live, saved, strict=True)),
+        )[2]  # fmt: skip
+        given = [torch.randn_like(x) for x in z]
+        nothing = [None] * len(call.anchor)
+        out = {
+            n: torch.empty_like(call.tokens[int(n[6:])]) for n in self.leaves if n[0] == "t"
+        }  # fmt: skip
+        triton_scan_backward.run_backward_kernels(
+            self.program, self.leaves, [x.float() for x in call.anchor], [], call.tokens, call.shared, 0,
+            (nothing, nothing, given), live, saved, out, info.output, launcher=launcher,
+        )  # fmt: skip
+        return list(out.values())
+
+
+def gradient_errors(name: str, schedule: Schedule) -> list[float]:
+    """Relative errors of the cotangents of tokens against float64 (the torch backend), at B1 T2048."""
+    bench = Bench(make_case(name, 1, 2048), "backward")
+    bench.choose(schedule)
+    got = bench.run(launch.launch)
+    call = bench.call
+    torch.manual_seed(0)
+    groups = [
+        [x.double().requires_grad_() for x in g]
+        for g in (call.anchor, [], call.tokens, call.shared)
+    ]
+    z = torch.ops.tttc.fused_scan(*groups, call.key, bench.case.mini_batch_size, 0, "torch", False, 1)  # fmt: skip
+    given = [
+        torch.randn_like(x.to(bench.info.output)).double() for x in z[: len(z)] if x.requires_grad
+    ]
+    exact = torch.autograd.grad(z[: len(given)], groups[2], given)
+    return [float((x.double() - y).norm() / y.norm()) for x, y in zip(got, exact, strict=True)]
+
+
+def variants(
+    call: launch.Launch, parts: dict[str, Loop], name: str, direction: str, count: int
+) -> Iterator[tuple[Schedule, launch.Launch]]:
+    """A launch under every schedule of its grid."""
+    loop = parts[call.kernel.name]
+    mini_batches = -(-call.length // loop.mini_batch_size) if loop.tokens else call.length
+    for schedule in grid(loop, name, direction):
+        schedule = replace(schedule, stages=count)
+        programs = -(-mini_batches // schedule.group) if loop.parallel else 1
+        yield (
+            schedule,
+            replace(call, kernel=render(loop, schedule), grid=(call.grid[0], programs)),
+        )
+
+
+def sweep(
+    name: str, batch: int, length: int, direction: str, count: int, measure: bool, share: int = 0
+) -> list[dict[str, Any]]:
+    """Rows of one case; without ``measure`` only every 14th variant from ``share`` is compiled, nothing timed."""
+    bench = Bench(make_case(name, batch, length), direction)
+    parts = {s.name: s for s in stages(bench.loop(), count)}
+    first = grid(next(iter(parts.values())), name, direction)[0]
+    bench.choose(replace(first, stages=count))
+    rows: list[dict[str, Any]] = []
+    number = itertools.count()
+
+    def launcher(call: launch.Launch) -> None:
+        if call.kernel.name not in parts:
+            launch.launch(call)
+            return
+        for schedule, variant in variants(call, parts, name, direction, count):
+            if not measure and next(number) % 14 != share:
+                continue
+            row = {"case": name, "B": batch, "T": length, "direction": direction, "stages": count,
+                   "kernel": call.kernel.name, "schedule": described(schedule)}  # fmt: skip
+            start = time.time()
+            try:
+                launch.launch(variant)
+                torch.cuda.synchronize()
+                if measure:
+                    row["us"] = 1e3 * triton.testing.do_bench(
+                        lambda v=variant: launch.launch(v), warmup=4, rep=16, return_mode="median"
+                    )
+            except Exception as error:  # a variant that fails is a row of the table
+                row["error"] = f"{type(error).__name__}: {str(error)[:200]}"
+            row["compile_s"] = time.time() - start
+            rows.append(row)
+        if measure:
+            launch.launch(call)
+
+    bench.run(launcher)
+    return rows
 
 
 def described(schedule: Schedule) -> str:
@@ -56,82 +193,62 @@ def described(schedule: Schedule) -> str:
     return " ".join(f"{k}={v}" for k, v in schedule.__dict__.items() if v != getattr(plain, k))
 
 
-def runner(name: str, batch: int, length: int, schedule: Schedule):
-    """A function that runs a case under a schedule."""
-    case = make_case(name, batch, length)
-    call, program = case.flat(), case.program()
-    info = scan_info(call.anchor, call.tokens, call.shared)
-    program.schedules["tokens" if program.sequential else "full"] = schedule
-
-    def run():
-        program.schedules["tokens" if program.sequential else "full"] = schedule
-        return triton_scan.run_kernels(
-            program, call.anchor, call.carry, call.tokens, call.shared, 0, info.output, states=False
-        )[2]
-
-    return run, case, call, program
-
-
-def compile_one(job: tuple[str, Schedule]) -> tuple[str, Schedule, float, str]:
-    """Compile a variant into Triton's cache, from a process of its own."""
-    name, schedule = job
-    start = time.time()
-    try:
-        run, *_ = runner(name, 1, 256, schedule)
-        run()
-        torch.cuda.synchronize()
-        return name, schedule, time.time() - start, ""
-    except Exception as error:  # a variant that fails is a row of the table
-        return name, schedule, time.time() - start, f"{type(error).__name__}: {str(error)[:200]}"
+def _compile(job: tuple[str, str, int, int]) -> list[dict[str, Any]]:
+    name, direction, count, share = job
+    return sweep(name, 1, 512, direction, count, False, share)
 
 
 def main() -> None:
-    out, *names = sys.argv[1:]
-    shapes = [x for x in SHAPES if x.replace(" ", "") in names] or list(SHAPES)
-    names = [x for x in names if x.startswith("ttt")] or list(
-        dict.fromkeys(x.split()[0] for x in GRIDS)
-    )
-    jobs = [(n, s) for n in names for s in schedules(n)]
-    with ProcessPoolExecutor(14, mp_context=multiprocessing.get_context("spawn")) as pool:
-        compiled = list(pool.map(compile_one, jobs))
-    failed = {(n, s): e for n, s, _, e in compiled if e}
-    slowest = max(compiled, key=lambda c: c[2])
-    print(
-        f"{len(jobs)} variants, {len(failed)} failed, slowest to compile {slowest[2]:.0f} s: {slowest[:2]}"
-    )
-    for key, error in list(failed.items())[:6]:
-        print("FAILED", key, error)
-    rows = []
-    for name in names:
-        run, _, call, program = runner(name, 1, 2048, Schedule())
-        double = [
-            [x.double() for x in group]
-            for group in (call.anchor, call.carry, call.tokens, call.shared)
-        ]
-        exact = run_program(program, *double, 0)[2][0]
-        for shape, (batch, length) in SHAPES.items():
-            if shape not in shapes:
-                continue
-            for schedule in schedules(name):
-                if (name, schedule) in failed:
-                    continue
-                row = {"case": name, "shape": shape, "schedule": described(schedule)}
-                if shape == "B16 T2048":
-                    z = runner(name, 1, 2048, schedule)[0]()[0].double()
-                    row["error"] = float((z - exact).norm() / exact.norm())
-                run, *_ = runner(name, batch, length, schedule)
-                run()
-                row["us"] = 1e3 * triton.testing.do_bench(
-                    run, warmup=10, rep=40, return_mode="median"
-                )
-                rows.append(row)
-            best = sorted(
-                (r for r in rows if r["case"] == name and r["shape"] == shape),
-                key=lambda r: r["us"],
+    out, *words = sys.argv[1:]
+    shapes = [x for x in SHAPES if x.replace(" ", "") in words] or list(SHAPES)
+    names = [x for x in words if x in CASES] or list(CASES)
+    directions = [x for x in COUNTS if x in words] or list(COUNTS)
+    plans = [(n, d, c) for n in names for d in directions for c in COUNTS[d]]
+    plans = [(n, d, c) for n, d, c in plans if n == "ttt_linear_b16" or (d, c) != ("backward", 1)]
+    for name in names if "backward" in directions else []:
+        for count, narrow in ((2, True), (3, False), (3, True)):
+            plain = replace(
+                grid(Bench(make_case(name, 1, 512), "backward").loop(), name, "backward")[0]
             )
-            print(name, shape)
-            for r in best[:6] + best[-1:]:
-                print(f"   {r['us']:9.1f} us  {r['schedule']}  error={r.get('error', -1):.1e}")
+            try:
+                errors = gradient_errors(name, replace(plain, stages=count, narrow=narrow))
+                print(
+                    name,
+                    count,
+                    "stages, narrow" if narrow else "stages",
+                    [f"{x:.1e}" for x in errors],
+                )
+            except Exception as error:
+                print(name, count, f"FAILED {type(error).__name__}: {str(error)[:300]}")
+    jobs = [(*plan, share) for plan in plans for share in range(14)]
+    start = time.time()
+    with ProcessPoolExecutor(14, mp_context=multiprocessing.get_context("spawn")) as pool:
+        compiled = [row for rows in pool.map(_compile, jobs) for row in rows]
+    slowest = max(compiled, key=lambda r: r["compile_s"])
+    print(
+        f"{torch.cuda.get_device_name()}: {len(compiled)} variants in {time.time() - start:.0f} s; slowest {slowest}"
+    )
+    rows: list[dict[str, Any]] = []
+    for name, direction, count in plans:
+        for shape in shapes:
+            batch, length = SHAPES[shape]
+            found = sweep(name, batch, length, direction, count, True)
+            rows += found
+            total = 0.0
+            for kernel in dict.fromkeys(r["kernel"] for r in found):
+                its = sorted(
+                    (r for r in found if r["kernel"] == kernel and "us" in r), key=lambda r: r["us"]
+                )
+                if not its:
+                    print("   FAILED", kernel, found[-1].get("error"))
+                    continue
+                total += its[0]["us"]
+                print(
+                    f"   {kernel}: "
+                    + "; ".join(f"{r['us']:.0f} [{r['schedule']}]" for r in its[:2])
+                    + f"; worst {its[-1]['us']:.0f}"
+                )
+            print(f"{name} {direction} {count} stages {shape}: {total:.0f} us")
         with open(out, "w") as f:
             json.dump(rows, f, indent=1)
 

@@ -5,6 +5,8 @@ The measurements are in benchmarks/results; benchmarks/sweep_schedules.py repeat
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from tttc.codegen.loop import Loop, used
 from tttc.codegen.schedule import Schedule
@@ -71,3 +73,11 @@ def default_schedule(loop: Loop, many: bool) -> Schedule:
     if loop.once:
         return Schedule(num_stages=1, order="least_live", **common)  # type: ignore[arg-type]
     return Schedule(order="products_first", **common)  # type: ignore[arg-type]
+
+
+def default_backward_schedule(loop: Loop, many: bool) -> Schedule:
+    """The schedule of the loop of a VJP, or of one of its stages.
+
+    What is not finite makes the loss so: it is not traced token by token through cotangents.
+    """
+    return replace(default_schedule(loop, many), nan="ignored")

@@ -18,8 +18,8 @@ class Source:
     """Where an argument of the graph comes from.
 
     ``kind``: "state" (carried from mini-batch to mini-batch, loaded once), "saved" (one value a mini-batch,
-    ``[B, H, N, ...]``), "token" (a tile of tokens, ``[B, H, T, ...]``), "shared" (``[H, ...]``) or
-    "constant" (no leading axes).
+    ``[B, H, N, ...]``), "value" (what an earlier kernel made for every mini-batch, ``[B, H, N, ...]``), "token" (a
+    tile of tokens, ``[B, H, T, ...]``), "shared" (``[H, ...]``) or "constant" (no leading axes).
     """
 
     kind: str
@@ -31,7 +31,8 @@ class Sink:
     """Where a result of the graph goes.
 
     ``kind``: "state" (the next value of the state ``name``), "token" (stored tile by tile, ``[B, H, T, ...]``),
-    "sum" (added up over the mini-batches of a program, ``[B, H, ...]``).
+    "sum" (added up over the mini-batches of a program, ``[B, H, ...]``, or ``[B, H, N, ...]`` where programs
+    run in parallel), "value" (stored for a later kernel, ``[B, H, N, ...]``).
     """
 
     kind: str
@@ -69,10 +70,7 @@ def scan_loop(
     mini_batch_size: int,
     live: set[int],
     *,
-    outputs: bool = True,
-    states: bool = True,
     save: set[int] | None = None,
-    parallel: bool = False,
     continued: bool = False,
     store_state: bool = True,
 ) -> Loop:
@@ -80,10 +78,7 @@ def scan_loop(
 
     Args:
         live: the state leaves to compute.
-        outputs: compute the outputs.
-        states: carry the states (False: each mini-batch finds its anchors saved).
         save: the state leaves whose anchors are stored for every mini-batch.
-        parallel: mini-batches run independently, from saved anchors.
         continued: one mini-batch, or part of one, from a carry that has left its anchor.
         store_state: store the states after the last mini-batch.
     """
@@ -91,9 +86,7 @@ def scan_loop(
     for node in body.placeholders:
         kind, index = role(node)
         if kind in ("anchor", "carry"):
-            if parallel:
-                sources[node] = Source("saved", f"anchor_{index}")
-            elif body.batched and not continued:
+            if body.batched and not continued:
                 sources[node] = Source("state", f"anchor_{index}")
             else:
                 sources[node] = Source("state", f"{kind}_{index}")
@@ -102,13 +95,9 @@ def scan_loop(
     sinks: list[tuple[fx.Node, Sink]] = []
     results = body.results
     carried = "anchor" if body.batched and not continued else "carry"
-    if states:
-        sinks += [(results[i], Sink("state", f"{carried}_{i}")) for i in sorted(live)]
-    if outputs:
-        sinks += [
-            (node, Sink("token", f"output_{k}")) for k, node in enumerate(results[body.states :])
-        ]
-    loop = Loop(
+    sinks += [(results[i], Sink("state", f"{carried}_{i}")) for i in sorted(live)]
+    sinks += [(node, Sink("token", f"output_{k}")) for k, node in enumerate(results[body.states :])]
+    return Loop(
         name,
         body.gm.graph,
         body.sizes,
@@ -118,12 +107,10 @@ def scan_loop(
         tokens=body.batched,
         # At 1 the body reads no anchor: there is none to refresh.
         refresh=None if body.batched or mini_batch_size == 1 else mini_batch_size,
-        parallel=parallel,
         once=continued,
         save=tuple(f"{carried}_{i}" for i in sorted(save or ())),
         store_state=store_state,
     )
-    return loop
 
 
 def backward_loop(name: str, made: Backward, mini_batch_size: int, handed_on: str) -> Loop:
@@ -158,20 +145,13 @@ def used(loop: Loop) -> set[fx.Node]:
     return ancestors(node for node, _ in loop.sinks)
 
 
-def anchors_read(loop: Loop) -> dict[int, bool]:
-    """The state leaves whose anchors a parallel loop reads, and whether matrix products alone read them."""
-    needed = used(loop)
-    found: dict[int, bool] = {}
-    for node, source in loop.sources.items():
-        if node in needed and source.kind == "saved":
-            readers = [u for u in node.users if u in needed]
-            products = all(
-                u.target in (ops.contraction, ops.masked_contraction)
-                and len(u.all_input_nodes) == 2
-                for u in readers
-            )
-            found[role(node)[1]] = products and len(dims_of(node)) > 1
-    return found
+def only_products_read(loop: Loop, node: fx.Node) -> bool:
+    """Whether a matrix is read by matrix products alone, which round it to the dtype of their operands anyway."""
+    readers = [u for u in node.users if u in used(loop)]
+    products = (ops.contraction, ops.masked_contraction)
+    return len(dims_of(node)) > 1 and all(
+        u.target in products and len(u.all_input_nodes) == 2 for u in readers
+    )
 
 
 def constant_tensors(body: Body, device: torch.device) -> dict[str, torch.Tensor]:

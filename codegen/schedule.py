@@ -17,11 +17,15 @@ class Schedule:
         order: in which values are computed: as in the "graph", "products_first" (of tokens and state, before
             anything waits for a sum), or "least_live" (what keeps least on chip).
         late_loads: tokens are loaded where they are first needed (else all at the start of a mini-batch).
-        split: the states are made first, mini-batch after mini-batch, and saved; the outputs then in parallel.
+        stages: kernels a loop is made of: 1; 2 (the states mini-batch after mini-batch, then the rest in parallel
+            from saved states); or 3 (what does not wait for the states before that, in parallel too).
+        narrow: what passes between kernels is stored in the dtype of the tokens, not only where matrix products
+            alone read it.
         repeat_vectors: vector states are kept as a row for every token, renewed by a product.
         nan: how what is not finite is kept from tokens that do not see it: by a small "product" beside each
             causal one, by a "branch" taken where there is such a value, or not at all ("ignored": for
             measuring what exactness costs).
+        group: mini-batches a program of a parallel kernel handles.
         maxnreg: registers a thread may take, None for the compiler's choice.
     """
 
@@ -31,7 +35,9 @@ class Schedule:
     accumulate: bool = True
     order: str = "graph"
     late_loads: bool = False
-    split: bool = False
+    stages: int = 1
+    narrow: bool = False
     repeat_vectors: bool = True
     nan: str = "product"
+    group: int = 1
     maxnreg: int | None = None

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
 from tttc.codegen.kernel import Kernel
-from tttc.codegen.loop import Loop, Source, used
+from tttc.codegen.loop import Loop, Sink, Source, used
 from tttc.codegen.ordering import least_live, products_first
 from tttc.codegen.schedule import Schedule
 from tttc.codegen.triton_functions import FUNCTIONS, RECIPROCAL, number
@@ -54,8 +55,13 @@ class Renderer:
         self.counter = 0
         self.arguments: list[str] = []
         self.strides: dict[str, list[str]] = {}
+        self.values: dict[str, tuple[int, ...]] = {}  # shapes of what passes between kernels
         self.late: set[fx.Node] = set()
         self.used = used(loop)
+        self.results: dict[fx.Node, list[Sink]] = {}  # where nodes go, but for new states
+        for node, sink in loop.sinks:
+            if sink.kind != "state":
+                self.results.setdefault(node, []).append(sink)
         self.dims = self._dims()
         self.dotted = self._dotted()
         self.repeated, self.repeats = self._repeated()
@@ -76,7 +82,7 @@ class Renderer:
         kept = {
             d
             for node, source in self.loop.sources.items()
-            if source.kind not in ("token",)
+            if source.kind not in ("token", "value")
             for d in dims_of(node)
         }
         # A token that is a tile brings its own dimension; no state or parameter has it.
@@ -93,7 +99,10 @@ class Renderer:
         for node in self.loop.graph.nodes:
             if node in self.used and self._dot_labels(node) is not None:
                 found |= set(parse(spec_of(node)).labels)
-        return found
+        # What passes between kernels has the same rows in all of them.
+        passed = [n for n, s in self.loop.sources.items() if s.kind == "value"]
+        passed += [n for n, s in self.loop.sinks if s.kind == "value"]
+        return found | {d for n in passed for d in dims_of(n) if base(d) in (TOKEN, EARLIER)}
 
     def _repeated(self) -> tuple[dict[str, Dims], dict[fx.Node, fx.Node]]:
         """Vector states that are kept repeated for every token, and the sums that renew them.
@@ -247,7 +256,12 @@ class Renderer:
         self.arguments.append(tensor)
 
     def stride(self, tensor: str, axis: str) -> str:
-        """The name of a stride argument."""
+        """The stride of an argument along an axis: an argument too, but for what kernels pass to each other."""
+        if tensor in self.values:
+            sizes = ["B", "H", "N", *map(str, self.values[tensor])]
+            after = sizes[self.strides[tensor].index(axis) + 1 :]
+            numbers = math.prod(int(n) for n in after if n.isdigit())
+            return " * ".join([*(n for n in after if not n.isdigit()), str(numbers)])
         return f"{tensor}_s{self.strides[tensor].index(axis)}"
 
     def offset(self, tensor: str, dims: Dims, rows: str | None) -> str:
@@ -255,15 +269,20 @@ class Renderer:
         parts = []
         for d in dims:
             position = rows if rows is not None and base(d) in (TOKEN, EARLIER) else d
-            axis = "T" if base(d) in (TOKEN, EARLIER) else d
+            axis = d if d in self.strides[tensor] else "T"
             parts.append(f"{position}{self.index((d,), dims)} * {self.stride(tensor, axis)}")
         return " + ".join(parts)
 
-    def load(self, tensor: str, pointer: str, dims: Dims, rows: str | None) -> Tile:
-        """Load a tile as it lies in memory (tokens first), then turn it where the kernel wants it turned."""
-        memory = tuple(d for d in dims if base(d) in (TOKEN, EARLIER)) + tuple(
+    @staticmethod
+    def memory(dims: Dims) -> Dims:
+        """The order of axes in memory: tokens first."""
+        return tuple(d for d in dims if base(d) in (TOKEN, EARLIER)) + tuple(
             d for d in dims if base(d) not in (TOKEN, EARLIER)
         )
+
+    def load(self, tensor: str, pointer: str, dims: Dims, rows: str | None) -> Tile:
+        """Load a tile as it lies in memory (tokens first), then turn it where the kernel wants it turned."""
+        memory = self.memory(dims)
         ragged = tuple(d for d in memory if self.ragged(d))
         offset = self.offset(tensor, memory, rows)
         address = f"{pointer} + {offset}" if offset else pointer
@@ -274,9 +293,7 @@ class Renderer:
 
     def store(self, tensor: str, pointer: str, tile: Tile, rows: str | None) -> None:
         """Store a tile; rows of tokens beyond the sequence are left out."""
-        memory = tuple(d for d in tile.dims if base(d) in (TOKEN, EARLIER)) + tuple(
-            d for d in tile.dims if base(d) not in (TOKEN, EARLIER)
-        )
+        memory = self.memory(tile.dims)
         value = tile.name
         if memory != tile.dims:
             value = (
@@ -671,23 +688,17 @@ class Renderer:
         self._prologue()
         self._invariants()
         if loop.parallel:
-            self._mini_batch()
-        elif loop.tokens:
-            self.write(f"for step in tl.range(0, tl.cdiv(T, {loop.mini_batch_size})):")
-            self.indent += 1
-            if loop.reverse:
-                self.write(f"n = tl.cdiv(T, {loop.mini_batch_size}) - 1 - step")
-            else:
-                self.write("n = step")
-            self._mini_batch()
-            self.indent -= 1
+            group = self.schedule.group
+            self.write(f"start = tl.program_id(1) * {group}")
+            self.write(f"for n in tl.range(start, tl.minimum(start + {group}, N)):")
+        elif loop.reverse:
+            self.write("for step in tl.range(0, N):")
+            self.write("    n = N - 1 - step")
         else:
-            self.write(f"for {'step' if loop.reverse else 'n'} in tl.range(0, T):")
-            self.indent += 1
-            if loop.reverse:
-                self.write("n = T - 1 - step")
-            self._mini_batch()
-            self.indent -= 1
+            self.write("for n in tl.range(0, N):")
+        self.indent += 1
+        self._mini_batch()
+        self.indent -= 1
         self._epilogue()
         self.body = self.lines[body_start:]
         self.lines = []
@@ -714,7 +725,8 @@ class Renderer:
         self.write("@triton.jit")
         self.write(f"def {loop.name}(")
         for name in self.arguments:
-            strides = ", ".join(f"{name}_s{i}" for i in range(len(self.strides[name])))
+            axes = range(0 if name in self.values else len(self.strides[name]))
+            strides = ", ".join(f"{name}_s{i}" for i in axes)
             self.write(f"    {name}, {strides}," if strides else f"    {name},")
         extra = ["T", "H"] + (["place"] if loop.refresh else [])
         self.write(f"    {', '.join(extra)},")
@@ -725,7 +737,9 @@ class Renderer:
         lead = {"state": ("B", "H"), "saved": ("B", "H", "N"), "token": ("B", "H", "T"),
                 "shared": ("H",), "constant": ()}  # fmt: skip
         for node, source in self.loop.sources.items():
-            if self._wanted_source(node, source):
+            if source.kind == "value":
+                self._declare_value(node, source.name)
+            elif self._wanted_source(node, source):
                 features = tuple(d for d in dims_of(node) if base(d) not in (TOKEN, EARLIER))
                 name = f"saved_{source.name}" if source.kind == "saved" else source.name
                 self.declare(name, lead[source.kind], features)
@@ -734,13 +748,24 @@ class Renderer:
             if sink.kind == "token":
                 self.declare(sink.name, ("B", "H", "T"), features)
             elif sink.kind == "sum":
-                self.declare(sink.name, ("B", "H"), features)
+                # A program of a parallel kernel adds up its own mini-batches.
+                lead_of_sum = ("B", "H", "N") if self.loop.parallel else ("B", "H")
+                self.declare(sink.name, lead_of_sum, features)
+            elif sink.kind == "value":
+                self._declare_value(node, sink.name)
         if not self.loop.parallel:
             for name, dims in self._state_dims().items():
                 if name in self.loop.save:
                     self.declare(f"saved_{name}", ("B", "H", "N"), dims)
-            for name, dims in self._stored_states().items():
+            for name, dims in self.stored_states().items():
                 self.declare(f"new_{name}", ("B", "H"), dims)
+
+    def _declare_value(self, node: fx.Node, name: str) -> None:
+        """A value of every mini-batch that passes from one kernel to another."""
+        dims = self.memory(dims_of(node))
+        self.declare(name, ("B", "H", "N"), dims)
+        tokens = [d for d in dims if base(d) in (TOKEN, EARLIER)]
+        self.values[name] = tuple(self.side(d) if d in tokens else self.size(d) for d in dims)
 
     def _wanted_source(self, node: fx.Node, source: Source) -> bool:
         if source.kind == "state" and not self.loop.parallel:
@@ -759,7 +784,7 @@ class Renderer:
                 found.setdefault(source.name, dims_of(node))
         return found
 
-    def _stored_states(self) -> dict[str, Dims]:
+    def stored_states(self) -> dict[str, Dims]:
         """The states stored after the last mini-batch: those that change."""
         if not self.loop.store_state or self.loop.parallel:
             return {}
@@ -787,8 +812,7 @@ class Renderer:
         loop = self.loop
         self.write("head = (tl.program_id(0) % H).to(tl.int64)")
         self.write("sequence = (tl.program_id(0) // H).to(tl.int64)")
-        if loop.parallel:
-            self.write("n = tl.program_id(1)")
+        self.write(f"N = tl.cdiv(T, {loop.mini_batch_size})" if loop.tokens else "N = T")
         for d in self.dims:
             self.write(f"{d} = tl.arange(0, {self.side(d)})")
             if self.ragged(d):
@@ -837,7 +861,7 @@ class Renderer:
 
     def _changes(self, node: fx.Node) -> bool:
         source = self.loop.sources.get(node)
-        return source is not None and source.kind in ("state", "token", "saved")
+        return source is not None and source.kind in ("state", "token", "saved", "value")
 
     def _named(self, tile: Tile, name: str) -> Tile:
         self.write(f"{name} = {tile.name}")
@@ -882,10 +906,11 @@ class Renderer:
         for node, source in loop.sources.items():
             if node not in self.used:
                 continue
-            if source.kind == "saved":
-                name = f"saved_{source.name}"
-                pointer = f"{name}_ptr + tl.cast(n, tl.int64) * {self.stride(name, 'N')}"
-                self.tiles[node] = self.load(name, pointer, dims_of(node), None)
+            if source.kind in ("saved", "value") and not self.schedule.late_loads:
+                self._load_kept(node)
+            elif source.kind in ("saved", "value"):
+                self.tiles.pop(node, None)
+                self.late.add(node)
             elif source.kind == "token" and self._whole(node):
                 self.tiles.pop(node, None)
                 self.late.add(node)
@@ -897,7 +922,13 @@ class Renderer:
                     self._load_token(x)
             if not self._deferred(node):
                 self.emit(node)
-        self._sinks()
+                self._keep(node)
+        for node in self.results:
+            if node in self.late and node not in self.tiles:
+                self._load_token(node)
+            if node in self.late or node in self.invariant:
+                self._keep(node)
+        self._renew()
 
     def _sequence(self) -> list[fx.Node]:
         """The operators of a mini-batch in the order they are computed."""
@@ -942,8 +973,17 @@ class Renderer:
             count *= self.side(d)
         return 0 if node.target is ops.rename or node in self.invariant else count
 
+    def _load_kept(self, node: fx.Node) -> None:
+        source = self.loop.sources[node]
+        name = f"saved_{source.name}" if source.kind == "saved" else source.name
+        pointer = f"{name}_ptr + tl.cast(n, tl.int64) * {self.stride(name, 'N')}"
+        self.tiles[node] = self.load(name, pointer, dims_of(node), None)
+
     def _load_token(self, node: fx.Node) -> None:
         source = self.loop.sources[node]
+        if source.kind != "token":
+            self._load_kept(node)
+            return
         pointer = f"{source.name}_ptr"
         if self.loop.tokens:
             self.tiles[node] = self.load(source.name, pointer, dims_of(node), "rows")
@@ -957,33 +997,40 @@ class Renderer:
             n is node for n, _ in self.loop.sinks
         )
 
-    def _sinks(self) -> None:
-        updates = []
-        for node, sink in self.loop.sinks:
+    def _keep(self, node: fx.Node) -> None:
+        """Store what a node goes to, but for new states, as soon as it is made: it need not stay on chip."""
+        for sink in self.results.get(node, ()):
             tile = self.tiles[node]
-            if sink.kind == "token":
-                pointer = f"{sink.name}_ptr"
-                if self.loop.tokens:
-                    self.store(sink.name, pointer, tile, "rows")
-                else:
-                    pointer += f" + tl.cast(n, tl.int64) * {self.stride(sink.name, 'T')}"
-                    self.store(sink.name, pointer, tile, None)
-            elif sink.kind == "sum":
+            if sink.kind == "sum":
                 self.write(f"{sink.name}_v += {tile.name}")
+                continue
+            pointer, rows = f"{sink.name}_ptr", None
+            if sink.kind == "value":
+                pointer += f" + tl.cast(n, tl.int64) * {self.stride(sink.name, 'N')}"
+            elif self.loop.tokens:
+                rows = "rows"
             else:
-                updates.append((f"{sink.name}_v", tile.name))
-        for target, value in updates:
-            if target != value:
+                pointer += f" + tl.cast(n, tl.int64) * {self.stride(sink.name, 'T')}"
+            self.store(sink.name, pointer, tile, rows)
+
+    def _renew(self) -> None:
+        """The states take their new values, all at once."""
+        for node, sink in self.loop.sinks:
+            target, value = f"{sink.name}_v", self.tiles[node].name
+            if sink.kind == "state" and target != value:
                 self.write(f"{target} = {value}")
 
     def _epilogue(self) -> None:
         loop = self.loop
-        for name, dims in self._stored_states().items():
+        for name, dims in self.stored_states().items():
             self.store(f"new_{name}", f"new_{name}_ptr", self._state_tile(name, dims), None)
         for node, sink in loop.sinks:
             if sink.kind == "sum":
                 tile = Tile(f"{sink.name}_v", self.order(dims_of(node)))
-                self.store(sink.name, f"{sink.name}_ptr", tile, None)
+                pointer = f"{sink.name}_ptr"
+                if loop.parallel:
+                    pointer += f" + tl.program_id(1).to(tl.int64) * {self.stride(sink.name, 'N')}"
+                self.store(sink.name, pointer, tile, None)
 
 
 def render(loop: Loop, schedule: Schedule) -> Kernel:
@@ -994,11 +1041,21 @@ def render(loop: Loop, schedule: Schedule) -> Kernel:
     """
     renderer = Renderer(loop, schedule)
     source = renderer.render()
+
+    def sizes(dims: Dims) -> tuple[int, ...]:
+        return tuple(loop.sizes[d] for d in dims)
+
     config = {
-        "arguments": [(name, len(renderer.strides[name])) for name in renderer.arguments],
+        "arguments": [
+            (name, 0 if name in renderer.values else len(renderer.strides[name]))
+            for name in renderer.arguments
+        ],
         "schedule": schedule,
         "place": bool(loop.refresh),
         "parallel": loop.parallel,
+        "values": renderer.values,
+        "new": {f"new_{n}": sizes(d) for n, d in renderer.stored_states().items()},
+        "sums": {s.name: sizes(dims_of(n)) for n, s in loop.sinks if s.kind == "sum"},
         "mini_batch_size": loop.mini_batch_size,
     }
     return Kernel(loop.name, source, config)

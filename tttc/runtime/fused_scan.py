@@ -14,7 +14,8 @@ from tttc.codegen.torch_scan import run_program
 from tttc.codegen.torch_scan_backward import save_interval, saved_bytes, saved_leaves
 from tttc.ir.errors import NotLowerable
 from tttc.pipeline import build_program
-from tttc.runtime.triton_scan import run_kernels, scan_kernel
+from tttc.runtime.triton_scan import run_kernels, scan_kernels
+from tttc.runtime.triton_scan_backward import narrow_states
 
 Tensor = torch.Tensor
 
@@ -53,7 +54,7 @@ def _by_kernels(
     )
     try:
         for part in ["tokens"] if program.sequential else ["full", "continued"]:
-            scan_kernel(program, part, states)
+            scan_kernels(program, part, states)
         out = run_kernels(
             program, anchor, carry, tokens, shared, place, info.output, states, save=save
         )
@@ -88,9 +89,9 @@ def fused_scan(
         now = carry or anchor
         kept = [x.to(info.compute).clone() for x in (*(now if place == 0 else anchor), *now)]
         empty = _empty_outputs(tokens, key, info)
-        saved = _empty_saved(program, anchor, tokens, shared, place, interval, info)
+        saved = _empty_saved(program, anchor, tokens, shared, place, interval, info, backend)
         return [*(kept if states else []), *empty, *saved]
-    saved = _empty_saved(program, anchor, tokens, shared, place, interval, info)
+    saved = _empty_saved(program, anchor, tokens, shared, place, interval, info, backend)
     by_kernels = interval in (0, 1) and program.no_kernels is None
     if by_kernels and uses_triton(backend, tokens[0].device, info.compute):
         out = _by_kernels(program, anchor, carry, tokens, shared, place, info, states, saved)
@@ -144,18 +145,26 @@ def saving_interval(
     return 0 if refreshed or large else 1
 
 
-def _empty_saved(program, anchor, tokens, shared, place, interval, info) -> list[Tensor]:
+def _empty_saved(program, anchor, tokens, shared, place, interval, info, backend) -> list[Tensor]:
     if not interval:
         return []
+    leaves = floating_leaves(tokens, shared)
+    # Kernels of the backward read some states by products alone, which round them to the dtype of the tokens.
+    narrow = (
+        narrow_states(program, leaves)
+        if runs_by_kernels(backend, tokens[0].device, info.compute)
+        else set()
+    )
     b = program.mini_batch_size
     # How often states are saved: every mini-batch but the one that others have begun, if there is one.
     mini_batches = (info.length - (-place) % b + b - 1) // b
     count = (mini_batches + interval - 1) // interval
     return [
         anchor[i].new_empty(
-            (info.batch, info.heads, count, *anchor[i].shape[2:]), dtype=info.compute
+            (info.batch, info.heads, count, *anchor[i].shape[2:]),
+            dtype=info.output if i in narrow else info.compute,
         )
-        for i in saved_leaves(program, floating_leaves(tokens, shared))
+        for i in saved_leaves(program, leaves)
     ]
 
 
@@ -194,5 +203,5 @@ def _fused_scan_fake(
     if not interval:
         return [*kept, *outputs]
     program = build_program(interned(key), mini_batch_size)
-    saved = _empty_saved(program, anchor, tokens, shared, place, interval, info)
+    saved = _empty_saved(program, anchor, tokens, shared, place, interval, info, backend)
     return [*kept, *outputs, *saved]

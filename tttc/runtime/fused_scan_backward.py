@@ -9,7 +9,7 @@ from tttc.codegen.torch_scan_backward import run_backward, saved_leaves
 from tttc.ir.errors import KernelTooLarge, NotLowerable
 from tttc.pipeline import build_program
 from tttc.runtime.fused_scan import floating_leaves, fused_scan, runs_by_kernels
-from tttc.runtime.triton_scan_backward import backward_kernel, run_backward_kernels
+from tttc.runtime.triton_scan_backward import backward_kernels, run_backward_kernels
 
 Tensor = torch.Tensor
 RECOMPUTED = 16  # mini-batches at a time, where the forward saved no states
@@ -81,7 +81,7 @@ def _has_kernels(program, leaves, backend, token, compute) -> bool:
         return False
     try:
         for part in ["token"] if program.sequential else ["full", "continued"]:
-            backward_kernel(program, part, leaves)
+            backward_kernels(program, part, leaves)
     except NotLowerable as error:
         program.no_backward_kernels = error.reason
         return False

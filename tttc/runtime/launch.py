@@ -56,10 +56,10 @@ class Launch:
         constants = self.constants(fast)
         aligned: list[str] = []
         integers: dict[str, int] = {}
-        for name, _ in self.kernel.config["arguments"]:
+        for name, rank in self.kernel.config["arguments"]:
             signature[name] = POINTERS[self.tensors[name].dtype]
             aligned.append(name)
-            for i, n in enumerate(self.tensors[name].stride()):
+            for i, n in enumerate(self.tensors[name].stride()[:rank]):
                 integers[f"{name}_s{i}"] = n
                 signature[f"{name}_s{i}"] = "i32"
         for name, n in self.sizes.items():
@@ -99,9 +99,9 @@ def launch(call: Launch) -> None:
     arguments: list[Any] = []
     for name, rank in call.kernel.config["arguments"]:
         x = call.tensors[name]
-        if x.ndim != rank:
+        if rank and x.ndim != rank:
             raise ValueError(f"{name}: expected {rank} axes, got shape {tuple(x.shape)}")
-        arguments += [x, *x.stride()]
+        arguments += [x, *x.stride()[:rank]]
     arguments += call.sizes.values()
     fast = next(iter(call.tensors.values())).is_cuda and torch.version.hip is None
     try:

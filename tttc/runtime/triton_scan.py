@@ -3,39 +3,37 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from tttc.codegen.heuristics import default_schedule, processors
-from tttc.codegen.kernel import Kernel
-from tttc.codegen.loop import Loop, anchors_read, constant_tensors, scan_loop
+from tttc.codegen.loop import Loop, constant_tensors, scan_loop
 from tttc.codegen.schedule import Schedule
 from tttc.codegen.torch_scan import run_program, squeeze_features
-from tttc.codegen.triton_loop import render
 from tttc.ir.errors import KernelTooLarge
 from tttc.ir.program import Program
 from tttc.passes.prune_state import live_states
-from tttc.runtime.launch import Launch, launch
+from tttc.runtime.launch import launch
+from tttc.runtime.staged import Launcher, Staged, run_staged, staged
 
 Tensor = torch.Tensor
-Launcher = Callable[[Launch], None]
 _lock = threading.Lock()
 
 
-def scan_kernel(
+def scan_kernels(
     program: Program,
     part: str,
     states: bool = True,
     schedule: Schedule | None = None,
     save: tuple[int, ...] = (),
     many: bool = False,
-) -> Kernel:
-    """One kernel of a program, rendered once.
+) -> Staged:
+    """The kernels of a part of a program, rendered once.
 
     Args:
-        part: "full" (all mini-batches), "recurrence" and "outputs" (the same in two), "continued" (one
-            mini-batch from any carry) or "tokens" (token after token).
+        part: "full" (all mini-batches), "continued" (one mini-batch from any carry) or "tokens" (token after
+            token).
         states: whether final states are wanted.
         schedule: None for the one chosen for the part, else the default.
         save: state leaves to store at every mini-batch.
@@ -49,30 +47,28 @@ def scan_kernel(
         key = (part, states, save, schedule or many)
         if key not in program.kernels:
             loop = _loop(program, part, states, save)
-            program.kernels[key] = render(loop, schedule or default_schedule(loop, many))
+            program.kernels[key] = staged(
+                loop,
+                (schedule or default_schedule(loop, many)).stages,
+                lambda stage: schedule or default_schedule(stage, many),
+            )
         return program.kernels[key]
-
-
-def is_split(program: Program) -> bool:
-    """Whether the schedule chosen for the full mini-batches makes states and outputs apart."""
-    chosen = program.schedules.get("full")
-    return chosen is not None and chosen.split
 
 
 def _loop(program: Program, part: str, states: bool, save: tuple[int, ...] = ()) -> Loop:
     body = {"tokens": program.token, "continued": program.continued}.get(part, program.full)
     assert body is not None
-    b, name = program.mini_batch_size, f"scan_{part}"
     wanted = range(body.states) if states else save
     live = live_states(body, wanted, range(len(body.results) - body.states))
-    if part == "outputs":
-        return scan_loop(name, body, b, live, states=False, parallel=True, store_state=False)
-    if part == "recurrence":
-        read = anchors_read(_loop(program, "outputs", False))
-        stored = {*read, *save}
-        return scan_loop(name, body, b, live, outputs=False, save=stored, store_state=states)
-    continued = part == "continued"
-    return scan_loop(name, body, b, live, save=set(save), continued=continued, store_state=states)
+    return scan_loop(
+        f"scan_{part}",
+        body,
+        program.mini_batch_size,
+        live,
+        save=set(save),
+        continued=part == "continued",
+        store_state=states,
+    )
 
 
 def run_kernels(
@@ -125,31 +121,15 @@ def run_kernels(
 
     def run(part: str, start: int, count: int, place: int, states: bool) -> None:
         nonlocal now_anchor, now_carry
-        stored = tuple(save or ()) if part in ("full", "recurrence", "tokens") else ()
-        kernel = scan_kernel(program, part, states, save=stored, many=many)
-        given = dict(named)
+        stored = tuple(save or ()) if part in ("full", "tokens") else ()
+        kernels = scan_kernels(program, part, states, save=stored, many=many)
+        given = named | saved
         given |= {f"token_{i}": x[:, :, start : start + count] for i, x in enumerate(rows)}
         given |= {f"output_{i}": x[:, :, start : start + count] for i, x in enumerate(results)}
         given |= {f"anchor_{i}": x for i, x in enumerate(now_anchor)}
         given |= {f"carry_{i}": x for i, x in enumerate(now_carry)}
-        made = {
-            name: torch.empty_like(given[name[4:]], memory_format=torch.contiguous_format)
-            for name, _ in kernel.config["arguments"]
-            if name.startswith("new_")
-        }
-        batches = -(-count // program.mini_batch_size)
-        if part == "recurrence":
-            for index, products in anchors_read(_loop(program, "outputs", False)).items():
-                # What only matrix products read is saved as they read it.
-                x = now_anchor[index]
-                narrow = products and output_dtype.itemsize < x.dtype.itemsize
-                shape = (*x.shape[:2], batches, *x.shape[2:])
-                empty = x.new_empty(shape, dtype=output_dtype if narrow else x.dtype)
-                saved.setdefault(f"saved_anchor_{index}", empty)
-        grid = (batch * heads, batches) if part == "outputs" else (batch * heads,)
-        tensors = {**given, **made, **saved}
         try:
-            launcher(Launch(kernel, tensors, grid, count, heads, place, output_dtype))
+            made = run_staged(kernels, given, batch, heads, count, place, output_dtype, launcher)
         except KernelTooLarge:
             if part != "continued":
                 raise
@@ -157,7 +137,7 @@ def run_kernels(
             return
         if not states:
             return
-        new = "new_anchor_" if part in ("full", "recurrence") else "new_carry_"
+        new = "new_anchor_" if part == "full" else "new_carry_"
         now_carry = [made.get(f"{new}{i}", x) for i, x in enumerate(now_carry)]
         if part == "tokens":
             now_anchor = [made.get(f"new_anchor_{i}", x) for i, x in enumerate(now_anchor)]
@@ -174,10 +154,7 @@ def run_kernels(
         rest = length - start - whole
         if start:
             run("continued", 0, start, place, states or whole > 0)
-        if whole and is_split(program):
-            run("recurrence", start, whole, 0, states)
-            run("outputs", start, whole, 0, False)
-        elif whole:
+        if whole:
             run("full", start, whole, 0, states)
         if rest:
             for i in save or {}:

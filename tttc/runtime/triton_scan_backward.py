@@ -4,51 +4,77 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 
-from tttc.codegen.heuristics import default_schedule
-from tttc.codegen.kernel import Kernel
-from tttc.codegen.loop import backward_loop, constant_tensors
-from tttc.codegen.schedule import Schedule
+from tttc.codegen.heuristics import default_backward_schedule, processors
+from tttc.codegen.loop import Loop, backward_loop, constant_tensors, used
 from tttc.codegen.torch_scan import squeeze_features
 from tttc.codegen.torch_scan_backward import Leaves, derive, live_cotangents
-from tttc.codegen.triton_loop import render
+from tttc.ir.body import role
 from tttc.ir.program import Program
-from tttc.runtime.launch import Launch, launch
-from tttc.runtime.triton_scan import Launcher
+from tttc.runtime.launch import launch
+from tttc.runtime.staged import Launcher, Staged, narrow_sources, run_staged, staged
 
 Tensor = torch.Tensor
 _lock = threading.Lock()
 
 
-def backward_kernel(
+def backward_kernels(
     program: Program,
     part: str,
     leaves: Leaves,
     live: tuple[int, ...] | None = None,
-    schedule: Schedule | None = None,
-) -> Kernel:
-    """The kernel of the VJP of a body ("full", "continued" or "token"), rendered once.
+    many: bool = False,
+) -> Staged:
+    """The kernels of the VJP of a body ("full", "continued" or "token"), rendered once.
 
-    ``live``: the states that have cotangents, all where None.
+    ``live``: the states that have cotangents, all where None. ``many``: as of
+    :func:`tttc.runtime.triton_scan.scan_kernels`.
 
     Raises:
         NotLowerable: where an operator has no derivative or no Triton form.
     """
     with _lock:
-        schedule = schedule or program.schedules.get(f"{part}_backward")
-        key = ("backward", part, leaves, live, schedule)
+        chosen = program.schedules.get(f"{part}_backward")
+        key = ("backward", part, leaves, live, chosen or many)
         if key not in program.kernels:
-            made = derive(program, part, leaves, live)
-            handed_on = "anchor" if part == "full" else "carry"
-            b = program.mini_batch_size
-            loop = backward_loop(f"scan_{part}_backward", made, b, handed_on)
-            # What is not finite makes the loss so: it is not traced token by token through cotangents.
-            chosen = schedule or replace(default_schedule(loop, False), nan="ignored")
-            program.kernels[key] = render(loop, chosen)
+            loop = backward_loop_of(program, part, leaves, live)
+            schedule = chosen or default_backward_schedule(loop, many)
+            program.kernels[key] = staged(
+                loop,
+                schedule.stages,
+                lambda stage: (
+                    program.schedules.get(stage.name)
+                    or chosen
+                    or default_backward_schedule(stage, many)
+                ),
+            )
         return program.kernels[key]
+
+
+def backward_loop_of(
+    program: Program, part: str, leaves: Leaves, live: tuple[int, ...] | None = None
+) -> Loop:
+    """The loop of the VJP of a body."""
+    made = derive(program, part, leaves, live)
+    handed_on = "anchor" if part == "full" else "carry"
+    return backward_loop(f"scan_{part}_backward", made, program.mini_batch_size, handed_on)
+
+
+def narrow_states(program: Program, leaves: Leaves) -> set[int]:
+    """The state leaves that the kernels of the backward read by matrix products alone."""
+    key = ("narrow", leaves)
+    if key not in program.gradients:
+        loop = backward_loop_of(program, "token" if program.sequential else "full", leaves)
+        names = narrow_sources(loop)
+        wide = {
+            role(n)[1] for n, s in loop.sources.items()
+            if s.kind == "saved" and n in used(loop) and f"saved_{s.name}" not in names
+        }  # fmt: skip
+        found = {role(n)[1] for n, s in loop.sources.items() if f"saved_{s.name}" in names}
+        program.gradients[key] = found - wide
+    return program.gradients[key]
 
 
 def run_backward_kernels(
@@ -73,6 +99,7 @@ def run_backward_kernels(
     """
     batch, heads, length = tokens[0].shape[:3]
     b = program.mini_batch_size
+    many = batch * heads >= 2 * processors(anchor[0].device)
     named = constant_tensors(program.token, anchor[0].device)
     named |= {f"shared_{i}": squeeze_features(x, 1) for i, x in enumerate(shared)}
     now_anchor = [squeeze_features(x, 2) for x in anchor]
@@ -104,28 +131,18 @@ def run_backward_kernels(
 
     def run(part: str, start: int, count: int, states: dict[str, Tensor]) -> None:
         nonlocal on_anchor, on_carry
-        kernel = backward_kernel(program, part, leaves, given_states)
+        kernels = backward_kernels(program, part, leaves, given_states, many)
         tensors = named | states | {k: x[:, :, start : start + count] for k, x in rows.items()}
-        for i, g in enumerate(on_carry):
-            tensors[f"gstate_{i}"] = g
-            tensors[f"new_gstate_{i}"] = torch.empty_like(g)
-        for i, x in enumerate(now_anchor):
-            tensors[f"ganchor_{i}"] = torch.empty_like(x)
-            tensors[f"gcarry_{i}"] = torch.empty_like(x)
-        for i, _ in enumerate(shared):
-            x = named[f"shared_{i}"]
-            tensors[f"gshared_{i}"] = x.new_empty((batch, *x.shape), dtype=on_carry[0].dtype)
-        launcher(Launch(kernel, tensors, (batch * heads,), count, heads, 0, dtype))
-        used = {name for name, _ in kernel.config["arguments"]}
-        for i, _ in enumerate(on_carry):
-            made = [name for name in (f"new_gstate_{i}", f"gcarry_{i}") if name in used]
-            on_carry[i] = tensors[made[0]] if made else on_carry[i]
-        if f"ganchor_{0}" in used:
-            got = [tensors[f"ganchor_{i}"] for i in range(len(on_anchor))]
+        tensors |= {f"gstate_{i}": g for i, g in enumerate(on_carry)}
+        results = run_staged(kernels, tensors, batch, heads, count, 0, dtype, launcher)
+        for i, x in enumerate(on_carry):
+            on_carry[i] = results.get(f"new_gstate_{i}", results.get(f"gcarry_{i}", x))
+        if "ganchor_0" in results:
+            got = [results[f"ganchor_{i}"] for i in range(len(on_anchor))]
             on_anchor = [x if a is None else a + x for a, x in zip(on_anchor, got, strict=True)]
         for name in leaves:
             if name.startswith("shared"):
-                x = tensors[f"g{name}"].sum(0)
+                x = results[f"g{name}"].sum(0)
                 sums[name] = sums[name] + x if name in sums else x
 
     if (place + length) % b == 0:

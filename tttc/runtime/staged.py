@@ -1,0 +1,125 @@
+"""Running a loop as the kernels it is made of: what passes between them is allocated here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from tttc.codegen.kernel import Kernel
+from tttc.codegen.loop import Loop, only_products_read
+from tttc.codegen.schedule import Schedule
+from tttc.codegen.stages import stages
+from tttc.codegen.triton_loop import render
+from tttc.ir.build import dims_of
+from tttc.runtime.launch import Launch
+
+Tensor = torch.Tensor
+Launcher = Callable[[Launch], None]
+
+
+@dataclass(frozen=True)
+class Staged:
+    """The kernels of a loop, in the order they run.
+
+    Attributes:
+        kernels: one a stage.
+        narrow: the tensors that pass between kernels in the dtype of the tokens.
+        saved: shapes of the states stored for a later kernel, ``[B, H, N, ...]`` without the leading axes.
+    """
+
+    kernels: tuple[Kernel, ...]
+    narrow: frozenset[str]
+    saved: Mapping[str, tuple[int, ...]]
+
+
+def tensor_name(kind: str, name: str) -> str:
+    """The argument of a kernel that holds a source."""
+    return f"saved_{name}" if kind == "saved" else name
+
+
+def narrow_sources(loop: Loop) -> set[str]:
+    """The tensors of saved states and values that only matrix products read."""
+    return {
+        tensor_name(s.kind, s.name)
+        for n, s in loop.sources.items()
+        if s.kind in ("saved", "value") and only_products_read(loop, n)
+    }
+
+
+def staged(loop: Loop, count: int, schedule: Callable[[Loop], Schedule]) -> Staged:
+    """The kernels of a loop in ``count`` stages, each under the schedule that ``schedule`` gives its own loop.
+
+    Raises:
+        NotLowerable: where an operator has no Triton form.
+    """
+    parts = stages(loop, count)
+    chosen = [schedule(part) for part in parts]
+    kernels = tuple(render(part, s) for part, s in zip(parts, chosen, strict=True))
+    read = {
+        tensor_name(s.kind, s.name)
+        for part in parts
+        for s in part.sources.values()
+        if s.kind in ("saved", "value")
+    }
+    wide = {
+        tensor_name(s.kind, s.name)
+        for part, its in zip(parts, chosen, strict=True)
+        for n, s in part.sources.items()
+        if s.kind in ("saved", "value")
+        and not (its.narrow and len(dims_of(n)) > 1)
+        and not only_products_read(part, n)
+    }
+    given = {s.name for s in loop.sources.values() if s.kind == "saved"}
+    shapes = {
+        f"saved_{s.name}": tuple(part.sizes[d] for d in dims_of(n))
+        for part in parts
+        for n, s in part.sources.items()
+        if s.kind == "saved" and s.name not in given
+    }
+    return Staged(kernels, frozenset(read - wide), shapes)
+
+
+def run_staged(
+    made: Staged,
+    tensors: Mapping[str, Tensor],
+    batch: int,
+    heads: int,
+    length: int,
+    place: int,
+    dtype: torch.dtype,
+    launcher: Launcher,
+) -> dict[str, Tensor]:
+    """Launch the kernels of a loop one after another.
+
+    ``tensors``: by argument; what passes between kernels, new states and sums are made here. Returns the new
+    states (``new_<state>``, ``[B, H, ...]``) and sums over mini-batches (``[B, H, ...]``) by name.
+    """
+    have = dict(tensors)
+    device = next(iter(tensors.values())).device
+    mini_batches = -(-length // made.kernels[0].config["mini_batch_size"])
+    results: dict[str, Tensor] = {}
+
+    def empty(name: str, shape: tuple[int, ...], *, wide: bool = False) -> Tensor:
+        kind = dtype if name in made.narrow and not wide else torch.float32
+        return torch.empty(shape, dtype=kind, device=device)
+
+    for name, shape in made.saved.items():
+        if name not in have:
+            have[name] = empty(name, (batch, heads, mini_batches, *shape))
+    for kernel in made.kernels:
+        config = kernel.config
+        programs = -(-mini_batches // config["schedule"].group) if config["parallel"] else 1
+        for name, shape in config["values"].items():
+            if name not in have:
+                have[name] = empty(name, (batch, heads, mini_batches, *shape))
+        for name, shape in config["new"].items():
+            results[name] = have[name] = empty(name, (batch, heads, *shape), wide=True)
+        for name, shape in config["sums"].items():
+            lead = (batch, heads, programs) if config["parallel"] else (batch, heads)
+            results[name] = have[name] = empty(name, (*lead, *shape), wide=True)
+        launcher(Launch(kernel, have, (batch * heads, programs), length, heads, place, dtype))
+        if config["parallel"]:
+            results |= {name: results[name].sum(2) for name in config["sums"]}
+    return results
