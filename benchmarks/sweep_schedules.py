@@ -38,20 +38,22 @@ def grid(loop: Loop, name: str, direction: str) -> list[Schedule]:
     small = name == "ttt_linear_b16"
     choices: dict[str, list[Any]] = {
         "num_warps": [2, 4] if small else [8],
-        "num_stages": [1, 3] if small else [1, 2],
-        "order": ["products_first", "graph"] if small else ["least_live", "graph"],
+        "num_stages": [1, 3] if small else [1],
+        "order": ["products_first"] if small else ["least_live"],
         "late_loads": [False, True] if small else [True],
         "feature_major": [False] if small else [True, False],
-        "group": [1, 8] if loop.parallel else [1],
+        "group": [4] if loop.parallel else [1],
         "nan": ["branch" if direction == "forward" else "ignored"],
+        "maxnreg": [None, 128, 168] if small else [None],
         "repeat_vectors": [False],
         "narrow": [True],
     }
     if small and loop.parallel:
-        choices["num_warps"] = [1, 2, 4]
-        choices["late_loads"] = [True]
+        choices |= {"num_warps": [1, 2, 4], "group": [8, 32], "order": ["products_first", "graph"],
+                    "late_loads": [True], "maxnreg": [None], "num_stages": [1, 2, 3]}  # fmt: skip
     if name == "ttt_mlp_b16":
-        choices["feature_major"] = [False]
+        choices |= {"feature_major": [False], "num_stages": [2, 3],
+                    "order": ["products_first", "least_live"]}  # fmt: skip
     return [
         Schedule(**dict(zip(choices, values, strict=True)))
         for values in itertools.product(*choices.values())
@@ -82,8 +84,9 @@ class Bench:
     def choose(self, schedule: Schedule) -> None:
         """Run under a schedule from now on."""
         self.program.kernels.clear()
-        for key in ("full", "tokens", "full_backward", "token_backward"):
-            self.program.schedules[key] = schedule
+        forward = "tokens" if self.program.sequential else "full"
+        part = forward if self.direction == "forward" else f"{self.part}_backward"
+        self.program.schedules[part] = schedule
 
     def run(self, launcher: Any) -> Any:
         """One call, every launch through ``launcher``."""

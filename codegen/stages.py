@@ -32,9 +32,9 @@ from tttc.ir.cost import element_count
 from tttc.ir.spec import parse
 
 ITEM = 2  # bytes of a number that passes through memory
-FLOPS_PER_BYTE = 32  # of matrix products: what computing again is worth
-SHUFFLES_PER_BYTE = 0.25  # of sums within a tile, which make threads wait for each other
-ELEMENTS_PER_BYTE = 2  # of elementwise functions
+FLOPS_PER_BYTE = 64  # of matrix products: what computing again is worth
+SHUFFLES_PER_BYTE = 2  # of sums within a tile, which make threads wait for each other
+ELEMENTS_PER_BYTE = 10  # of elementwise functions
 
 
 @dataclass
@@ -172,6 +172,7 @@ def _stage(
         graph=graph,
         sources=sources,
         sinks=[(mapping[n], sink) for n, sink in sinks],
+        save=(),
     )
     return replace(made, **changes)  # type: ignore[arg-type]
 
@@ -217,5 +218,5 @@ def stages(loop: Loop, count: int) -> list[Loop]:
         made.append(_stage(loop, "before", set(), stored(before & (early | late)), names, True,
                            parallel=True, store_state=False))  # fmt: skip
     made.append(_stage(loop, "recurrence", early, [*state_sinks, *stored(late - before)], names, False,
-                       save=(*loop.save, *save)))  # fmt: skip
+                       save=tuple(dict.fromkeys((*loop.save, *save)))))  # fmt: skip
     return [*made, last]
