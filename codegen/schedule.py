@@ -17,6 +17,7 @@ class Schedule:
         order: in which values are computed: as in the "graph", "products_first" (of tokens and state, before
             anything waits for a sum), or "least_live" (what keeps least on chip).
         late_loads: tokens are loaded where they are first needed (else all at the start of a mini-batch).
+        prefetch: what a mini-batch reads is loaded a turn before, into registers.
         stages: kernels a loop is made of: 1; 2 (the states mini-batch after mini-batch, then the rest in parallel
             from saved states); or 3 (what does not wait for the states before that, in parallel too).
         narrow: what passes between kernels is stored in the dtype of the tokens, not only where matrix products
@@ -35,6 +36,7 @@ class Schedule:
     accumulate: bool = True
     order: str = "graph"
     late_loads: bool = False
+    prefetch: bool = False
     stages: int = 1
     narrow: bool = False
     repeat_vectors: bool = True

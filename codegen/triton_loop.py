@@ -56,7 +56,6 @@ class Renderer:
         self.arguments: list[str] = []
         self.strides: dict[str, list[str]] = {}
         self.values: dict[str, tuple[int, ...]] = {}  # shapes of what passes between kernels
-        self.late: set[fx.Node] = set()
         self.used = used(loop)
         self.results: dict[fx.Node, list[Sink]] = {}  # where nodes go, but for new states
         for node, sink in loop.sinks:
@@ -284,12 +283,18 @@ class Renderer:
         """Load a tile as it lies in memory (tokens first), then turn it where the kernel wants it turned."""
         memory = self.memory(dims)
         ragged = tuple(d for d in memory if self.ragged(d))
+        name = self.fresh("x")
+        self.write(f"{name} = {self.fetch(tensor, pointer, dims, rows)}.to(tl.float32)")
+        return self.sorted_tile(name, memory, frozenset(ragged))
+
+    def fetch(self, tensor: str, pointer: str, dims: Dims, rows: str | None) -> str:
+        """The expression that loads a tile as it lies in memory."""
+        memory = self.memory(dims)
+        ragged = tuple(d for d in memory if self.ragged(d))
         offset = self.offset(tensor, memory, rows)
         address = f"{pointer} + {offset}" if offset else pointer
         condition = f", mask={self.mask(ragged, memory)}, other=0.0" if ragged else ""
-        name = self.fresh("x")
-        self.write(f"{name} = tl.load({address}{condition}).to(tl.float32)")
-        return self.sorted_tile(name, memory, frozenset(ragged))
+        return f"tl.load({address}{condition})"
 
     def store(self, tensor: str, pointer: str, tile: Tile, rows: str | None) -> None:
         """Store a tile; rows of tokens beyond the sequence are left out."""
@@ -658,11 +663,6 @@ class Renderer:
     def _last(self, node: fx.Node) -> Tile:
         (source,) = operands_of(node)
         (gone,) = [d for d in dims_of(source) if d not in dims_of(node)]
-        where = self.loop.sources.get(source)
-        if where is not None and where.kind == "token":
-            features = tuple(d for d in dims_of(source) if d != gone)
-            pointer = f"{where.name}_ptr + tl.cast(last, tl.int64) * {self.stride(where.name, 'T')}"
-            return self.load(where.name, pointer, features, None)
         tile = self.tile(source)
         result = self.order(dims_of(node))
         at = f"(first + {gone}){self.index((gone,), tile.dims)} == last"
@@ -690,6 +690,11 @@ class Renderer:
         if loop.parallel:
             group = self.schedule.group
             self.write(f"start = tl.program_id(1) * {group}")
+        if self.schedule.prefetch:
+            start = "start" if loop.parallel else ("N - 1" if loop.reverse else "0")
+            self.write(f"following = {start}")
+            self._prefetch()
+        if loop.parallel:
             self.write(f"for n in tl.range(start, tl.minimum(start + {group}, N)):")
         elif loop.reverse:
             self.write("for step in tl.range(0, N):")
@@ -867,23 +872,94 @@ class Renderer:
         self.write(f"{name} = {tile.name}")
         return Tile(name, tile.dims, tile.zero)
 
+    def _indices(self, n: str, suffix: str = "") -> None:
+        """Where the tokens of mini-batch ``n`` lie; ``suffix`` tells its variables from those of another."""
+        b = self.loop.mini_batch_size
+        if not self.loop.tokens:
+            self.write(f"last{suffix} = {n}")
+            return
+        self.write(f"first{suffix} = {n} * {b}")
+        self.write(f"count{suffix} = tl.minimum(T - first{suffix}, {b})")
+        self.write(f"last{suffix} = first{suffix} + count{suffix} - 1")
+        token = TOKEN if TOKEN in self.dims else next(d for d in self.dims if base(d) == TOKEN)
+        # Rows beyond the sequence repeat its last token: finite where that is, and never counted.
+        row = f"tl.minimum(first{suffix} + {token}, last{suffix})"
+        self.write(f"rows{suffix} = tl.cast({row}, tl.int64)")
+
+    def _within(self) -> None:
+        """Which rows of a tile lie within the sequence."""
+        for start in (TOKEN, EARLIER) if self.loop.tokens else ():
+            names = [d for d in self.dims if base(d) == start]
+            if names:
+                self.write(f"in_{start} = {names[0]} < count")
+
+    def _fetched(self) -> list[fx.Node]:
+        """What is loaded for every mini-batch: arguments, and the last tokens of some."""
+        found = [
+            node
+            for node, source in self.loop.sources.items()
+            if node in self.used
+            and (
+                source.kind in ("saved", "value") or (source.kind == "token" and self._whole(node))
+            )
+        ]
+        return found + [
+            n for n in self.loop.graph.nodes if n in self.used and self._of_last_token(n)
+        ]
+
+    def _of_last_token(self, node: fx.Node) -> bool:
+        if node.target is not ops.last:
+            return False
+        source = self.loop.sources.get(operands_of(node)[0])  # type: ignore[arg-type]
+        return source is not None and source.kind == "token"
+
+    def _prefetch(self) -> None:
+        """Load what the mini-batch ``following`` reads, as it is stored, for the next turn of the loop."""
+        self._indices("following", "_f")
+        for i, node in enumerate(self._fetched()):
+            raw = self.fetch(*self._place(node, "following", "_f"))
+            self.write(f"next_{i} = {raw}")
+
+    def _arrived(self) -> None:
+        """What the turn before has loaded for this one."""
+        for i, node in enumerate(self._fetched()):
+            _, _, dims, _ = self._place(node, "n", "")
+            name = self.fresh("x")
+            self.write(f"{name} = next_{i}.to(tl.float32)")
+            memory = self.memory(dims)
+            ragged = frozenset(d for d in memory if self.ragged(d))
+            self.tiles[node] = self.sorted_tile(name, memory, ragged)
+        # One mini-batch too far is the last one again.
+        after = (
+            "tl.maximum(n - 1, 0)"
+            if self.loop.reverse and not self.loop.parallel
+            else "tl.minimum(n + 1, N - 1)"
+        )
+        self.write(f"following = {after}")
+        self._prefetch()
+
+    def _place(self, node: fx.Node, n: str, suffix: str) -> tuple[str, str, Dims, str | None]:
+        """Tensor, pointer, dimensions and rows of what a node loads for mini-batch ``n``."""
+        source = self.loop.sources.get(node)
+        if source is None:
+            (token,) = operands_of(node)
+            name = self.loop.sources[token].name
+            pointer = f"{name}_ptr + tl.cast(last{suffix}, tl.int64) * {self.stride(name, 'T')}"
+            return name, pointer, dims_of(node), None
+        if source.kind in ("saved", "value"):
+            name = f"saved_{source.name}" if source.kind == "saved" else source.name
+            pointer = f"{name}_ptr + tl.cast({n}, tl.int64) * {self.stride(name, 'N')}"
+            return name, pointer, dims_of(node), None
+        if self.loop.tokens:
+            return source.name, f"{source.name}_ptr", dims_of(node), f"rows{suffix}"
+        pointer = f"{source.name}_ptr + tl.cast({n}, tl.int64) * {self.stride(source.name, 'T')}"
+        return source.name, pointer, dims_of(node), None
+
     def _mini_batch(self) -> None:
         """One turn of the loop."""
         loop = self.loop
-        b = loop.mini_batch_size
-        if loop.tokens:
-            self.write(f"first = n * {b}")
-            self.write(f"count = tl.minimum(T - first, {b})")
-            self.write("last = first + count - 1")
-            token = TOKEN if TOKEN in self.dims else next(d for d in self.dims if base(d) == TOKEN)
-            # Rows beyond the sequence repeat its last token: finite where that is, and never counted.
-            self.write(f"rows = tl.cast(tl.minimum(first + {token}, last), tl.int64)")
-            self.write(f"in_t = {token} < count")
-            if any(base(d) == EARLIER for d in self.dims):
-                earlier = next(d for d in self.dims if base(d) == EARLIER)
-                self.write(f"in_s = {earlier} < count")
-        else:
-            self.write("last = n")
+        self._indices("n")
+        self._within()
         if loop.refresh and any(name.startswith("anchor") for name in self._state_dims()):
             pairs = [
                 (n, n.replace("anchor", "carry"))
@@ -903,30 +979,26 @@ class Renderer:
                 f"saved_{name}_ptr + tl.cast(n, tl.int64) * {self.stride('saved_' + name, 'N')}"
             )
             self.store(f"saved_{name}", pointer, self._state_tile(name, dims), None)
-        for node, source in loop.sources.items():
-            if node not in self.used:
-                continue
-            if source.kind in ("saved", "value") and not self.schedule.late_loads:
-                self._load_kept(node)
-            elif source.kind in ("saved", "value"):
-                self.tiles.pop(node, None)
-                self.late.add(node)
-            elif source.kind == "token" and self._whole(node):
-                self.tiles.pop(node, None)
-                self.late.add(node)
-                if not self.schedule.late_loads:
-                    self._load_token(node)
+        fetched = self._fetched()
+        for node in fetched:
+            self.tiles.pop(node, None)
+        if self.schedule.prefetch:
+            self._arrived()
+        elif not self.schedule.late_loads:
+            for node in fetched:
+                self._load(node)
         for node in self._sequence():
-            for x in node.all_input_nodes:
-                if x not in self.tiles and x in self.late:
-                    self._load_token(x)
-            if not self._deferred(node):
+            for x in (*node.all_input_nodes, node):
+                if x in fetched and x not in self.tiles:
+                    self._load(x)
+            if node not in fetched and not self._deferred(node):
                 self.emit(node)
+            if node in self.tiles:
                 self._keep(node)
         for node in self.results:
-            if node in self.late and node not in self.tiles:
-                self._load_token(node)
-            if node in self.late or node in self.invariant:
+            if node in fetched and node not in self.tiles:
+                self._load(node)
+            if node in self.loop.sources or node in self.invariant:
                 self._keep(node)
         self._renew()
 
@@ -973,23 +1045,8 @@ class Renderer:
             count *= self.side(d)
         return 0 if node.target is ops.rename or node in self.invariant else count
 
-    def _load_kept(self, node: fx.Node) -> None:
-        source = self.loop.sources[node]
-        name = f"saved_{source.name}" if source.kind == "saved" else source.name
-        pointer = f"{name}_ptr + tl.cast(n, tl.int64) * {self.stride(name, 'N')}"
-        self.tiles[node] = self.load(name, pointer, dims_of(node), None)
-
-    def _load_token(self, node: fx.Node) -> None:
-        source = self.loop.sources[node]
-        if source.kind != "token":
-            self._load_kept(node)
-            return
-        pointer = f"{source.name}_ptr"
-        if self.loop.tokens:
-            self.tiles[node] = self.load(source.name, pointer, dims_of(node), "rows")
-        else:
-            pointer += f" + tl.cast(n, tl.int64) * {self.stride(source.name, 'T')}"
-            self.tiles[node] = self.load(source.name, pointer, dims_of(node), None)
+    def _load(self, node: fx.Node) -> None:
+        self.tiles[node] = self.load(*self._place(node, "n", ""))
 
     def _whole(self, node: fx.Node) -> bool:
         """Whether a token argument is needed for all tokens, not only for the last."""
