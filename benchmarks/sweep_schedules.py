@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import triton
 from scans import SHAPES, Case, make_case
+from tttc.codegen import stages as stage_pass
 from tttc.codegen.loop import Loop
 from tttc.codegen.schedule import Schedule
 from tttc.codegen.stages import stages
@@ -30,6 +31,7 @@ from tttc._scan_op import scan_info
 from tttc.runtime import fused_scan, launch, triton_scan, triton_scan_backward
 
 CASES = ("ttt_linear_b16", "ttt_mlp_chunk64", "ttt_mlp_b16")
+WEIGHTS = {"A": (32, 0.25, 2), "B": (8, 0.1, 0.5)}  # of computing again, see tttc.codegen.stages
 COUNTS = {"forward": (1, 2), "backward": (1, 2, 3)}
 
 
@@ -38,25 +40,33 @@ def grid(loop: Loop, name: str, direction: str) -> list[Schedule]:
     small = name == "ttt_linear_b16"
     choices: dict[str, list[Any]] = {
         "num_warps": [2, 4] if small else [8],
-        "num_stages": [1, 3] if small else [1],
-        "order": ["products_first"] if small else ["least_live"],
-        "late_loads": [False, True] if small else [True],
-        "feature_major": [False] if small else [True, False],
-        "group": [4] if loop.parallel else [1],
-        "nan": ["branch" if direction == "forward" else "ignored"],
-        "maxnreg": [None, 128, 168] if small else [None],
+        "order": ["products_first", "graph"] if small else ["least_live"],
+        "feature_major": [name == "ttt_mlp_chunk64"],
+        "nan": ["branch", "product"]
+        if direction == "forward" and not loop.parallel
+        else ["ignored"],
+        "group": [8] if small and loop.parallel else [1],
         "repeat_vectors": [False],
         "narrow": [True],
     }
-    if small and loop.parallel:
-        choices |= {"num_warps": [1, 2, 4], "group": [8, 32], "order": ["products_first", "graph"],
-                    "late_loads": [True], "maxnreg": [None], "num_stages": [1, 2, 3]}  # fmt: skip
+    if loop.parallel:
+        choices |= {"num_warps": [1, 2, 4] if small else [8], "order": ["products_first"]}
+        if direction == "forward":
+            choices["nan"] = ["branch"]
     if name == "ttt_mlp_b16":
-        choices |= {"feature_major": [False], "num_stages": [2, 3],
-                    "order": ["products_first", "least_live"]}  # fmt: skip
+        choices |= {"order": ["products_first"], "nan": ["branch"]}
+    # Pipelined loads, loads a turn before, loads at the start and where they are needed.
+    loads = [{"num_stages": 3}, {"num_stages": 1, "prefetch": True}]
+    if not small:
+        loads = [{"num_stages": 1, "late_loads": True}, {"num_stages": 1, "prefetch": True}]
+    elif loop.parallel:
+        loads += [{"num_stages": 1}, {"num_stages": 2, "late_loads": True}]
+    if name == "ttt_mlp_b16":
+        loads += [{"num_stages": 2, "late_loads": True}]
     return [
-        Schedule(**dict(zip(choices, values, strict=True)))
+        Schedule(**dict(zip(choices, values, strict=True)), **load)
         for values in itertools.product(*choices.values())
+        for load in loads
     ]
 
 
@@ -152,9 +162,19 @@ def variants(
 
 
 def sweep(
-    name: str, batch: int, length: int, direction: str, count: int, measure: bool, share: int = 0
+    name: str,
+    batch: int,
+    length: int,
+    direction: str,
+    count: int,
+    weights: str,
+    measure: bool,
+    share: int = 0,
 ) -> list[dict[str, Any]]:
     """Rows of one case; without ``measure`` only every 14th variant from ``share`` is compiled, nothing timed."""
+    stage_pass.FLOPS_PER_BYTE, stage_pass.SHUFFLES_PER_BYTE, stage_pass.ELEMENTS_PER_BYTE = WEIGHTS[
+        weights
+    ]
     bench = Bench(make_case(name, batch, length), direction)
     parts = {s.name: s for s in stages(bench.loop(), count)}
     first = grid(next(iter(parts.values())), name, direction)[0]
@@ -170,7 +190,7 @@ def sweep(
             if not measure and next(number) % 14 != share:
                 continue
             row = {"case": name, "B": batch, "T": length, "direction": direction, "stages": count,
-                   "kernel": call.kernel.name, "schedule": described(schedule)}  # fmt: skip
+                   "weights": weights, "kernel": call.kernel.name, "schedule": described(schedule)}  # fmt: skip
             start = time.time()
             try:
                 launch.launch(variant)
@@ -196,9 +216,9 @@ def described(schedule: Schedule) -> str:
     return " ".join(f"{k}={v}" for k, v in schedule.__dict__.items() if v != getattr(plain, k))
 
 
-def _compile(job: tuple[str, str, int, int]) -> list[dict[str, Any]]:
-    name, direction, count, share = job
-    return sweep(name, 1, 512, direction, count, False, share)
+def _compile(job: tuple[str, str, int, str, int]) -> list[dict[str, Any]]:
+    name, direction, count, weights, share = job
+    return sweep(name, 1, 512, direction, count, weights, False, share)
 
 
 def main() -> None:
@@ -206,23 +226,9 @@ def main() -> None:
     shapes = [x for x in SHAPES if x.replace(" ", "") in words] or list(SHAPES)
     names = [x for x in words if x in CASES] or list(CASES)
     directions = [x for x in COUNTS if x in words] or list(COUNTS)
-    plans = [(n, d, c) for n in names for d in directions for c in COUNTS[d]]
-    plans = [(n, d, c) for n, d, c in plans if n == "ttt_linear_b16" or (d, c) != ("backward", 1)]
-    for name in names if "backward" in directions else []:
-        for count, narrow in ((2, True), (3, False), (3, True)):
-            plain = replace(
-                grid(Bench(make_case(name, 1, 512), "backward").loop(), name, "backward")[0]
-            )
-            try:
-                errors = gradient_errors(name, replace(plain, stages=count, narrow=narrow))
-                print(
-                    name,
-                    count,
-                    "stages, narrow" if narrow else "stages",
-                    [f"{x:.1e}" for x in errors],
-                )
-            except Exception as error:
-                print(name, count, f"FAILED {type(error).__name__}: {str(error)[:300]}")
+    weights = [x for x in WEIGHTS if x in words] or ["A"]
+    plans = [(n, d, c, w) for n in names for d in directions for c in COUNTS[d] for w in weights
+             if n == "ttt_linear_b16" or (d, c) != ("backward", 1)]  # fmt: skip
     jobs = [(*plan, share) for plan in plans for share in range(14)]
     start = time.time()
     with ProcessPoolExecutor(14, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -232,10 +238,10 @@ def main() -> None:
         f"{torch.cuda.get_device_name()}: {len(compiled)} variants in {time.time() - start:.0f} s; slowest {slowest}"
     )
     rows: list[dict[str, Any]] = []
-    for name, direction, count in plans:
+    for name, direction, count, weight in plans:
         for shape in shapes:
             batch, length = SHAPES[shape]
-            found = sweep(name, batch, length, direction, count, True)
+            found = sweep(name, batch, length, direction, count, weight, True)
             rows += found
             total = 0.0
             for kernel in dict.fromkeys(r["kernel"] for r in found):
@@ -251,7 +257,7 @@ def main() -> None:
                     + "; ".join(f"{r['us']:.0f} [{r['schedule']}]" for r in its[:2])
                     + f"; worst {its[-1]['us']:.0f}"
                 )
-            print(f"{name} {direction} {count} stages {shape}: {total:.0f} us")
+            print(f"{name} {direction} {count} stages {weight} {shape}: {total:.0f} us")
         with open(out, "w") as f:
             json.dump(rows, f, indent=1)
 

@@ -98,10 +98,43 @@ class _Simplifier:
             if c * d != 1 or c != 1:
                 product = self.elementwise("mul", [x, y], result)
                 return self.elementwise("mul", [product, c * d], result)
-        logistic = self.logistic(function, x, y, result)
-        if logistic is not None:
-            return logistic
+        for rule in (self.logistic, self.factored, self.scaled_factor):
+            simpler = rule(function, x, y, result)
+            if simpler is not None:
+                return simpler
         return self.shared(self.builder.elementwise(function, *operands, result=result))
+
+    def factored(self, function: str, x: Any, y: Any, result: tuple[str, ...]) -> Any:
+        """``x + q x c`` as ``x (q c + 1)``: a polynomial, whose coefficients take up a factor outside it."""
+        if function != "add" or not isinstance(x, fx.Node) or dims_of(x) != result:
+            return None
+        product, c = _scaled(y) if isinstance(y, fx.Node) else (y, 1.0)
+        if not _is(product, "mul") or dims_of(product) != result or c == 1.0:
+            return None
+        first, second = operands_of(product)
+        if x not in (first, second):
+            return None
+        q = second if first is x else first
+        if not isinstance(q, fx.Node) or dims_of(q) != result:
+            return None
+        inner = self.elementwise("add", [self.elementwise("mul", [q, c], result), 1.0], result)
+        return self.elementwise("mul", [x, inner], result)
+
+    def scaled_factor(self, function: str, x: Any, y: Any, result: tuple[str, ...]) -> Any:
+        """``x (q c + d) k`` as ``x (q c k + d k)``."""
+        if function != "mul" or not _is_number(y) or not _is(x, "mul") or dims_of(x) != result:
+            return None
+        for other, inner in (operands_of(x), operands_of(x)[::-1]):
+            if not _is(inner, "add") or not _is_number(operands_of(inner)[1]):
+                continue
+            q, c = _scaled(operands_of(inner)[0])
+            if c == 1.0 or dims_of(q) != result or not isinstance(other, fx.Node):
+                continue
+            scaled = self.elementwise("mul", [q, c * y], result)
+            constant = operands_of(inner)[1] * y
+            total = self.elementwise("add", [scaled, constant], result)
+            return self.elementwise("mul", [other, total], result)
+        return None
 
     def logistic(self, function: str, x: Any, y: Any, result: tuple[str, ...]) -> Any:
         """``1 + tanh u`` and ``1 - tanh^2 u``, as gelu and its derivative have them, by ``s = sigmoid 2u``.
