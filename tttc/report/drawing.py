@@ -18,6 +18,7 @@ LONGEST = 34  # characters of a line
 NEAR = 2  # layers between an argument and the reader it stands above
 CHANGES = {"new": "+", "changed": "~"}
 SCALAR = "scalar"
+TAKES = ("last token", "at last token", "broadcast", "select", "slice", "index")  # views that are drawn
 
 
 @dataclass
@@ -39,7 +40,8 @@ class _Box:
         said = [m.operation for m in self.members]
         if len(said) > MOST_LINES:
             said = [*said[: MOST_LINES - 2], f"… {len(said) - MOST_LINES + 1} more", said[-1]]
-        own = node.detail if node.kind in ("contraction", "reduction") else f"[{' '.join(node.dims)}]"
+        own = node.detail if node.kind in ("contraction", "reduction") else ""
+        own = own or f"[{' '.join(node.dims)}]"
         return [clipped(x) for x in (*said, own if own != "[]" else SCALAR)]
 
     @property
@@ -56,7 +58,7 @@ def clipped(text: str) -> str:
 def draw(graph: GraphReport, title: str, described: str, *, alone: bool = False) -> Markup:
     """A graph as an SVG element; ``alone``: with the colours it needs outside a report.
 
-    Renames are left out (they do nothing), and arguments stand above each of their readers.
+    Views of whole values are left out (they do nothing), and arguments stand above each of their readers.
     """
     boxes = _boxes(graph.nodes)
     boxes, edges = _with_copies(boxes)
@@ -98,7 +100,7 @@ def _box(box: _Box, centre: tuple[float, float]) -> str:
 def _boxes(nodes: Sequence[NodeReport]) -> dict[str, _Box]:
     """The boxes of a graph by the names of their last nodes; their inputs are such names."""
     by_name = {n.name: n for n in nodes}
-    through: dict[str, str] = {}  # what a rename renames
+    through: dict[str, str] = {}  # what a view shows
 
     def origin(name: str) -> str:
         while name in through:
@@ -106,7 +108,7 @@ def _boxes(nodes: Sequence[NodeReport]) -> dict[str, _Box]:
         return name
 
     for node in nodes:
-        if node.operation == "rename":
+        if node.kind == "view" and len(node.inputs) == 1 and node.operation not in TAKES:
             through[node.name] = node.inputs[0]
     shown = [n for n in nodes if n.name not in through]
     reads = {n.name: [o for o in dict.fromkeys(map(origin, n.inputs)) if o in by_name] for n in shown}

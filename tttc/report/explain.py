@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import json
+import os
+import platform
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import sympy
 import torch
 from torch import fx
 
@@ -22,6 +26,7 @@ from tttc.report.leaves import leaf_names
 from tttc.report.orders import orders_of
 from tttc.report.records import GraphReport, ModelReport, ScanReport, StageReport
 from tttc.report.recurrence import recurrence_of
+from tttc.report.model import sizes_of
 from tttc.report.roofline import device_name, roofline_of, time_call
 from tttc.report.source import sources_of
 from tttc.report.stages import about
@@ -41,6 +46,8 @@ class Explanation:
         scans: one :class:`ScanReport` for each distinct scan.
         models: one :class:`ModelReport` for each captured graph.
         layers: ``{name of a layer: name of its scan}``; equal layers share one. The model itself is ``""``.
+        name: what the model is called: its class, or the function's name.
+        versions: of tttc, torch, triton and Python.
         kernels: the emitted kernels, each with ``name``, ``source``, ``path``, ``config``, ``resources``, ``cost``.
     """
 
@@ -50,6 +57,9 @@ class Explanation:
         self.models: list[ModelReport] = []
         self.layers: dict[str, str] = {}
         self.kernels: list[Kernel] = []
+        self.name = ""
+        self.versions = versions()
+        self._parameters: dict[int, str] = {}  # names by data pointer
         self._inputs: dict[str, tuple[Any, ...]] = {}
 
     def example_inputs(self, stage: str) -> tuple[Any, ...]:
@@ -67,6 +77,56 @@ class Explanation:
         if stage not in self._inputs:
             raise ValueError(f"stage: {stage} was never called with the input given")
         return self._inputs[stage]
+
+    def to_html(self, path: str | os.PathLike[str] | None = None) -> str:
+        """The report as one HTML file that loads nothing and runs nothing, also written to ``path`` if given.
+
+        For each distinct scan: the step as written, each stage drawn, what its pass changed, contraction orders,
+        the recurrence, kernels and why they are scheduled so, errors, a roofline. Equal layers are shown once.
+        """
+        from tttc.report.html import page
+
+        return _written(page(self), path)
+
+    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
+        """All of the report as JSON, also written to ``path`` if given.
+
+        Its schema is ``tttc/report/schema.json`` (JSON Schema 2020-12), which says what each field means.
+        """
+        return _written(json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n", path)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What :meth:`to_json` writes: dictionaries, lists, strings, numbers and None."""
+        from tttc.report.document import document
+
+        return document(self)
+
+    def to_svg(self, what: str, path: str | os.PathLike[str] | None = None) -> str:
+        """A picture for a paper as SVG with its own (light) colours, also written to ``path`` if given.
+
+        Args:
+            what: a stage, by its name in :attr:`stages`; or ``"recurrence"``, ``"errors"``, ``"roofline"``, after
+                the scan's name where there are several (``"scan1.recurrence"``).
+            path: where to write it.
+
+        Raises:
+            KeyError: there is no such picture.
+
+        Example:
+            >>> import torch, tttc
+            >>> layer = tttc.nn.TTTLinear(16, num_heads=2, mini_batch_size=4)
+            >>> ex = tttc.explain(layer, torch.randn(1, 8, 16), backend="torch", target="")
+            >>> ex.to_svg("dualise")[:4]
+            '<svg'
+        """
+        from tttc.report.pictures import picture
+
+        return _written(picture(self, what), path)
+
+    def _repr_html_(self) -> str:
+        from tttc.report.html import frame
+
+        return frame(self)
 
     def __str__(self) -> str:
         from tttc.report.render import explanation
@@ -86,6 +146,24 @@ class Explanation:
             f"<Explanation: {len(self.stages)} stages, {len(self.scans)} distinct scans in "
             f"{len(self.layers)} layers, {len(self.kernels)} kernels>"
         )
+
+
+def _written(text: str, path: str | os.PathLike[str] | None) -> str:
+    if path is not None:
+        Path(path).write_text(text, encoding="utf-8")
+    return text
+
+
+def versions() -> dict[str, str]:
+    """Of what a report depends on."""
+    import triton
+
+    return {
+        "tttc": importlib.metadata.version("tttc"),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def explain(
@@ -133,6 +211,10 @@ def explain(
         compiled = compile(model, backend=backend or "auto", mini_batch_size=mini_batch_size)
         compiled(*args, **kwargs)
     explanation = Explanation()
+    explanation.name = _name_of(model)
+    if isinstance(model, torch.nn.Module):
+        held = [*model.named_parameters(), *model.named_buffers()]
+        explanation._parameters = {x.data_ptr(): name for name, x in held if x.numel()}
     calls: dict[tuple[str, int], running.Call] = {}
     _add_models(explanation, recording, calls)
     target = default_target() if target is None else target
@@ -142,6 +224,12 @@ def explain(
     explanation.kernels += {k.path: k for k in recording.kernels}.values()
     save(explanation.kernels)
     return explanation
+
+
+def _name_of(model: Any) -> str:
+    if isinstance(model, torch.nn.Module):
+        return type(model).__name__
+    return getattr(model, "__qualname__", type(model).__name__)
 
 
 # -- graphs of the model ----------------------------------------------------------------------------------
@@ -165,30 +253,12 @@ def _add_models(
             explanation._inputs[name] = stage.inputs
         fusion = stage.module.meta.get("fusion")
         if fusion is not None and stage.inputs is not None:
-            sizes = _sizes(stage.module, stage.inputs)
+            sizes = sizes_of(stage.module, stage.inputs)
             report.regions = fusion.regions
             report.bytes_before = float(fusion.bytes_before.subs(sizes))
             report.bytes_after = float(fusion.bytes_after.subs(sizes))
         if stage.name == "aten" and stage.inputs is not None:
             calls.update(running.collect_calls(stage.module, stage.inputs))
-
-
-def _sizes(gm: fx.GraphModule, inputs: tuple[Any, ...]) -> dict[sympy.Expr, int]:
-    """The values of the size symbols of a graph on these inputs."""
-    table: dict[sympy.Expr, int] = {}
-
-    def take(symbolic: Any, number: Any) -> None:
-        if isinstance(symbolic, torch.SymInt) and isinstance(symbolic.node.expr, sympy.Symbol):
-            table[symbolic.node.expr] = int(number)
-
-    placeholders = (n for n in gm.graph.nodes if n.op == "placeholder")
-    for node, value in zip(placeholders, inputs, strict=True):
-        like = node.meta.get("val")
-        take(like, value)
-        if isinstance(like, torch.Tensor):
-            for symbolic, number in zip(like.shape, value.shape, strict=True):
-                take(symbolic, number)
-    return table
 
 
 # -- scans ----------------------------------------------------------------------------------------------

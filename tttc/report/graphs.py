@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 
 from tttc.ir import ops
 from tttc.ir.body import Body, head_of, operands_of, role, source_line, spec_of
 from tttc.ir.build import dims_of
-from tttc.ir.cost import symbol
 from tttc.ir.spec import parse
 from tttc.report.records import GraphReport, NodeReport
 
@@ -88,9 +89,24 @@ def aten_graph(
     names: Mapping[str, str] | None = None,
     roles: Sequence[str] = (),
     only: set[fx.Node] | None = None,
+    sizes: Mapping[sympy.Expr, int] = MappingProxyType({}),
 ) -> GraphReport:
-    """The graph of a module in ATen operators; ``only`` some of its nodes, those they read as arguments."""
+    """The graph of a module in ATen operators.
+
+    Args:
+        names: the user's names of arguments, by role or by node.
+        roles: of the placeholders, where the module is a step.
+        only: some of the nodes.
+        sizes: numbers for symbolic sizes.
+    """
     nodes = []
+
+    def shape(node: fx.Node) -> tuple[str, ...]:
+        value = node.meta.get("val", node.meta.get("example_value"))
+        if not isinstance(value, torch.Tensor):
+            return ()
+        return tuple(str(_number(n, sizes)) for n in value.shape)
+
     graph = [n for n in gm.graph.nodes if only is None or n in only]
     known = {n.name for n in graph}
     place = {n: i for i, n in enumerate(n for n in gm.graph.nodes if n.op == "placeholder")}
@@ -99,16 +115,16 @@ def aten_graph(
             if not node.users:
                 continue
             key = roles[place[node]] if node in place and place[node] < len(roles) else ""
-            kind = ROLES.get(key.rpartition("_")[0], "parameter" if node.op == "get_attr" else "token")
-            said = (names or {}).get(key, str(node.target))
-            nodes.append(NodeReport(node.name, kind, said, "", _shape(node), ()))
+            kind = ROLES.get(key.rpartition("_")[0], "parameter")
+            said = (names or {}).get(key or node.name, str(node.target))
+            nodes.append(NodeReport(node.name, kind, said, "", shape(node), ()))
         elif node.op.startswith("call_"):
             kind, said = _aten_kind(node)
             numbers = [f"{x:.6g}" for x in node.args if isinstance(x, float)]
             inputs = tuple(x.name for x in node.all_input_nodes if x.name in known)
             line = source_line(node)
             operation = " ".join([said, *numbers])
-            nodes.append(NodeReport(node.name, kind, operation, "", _shape(node), inputs, "", line))
+            nodes.append(NodeReport(node.name, kind, operation, "", shape(node), inputs, "", line))
     if only is None:
         states = sum(r.startswith("carry_") for r in roles)
         returned = gm.graph.output_node().args[0]
@@ -116,7 +132,7 @@ def aten_graph(
             if isinstance(node, fx.Node):
                 key = f"state_{i}" if i < states else f"output_{i - states}"
                 said = (names or {}).get(key, key.replace("_", " "))
-                nodes.append(NodeReport(key, "result", said, "", _shape(node), (node.name,)))
+                nodes.append(NodeReport(key, "result", said, "", shape(node), (node.name,)))
     return GraphReport(nodes)
 
 
@@ -141,15 +157,5 @@ def _aten_kind(node: fx.Node) -> tuple[str, str]:
     return "elementwise", name
 
 
-def _shape(node: fx.Node) -> tuple[str, ...]:
-    value = node.meta.get("val", node.meta.get("example_value"))
-    return tuple(str(n) for n in value.shape) if isinstance(value, torch.Tensor) else ()
-
-
-def dimension_sizes(body: Body, mini_batch_size: int) -> dict[str, int]:
-    """The sizes of the dimensions that a body's values have, tokens first."""
-    dims = dict.fromkeys(d for n in body.gm.graph.nodes if n.op != "output" for d in dims_of(n))
-    table = {d: body.sizes.get(d, mini_batch_size) for d in dims}
-    return dict(sorted(table.items(), key=lambda x: (str(symbol(x[0])) != "b", x[0])))
-
-
+def _number(n: Any, sizes: Mapping[sympy.Expr, int]) -> Any:
+    return n.node.expr.subs(sizes) if isinstance(n, torch.SymInt) else n

@@ -12,9 +12,9 @@ REJECTED = 12  # orders kept of those rejected: the cheapest
 
 
 def orders_of(orders: Sequence[Order], names: Mapping[str, str]) -> list[OrderReport]:
-    """Each distinct product, dearest first; ``names`` are the user's for arguments."""
+    """Each distinct product, dearest at once first; ``names`` are the user's for arguments."""
     distinct = dict.fromkeys(_said(order, names) for order in orders)
-    return sorted(map(_report, distinct), key=lambda r: -r.chosen.operations)
+    return sorted(map(_report, distinct), key=lambda r: -r.at_once)
 
 
 def _said(order: Order, names: Mapping[str, str]) -> Order:

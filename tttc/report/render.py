@@ -11,7 +11,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from tttc.report.costs import kinds
+from tttc.report.costs import expression, kinds
 from tttc.report.text import byte_count, count, error, seconds
 
 if TYPE_CHECKING:
@@ -152,17 +152,13 @@ def _costs(scan: ScanReport) -> Iterator[Any]:
         ("bytes after", after.fused, compared.bytes[1], byte_count),
     ):
         table.add_row(
-            label, _expression(expression), show(number), show(whole * number) if whole else ""
+            label, expression(expression), show(number), show(whole * number) if whole else ""
         )
     intensity = " → ".join(f"{x:.3g}" for x in compared.intensity)
     table.add_row("FLOPs a byte", "", intensity, "")
     names = ", ".join(f"{k} = {v}" for k, v in sorted(after.sizes.items(), key=str))
     table.add_row("", f"where {names}", "", "")
     yield Padding(table, (0, 0, 0, 4))
-
-
-def _expression(expression: Any) -> str:
-    return str(expression).replace("**", "^").replace("*", "·")
 
 
 def kernels(items: list[Kernel]) -> Padding:
