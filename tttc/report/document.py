@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ SCHEMA = "tttc-explanation/1"
 def document(ex: Explanation) -> dict[str, Any]:
     """Dictionaries, lists, strings, numbers and None."""
     scan_of = {id(k): scan.name for scan in ex.scans for k in scan.kernels}
-    return {
+    return _finite({
         "schema": SCHEMA,
         "name": ex.name,
         "versions": ex.versions,
@@ -27,7 +28,16 @@ def document(ex: Explanation) -> dict[str, Any]:
         "models": [asdict(m) for m in ex.models],
         "scans": [_scan(s) for s in ex.scans],
         "kernels": [_kernel(k, scan_of.get(id(k))) for k in ex.kernels],
-    }
+    })  # fmt: skip
+
+
+def _finite(x: Any) -> Any:
+    """``x`` with numbers that JSON has no form for (an error that is not a number) as strings."""
+    if isinstance(x, dict):
+        return {k: _finite(v) for k, v in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [_finite(v) for v in x]
+    return str(x) if isinstance(x, float) and not math.isfinite(x) else x
 
 
 def _scan(scan: ScanReport) -> dict[str, Any]:
@@ -47,7 +57,7 @@ def _scan(scan: ScanReport) -> dict[str, Any]:
         "stages": [_stage(s) for s in scan.stages],
         "before_and_after": None
         if compared is None
-        else {**_lists(asdict(compared)), "intensity": list(compared.intensity)},
+        else {**asdict(compared), "intensity": compared.intensity},
         "orders": [asdict(o) for o in scan.orders],
         "recurrence": None if scan.recurrence is None else asdict(scan.recurrence),
         "errors": scan.errors,
@@ -69,7 +79,7 @@ def _stage(stage: StageReport) -> dict[str, Any]:
         "graph": {
             "compared": graph.compared,
             "removed": graph.removed,
-            "nodes": [_lists(asdict(n)) for n in graph.nodes],
+            "nodes": [asdict(n) for n in graph.nodes],
         },
     }
 
@@ -93,7 +103,3 @@ def _kernel(kernel: Kernel, scan: str | None) -> dict[str, Any]:
         "reasons": dict(schedule.reasons) if schedule is not None else {},
         "resources": kernel.resources,
     }
-
-
-def _lists(record: dict[str, Any]) -> dict[str, Any]:
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in record.items()}

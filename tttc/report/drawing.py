@@ -10,7 +10,7 @@ from markupsafe import Markup, escape
 
 from tttc.report.layout import layered, layers
 from tttc.report.records import ARGUMENT_KINDS, GraphReport, NodeReport
-from tttc.report.svg import figure, path_data
+from tttc.report.svg import MARGIN, figure, path_data
 
 CHARACTER, LINE, PAD = 6.3, 15.0, 7.0  # of text, in pixels
 MOST_LINES = 8  # of a box that stands for a chain
@@ -69,7 +69,14 @@ def draw(graph: GraphReport, title: str, described: str, *, alone: bool = False)
         parts.append(f'<path class="e{new}" d="{path_data(points)}"/>')
     for key, box in boxes.items():
         parts.append(_box(box, placed.centre[key]))
-    return figure("".join(parts), placed.width, placed.height, title, described, alone=alone)
+    drawing = figure("".join(parts), placed.width, placed.height, title, described, alone=alone)
+    if alone or not placed.centre:
+        return drawing
+    # Where a narrow screen starts to look: the middle of the first row.
+    first = min(y for _, y in placed.centre.values())
+    row = [x for x, y in placed.centre.values() if y == first]
+    start = MARGIN + sum(row) / len(row)
+    return Markup(f'<div class="start" style="left:{start:.0f}px"></div>') + drawing
 
 
 def _box(box: _Box, centre: tuple[float, float]) -> str:

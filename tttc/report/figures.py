@@ -152,22 +152,23 @@ def roofline(roof: Roofline, name: str, *, alone: bool = False) -> Markup:
 
 def errors(scan: ScanReport, *, alone: bool = False) -> Markup:
     """Errors of the stages against the naive loop in float64, as bars on a logarithmic axis."""
-    stages = [s for s in scan.stages if s.error is not None]
+    stages = [(s.name, s.error) for s in scan.stages if s.error is not None]
+    finite = [e for _, e in stages if math.isfinite(e)]
     left, width, row = 150.0, 360.0, 22.0
-    low, high = -17, max(-1, *(math.ceil(math.log10(max(s.error or 0, 1e-17))) for s in stages))
+    low, high = -17, max(-1, *(math.ceil(math.log10(max(e, 1e-17))) for e in (*finite, 1e-17)))
     parts = ['<g class="fig">']
     for e in range(low, high + 1, 4):
         x = left + (e - low) / (high - low) * width
         parts.append(f'<path class="grid" d="M{x:.1f} 0V{row * len(stages):.0f}"/>')
         parts.append(text(x, row * len(stages) + 14, f"1e{e}", "s c"))
-    for i, stage in enumerate(stages):
-        value = max(stage.error or 0.0, 10.0**low)
+    for i, (name, found) in enumerate(stages):
+        value = max(found, 10.0**low) if math.isfinite(found) else 10.0**high
         length = (math.log10(value) - low) / (high - low) * width
-        parts.append(text(left - 8, i * row + 15, stage.name, "r"))
+        parts.append(text(left - 8, i * row + 15, name, "r"))
         parts.append(f'<rect class="bar" x="{left}" y="{i * row + 4:.0f}" width="{length:.1f}" height="14"/>')
-        parts.append(text(left + length + 6, i * row + 15, shown_error(stage.error), "s"))
+        parts.append(text(left + length + 6, i * row + 15, shown_error(found), "s"))
     parts.append("</g>")
-    described = "; ".join(f"{s.name} {shown_error(s.error)}" for s in stages)
+    described = "; ".join(f"{name} {shown_error(found)}" for name, found in stages)
     return figure(
         "".join(parts),
         left + width + 60,

@@ -107,7 +107,7 @@ def aten_graph(
             return ()
         return tuple(str(_number(n, sizes)) for n in value.shape)
 
-    graph = [n for n in gm.graph.nodes if only is None or n in only]
+    graph = [n for n in gm.graph.nodes if (only is None or n in only) and not _is_number(n)]
     known = {n.name for n in graph}
     place = {n: i for i, n in enumerate(n for n in gm.graph.nodes if n.op == "placeholder")}
     for node in graph:
@@ -115,7 +115,8 @@ def aten_graph(
             if not node.users:
                 continue
             key = roles[place[node]] if node in place and place[node] < len(roles) else ""
-            kind = ROLES.get(key.rpartition("_")[0], "parameter")
+            own = node.op == "get_attr" or node.name in (names or {})
+            kind = ROLES.get(key.rpartition("_")[0], "parameter" if own else "token")
             said = (names or {}).get(key or node.name, str(node.target))
             nodes.append(NodeReport(node.name, kind, said, "", shape(node), ()))
         elif node.op.startswith("call_"):
@@ -155,6 +156,10 @@ def _aten_kind(node: fx.Node) -> tuple[str, str]:
     if name in MOVES:
         return "view", name
     return "elementwise", name
+
+
+def _is_number(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val", node.meta.get("example_value")), (int, torch.SymInt))
 
 
 def _number(n: Any, sizes: Mapping[sympy.Expr, int]) -> Any:

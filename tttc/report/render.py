@@ -145,14 +145,14 @@ def _costs(scan: ScanReport) -> Iterator[Any]:
     yield Text("  Before (the naive step, op by op) and after (in one kernel):", style="dim")
     table = _table("", "", "a mini-batch and head", "the whole input", left=2)
     whole = scan.batch * scan.heads * scan.tokens / scan.mini_batch_size
-    for label, expression, number, show in (
+    for label, formula, number, show in (
         ("FLOPs before", before.flops, compared.flops[0], count),
         ("FLOPs after", after.flops, compared.flops[1], count),
         ("bytes before", before.op_by_op, compared.bytes[0], byte_count),
         ("bytes after", after.fused, compared.bytes[1], byte_count),
     ):
         table.add_row(
-            label, expression(expression), show(number), show(whole * number) if whole else ""
+            label, expression(formula), show(number), show(whole * number) if whole else ""
         )
     intensity = " → ".join(f"{x:.3g}" for x in compared.intensity)
     table.add_row("FLOPs a byte", "", intensity, "")
