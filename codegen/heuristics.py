@@ -84,14 +84,19 @@ def default_schedule(loop: Loop, many: bool) -> Schedule:
         "products of tokens and state come before whatever waits for a sum, so that they run while the long "
         "chain of the state starts",
     )
-    vectors = ("repeat_vectors", "vector states stay vectors: a row for every token takes registers")
+    vectors = (
+        "repeat_vectors",
+        "vector states stay vectors: a row for every token takes registers",
+    )
     branch = (
         "nan",
         "a branch that is hardly ever taken costs few warps less than a second product beside each causal one",
     )
     if fits:
         nan = "branch" if warps == 2 else "product"
-        check = branch if warps == 2 else ("nan", "a small product beside each causal one costs least")
+        check = (
+            branch if warps == 2 else ("nan", "a small product beside each causal one costs least")
+        )
         return Schedule(
             num_warps=warps,
             order="products_first",
@@ -101,12 +106,21 @@ def default_schedule(loop: Loop, many: bool) -> Schedule:
         )
     # The state takes more registers than are good: whatever else lives shortly, lives shortly.
     reasons += [
-        ("late_loads", "the state takes most registers: tokens are loaded where they are first needed"),
+        (
+            "late_loads",
+            "the state takes most registers: tokens are loaded where they are first needed",
+        ),
         vectors,
-        ("nan", "a second product beside each causal one would take registers that the state needs"),
+        (
+            "nan",
+            "a second product beside each causal one would take registers that the state needs",
+        ),
     ]
     common = {"num_warps": warps, "late_loads": True, "repeat_vectors": False, "nan": "branch"}
-    alone = ("num_stages", "tiles of mini-batches to come would take registers that the state needs")
+    alone = (
+        "num_stages",
+        "tiles of mini-batches to come would take registers that the state needs",
+    )
     least = ("order", "the state takes most registers: values are made late and given up early")
     rows = tile_rows(loop)
     if rows >= 64:
@@ -115,7 +129,9 @@ def default_schedule(loop: Loop, many: bool) -> Schedule:
             f"tiles have {rows} tokens: with features as rows a product of {warps} warps keeps its operands once",
         )
         reasons += [turned, alone, least]
-        return Schedule(feature_major=True, num_stages=1, order="least_live", reasons=tuple(reasons), **common)  # type: ignore[arg-type]
+        return Schedule(
+            feature_major=True, num_stages=1, order="least_live", reasons=tuple(reasons), **common
+        )  # type: ignore[arg-type]
     if loop.once:
         reasons += [("num_stages", "there is one mini-batch: nothing to load ahead"), least]
         return Schedule(num_stages=1, order="least_live", reasons=tuple(reasons), **common)  # type: ignore[arg-type]

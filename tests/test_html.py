@@ -204,7 +204,7 @@ def test_the_page_says_what_was_done(explained, tmp_path):
     schedule = kernel.config["schedule"]
     assert schedule.reasons
     for part in (
-        "default-src &#39;none&#39;" if "&#39;none" in page else "default-src 'none'",
+        "default-src 'none'",
         "One token of TTT-Linear",  # the step's docstring
         scan.orders[0].chosen.written,
         dict(schedule.reasons)["num_warps"],
@@ -241,27 +241,29 @@ def test_scans_without_dual_form_and_models_without_scans(tmp_path):
         jsonschema.validate(found.to_dict(), json.loads(SCHEMA.read_text()))
 
 
-def test_json_is_as_its_schema_says_and_stays_the_same(explained, tmp_path):
+def test_json_is_as_its_schema_says(explained, tmp_path):
     schema = json.loads(SCHEMA.read_text())
     jsonschema.Draft202012Validator.check_schema(schema)
     text = explained.to_json(tmp_path / "r.json")
     data = json.loads(text)
     jsonschema.validate(data, schema)
     assert data == explained.to_dict() == json.loads((tmp_path / "r.json").read_text())
+
+
+def test_json_of_the_same_model_is_the_same(scripted):
     torch.manual_seed(0)
-    again = tttc.explain(Two(), torch.randn(2, 10, 16), backend="torch", target="").to_dict()
-    for one in (again, data):
-        for scan in one["scans"]:  # what is measured, and what only a target gives
-            del scan["roofline"], scan["errors"]
-            for stage in scan["stages"]:
-                del stage["error"]
-        for kernel in one["kernels"]:
-            del kernel["resources"]
-    assert again == data
+    again = tttc.explain(evil, torch.randn(1, 2, 6, 4), backend="torch", target="")
+    assert again.to_json() == scripted.to_json()
 
 
 def test_pictures_are_svg_of_their_own(explained, tmp_path):
-    for what in ("scan0.dualise", "scan1.recurrence", "scan0.roofline", "scan0.errors", "model.fused"):
+    for what in (
+        "scan0.dualise",
+        "scan1.recurrence",
+        "scan0.roofline",
+        "scan0.errors",
+        "model.fused",
+    ):
         text = explained.to_svg(what, tmp_path / "p.svg")
         assert ET.fromstring(text).tag == "{http://www.w3.org/2000/svg}svg"
         assert (tmp_path / "p.svg").read_text(encoding="utf-8") == text
@@ -275,7 +277,15 @@ class Layer(nn.Module):
         self.W = nn.Parameter(torch.zeros(2, 8, 8))
 
     def forward(self, x):
-        return x + tttc.scan(evil_step, self.W, dict.fromkeys(("</code><script>alert(2)</script>", "v & <b>"), x), 4)[1]
+        return (
+            x
+            + tttc.scan(
+                evil_step,
+                self.W,
+                dict.fromkeys(("</code><script>alert(2)</script>", "v & <b>"), x),
+                4,
+            )[1]
+        )
 
 
 def test_equal_layers_are_shown_once():
@@ -299,7 +309,9 @@ def nodes(*rows):
 
 def test_what_a_pass_changed():
     x = ("x", "token", "x", "", "")
-    before = nodes(x, ("a", "elementwise", "exp", "t → t", "x"), ("b", "elementwise", "neg", "t → t", "a"))
+    before = nodes(
+        x, ("a", "elementwise", "exp", "t → t", "x"), ("b", "elementwise", "neg", "t → t", "a")
+    )
     after = nodes(
         x,
         ("p", "elementwise", "exp", "t → t", "x"),
@@ -315,7 +327,12 @@ def test_what_a_pass_changed():
 
 def test_layout_keeps_edges_down_and_nodes_apart():
     names = [f"n{i}" for i in range(30)]
-    edges = [(names[i], names[j]) for i in range(30) for j in range(i + 1, 30) if (i * 7 + j * 3) % 11 == 0]
+    edges = [
+        (names[i], names[j])
+        for i in range(30)
+        for j in range(i + 1, 30)
+        if (i * 7 + j * 3) % 11 == 0
+    ]
     sizes = {n: (40.0 + 3 * (i % 7), 20.0) for i, n in enumerate(names)}
     made = layered(sizes, edges)
     for a, b in edges:

@@ -18,7 +18,14 @@ LONGEST = 34  # characters of a line
 NEAR = 2  # layers between an argument and the reader it stands above
 CHANGES = {"new": "+", "changed": "~"}
 SCALAR = "scalar"
-TAKES = ("last token", "at last token", "broadcast", "select", "slice", "index")  # views that are drawn
+TAKES = (
+    "last token",
+    "at last token",
+    "broadcast",
+    "select",
+    "slice",
+    "index",
+)  # views that are drawn
 
 
 @dataclass
@@ -36,7 +43,11 @@ class _Box:
     def lines(self) -> list[str]:
         node = self.last
         if node.kind in (*ARGUMENT_KINDS, "result"):
-            return [clipped(f"{node.operation} [{' '.join(node.dims)}]" if node.dims else node.operation)]
+            return [
+                clipped(
+                    f"{node.operation} [{' '.join(node.dims)}]" if node.dims else node.operation
+                )
+            ]
         said = [m.operation for m in self.members]
         if len(said) > MOST_LINES:
             said = [*said[: MOST_LINES - 2], f"… {len(said) - MOST_LINES + 1} more", said[-1]]
@@ -118,7 +129,9 @@ def _boxes(nodes: Sequence[NodeReport]) -> dict[str, _Box]:
         if node.kind == "view" and len(node.inputs) == 1 and node.operation not in TAKES:
             through[node.name] = node.inputs[0]
     shown = [n for n in nodes if n.name not in through]
-    reads = {n.name: [o for o in dict.fromkeys(map(origin, n.inputs)) if o in by_name] for n in shown}
+    reads = {
+        n.name: [o for o in dict.fromkeys(map(origin, n.inputs)) if o in by_name] for n in shown
+    }
     users: dict[str, list[str]] = {}
     for name, inputs in reads.items():
         for x in inputs:

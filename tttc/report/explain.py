@@ -23,10 +23,10 @@ from tttc.report.costs import stage_cost
 from tttc.report.graphs import stage_graph
 from tttc.report.kernels import default_target, kernels_of, save, scan_launches
 from tttc.report.leaves import leaf_names
+from tttc.report.model import sizes_of
 from tttc.report.orders import orders_of
 from tttc.report.records import GraphReport, ModelReport, ScanReport, StageReport
 from tttc.report.recurrence import recurrence_of
-from tttc.report.model import sizes_of
 from tttc.report.roofline import device_name, roofline_of, time_call
 from tttc.report.source import sources_of
 from tttc.report.stages import about

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 from markupsafe import Markup
@@ -57,8 +58,10 @@ def recurrence(scan: ScanReport, *, alone: bool = False) -> Markup:
         if n == 2:
             end = x + column
             parts.append(_arrow(end + 2, middle, end + gap - 2, middle, "critical"))
-        for above, below in zip(names, names[1:], strict=False):
-            parts.append(_arrow(x + column / 2, y[above] + high + 1, x + column / 2, y[below] - 1, ""))
+        for above, below in itertools.pairwise(names):
+            parts.append(
+                _arrow(x + column / 2, y[above] + high + 1, x + column / 2, y[below] - 1, "")
+            )
         parts.append(text(x - gap / 2, middle - 8, "state", "s c"))
     parts.append("</g>")
     width = left + 3 * (column + gap) + gap
@@ -80,7 +83,9 @@ def _arrow(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
     along = math.hypot(x2 - x1, y2 - y1) or 1.0
     dx, dy = (x2 - x1) / along, (y2 - y1) / along
     bx, by = x2 - 7 * dx, y2 - 7 * dy
-    points = f"{x2:.1f},{y2:.1f} {bx - 4 * dy:.1f},{by + 4 * dx:.1f} {bx + 4 * dy:.1f},{by - 4 * dx:.1f}"
+    points = (
+        f"{x2:.1f},{y2:.1f} {bx - 4 * dy:.1f},{by + 4 * dx:.1f} {bx + 4 * dy:.1f},{by - 4 * dx:.1f}"
+    )
     return (
         f'<path class="{f"flow {kind}".strip()}" d="M{x1:.1f} {y1:.1f}L{bx:.1f} {by:.1f}"/>'
         f'<polygon class="{f"head {kind}".strip()}" points="{points}"/>'
@@ -147,7 +152,9 @@ def roofline(roof: Roofline, name: str, *, alone: bool = False) -> Markup:
     if roof.measured:
         described += f" Measured: {count(roof.measured)}FLOP/s."
     title = f"Roofline of {name} on {roof.device}"
-    return figure("".join(parts), left + width + 10, top + height + 36, title, described, alone=alone)
+    return figure(
+        "".join(parts), left + width + 10, top + height + 36, title, described, alone=alone
+    )
 
 
 def errors(scan: ScanReport, *, alone: bool = False) -> Markup:
@@ -165,7 +172,9 @@ def errors(scan: ScanReport, *, alone: bool = False) -> Markup:
         value = max(found, 10.0**low) if math.isfinite(found) else 10.0**high
         length = (math.log10(value) - low) / (high - low) * width
         parts.append(text(left - 8, i * row + 15, name, "r"))
-        parts.append(f'<rect class="bar" x="{left}" y="{i * row + 4:.0f}" width="{length:.1f}" height="14"/>')
+        parts.append(
+            f'<rect class="bar" x="{left}" y="{i * row + 4:.0f}" width="{length:.1f}" height="14"/>'
+        )
         parts.append(text(left + length + 6, i * row + 15, shown_error(found), "s"))
     parts.append("</g>")
     described = "; ".join(f"{name} {shown_error(found)}" for name, found in stages)

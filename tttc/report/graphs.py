@@ -62,7 +62,9 @@ def operation_of(node: fx.Node) -> tuple[str, str, str]:
     spec = parse(spec_of(node)) if name in KNOWN else None
     if spec is None:
         return "other", name, " ".join(str(a) for a in node.args if isinstance(a, str))
-    detail = f"{', '.join(' '.join(o) or '1' for o in spec.operands)} → {' '.join(spec.result) or '1'}"
+    detail = (
+        f"{', '.join(' '.join(o) or '1' for o in spec.operands)} → {' '.join(spec.result) or '1'}"
+    )
     summed = " ".join(spec.summed)
     if name == "contraction":
         if len(spec.operands) == 1:

@@ -192,8 +192,18 @@ def _costs(scan: ScanReport) -> Iterator[tuple[str, str, float, Any]]:
     if before is not None and after is not None and compared is not None:
         yield "FLOPs before", expression(before.flops), compared.flops[0], count
         yield "FLOPs after", expression(after.flops), compared.flops[1], count
-        yield "bytes before", expression(before.op_by_op, scan.compute_size), compared.bytes[0], byte_count
-        yield "bytes after", expression(after.fused, scan.element_size), compared.bytes[1], byte_count
+        yield (
+            "bytes before",
+            expression(before.op_by_op, scan.compute_size),
+            compared.bytes[0],
+            byte_count,
+        )
+        yield (
+            "bytes after",
+            expression(after.fused, scan.element_size),
+            compared.bytes[1],
+            byte_count,
+        )
 
 
 def _contractions(stage: StageReport) -> int:

@@ -70,7 +70,9 @@ def layered(
     for row in rows:
         tops.append(y)
         y += max((sizes[n][1] for n in row if n in sizes), default=0.0) + LAYER_GAP
-    height = {i: max((sizes[n][1] for n in row if n in sizes), default=0.0) for i, row in enumerate(rows)}
+    height = {
+        i: max((sizes[n][1] for n in row if n in sizes), default=0.0) for i, row in enumerate(rows)
+    }
     left = min((x[n] - widths[n] / 2 for n in x), default=0.0)
     right = max((x[n] + widths[n] / 2 for n in x), default=0.0)
     centre = {n: (x[n] - left, tops[layer[n]] + height[layer[n]] / 2) for n in sizes}
@@ -105,7 +107,9 @@ def _order(rows: list[list[Hashable]], graph: nx.DiGraph) -> None:
             fixed = {n: k for k, n in enumerate(rows[i - 1 if down else i + 1])}
             mine = {n: k for k, n in enumerate(rows[i])}
 
-            def mean(n: Hashable, fixed: dict = fixed, mine: dict = mine, down: bool = down) -> float:
+            def mean(
+                n: Hashable, fixed: dict = fixed, mine: dict = mine, down: bool = down
+            ) -> float:
                 near = graph.predecessors(n) if down else graph.successors(n)
                 places = [fixed[m] for m in near if m in fixed]
                 return sum(places) / len(places) if places else float(mine[n])

@@ -34,7 +34,9 @@ def _pictures(ex: Explanation) -> dict[str, Callable[[], str]]:
             table[f"{prefix}errors"] = lambda s=scan: figures.errors(s, alone=True)  # type: ignore[misc]
         roof = scan.roofline
         if roof is not None:
-            table[f"{prefix}roofline"] = lambda r=roof, s=scan: figures.roofline(r, s.name, alone=True)  # type: ignore[misc]
+            table[f"{prefix}roofline"] = lambda r=roof, s=scan: figures.roofline(
+                r, s.name, alone=True
+            )  # type: ignore[misc]
     for name in ex.stages:
         table.setdefault(name, lambda n=name: drawing_of(n, model_graph(ex, n), alone=True))  # type: ignore[misc]
     return table

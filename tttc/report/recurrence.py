@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from torch import fx
 
 from tttc.ir import ops
-from tttc.ir.body import Body
 from tttc.ir.cost import flops, size_table
 from tttc.ir.program import Program
 from tttc.passes.prune_state import live_states

@@ -59,7 +59,9 @@ def time_call(call: Call) -> float:
     from torch.utils.benchmark import Timer
 
     with torch.no_grad():
-        timer = Timer("run(**arguments)", globals={"run": call.operator, "arguments": call.arguments})
+        timer = Timer(
+            "run(**arguments)", globals={"run": call.operator, "arguments": call.arguments}
+        )
         return timer.blocked_autorange(min_run_time=0.2).median
 
 

@@ -20,7 +20,7 @@ MOST = 8  # functions shown beside the step
 def sources_of(step: Callable[..., Any], captured: fx.GraphModule | None) -> list[SourceReport]:
     """The step's source, and that of the functions its operations were written in; what can't be read is left out."""
     found = [_of_function(step)]
-    seen = {x for x in found if x is not None for x in _lines(x)}
+    seen = {line for x in found if x is not None for line in _lines(x)}
     for node in captured.graph.nodes if captured is not None else ():
         file, _, line = (source_line(node) or "").rpartition(":")
         if file and (file, int(line)) not in seen:
