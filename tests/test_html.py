@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from pathlib import Path
 
 import jsonschema
@@ -13,9 +14,10 @@ import torch
 from torch import nn
 
 import tttc
+from tttc.report import figures
 from tttc.report.changes import compare
 from tttc.report.layout import layered
-from tttc.report.records import GraphReport, NodeReport
+from tttc.report.records import GraphReport, NodeReport, Roofline
 
 SCREENSHOTS = Path(__file__).parents[1] / "build" / "report"
 SCHEMA = Path(tttc.__file__).parent / "report" / "schema.json"
@@ -269,6 +271,18 @@ def test_pictures_are_svg_of_their_own(explained, tmp_path):
         assert (tmp_path / "p.svg").read_text(encoding="utf-8") == text
     with pytest.raises(KeyError, match=r"what: expected one of scan0\.capture"):
         explained.to_svg("dualise")
+
+
+def test_a_timed_scan_lies_under_the_roof():
+    roof = Roofline("H100 SXM", 1e15, "bf16", 4e12, 0.2, 50.0, 3e13)
+    assert roof.attainable(0.2) == 0.8e12 and roof.attainable(1000.0) == 1e15
+    drawn = str(figures.roofline(roof, "scan0"))
+    assert drawn.count("p-measured") == 1 and "measured: 30 TFLOP/s" in drawn
+    assert "p-measured" not in str(figures.roofline(replace(roof, measured=None), "scan0"))
+    found = tttc.explain(online, torch.randn(1, 2, 6, 4), backend="torch", target="", timed=True)
+    (scan,) = found.scans
+    assert scan.seconds > 0 and scan.timed_on == "cpu"
+    assert "on cpu" in found.to_html()
 
 
 class Layer(nn.Module):

@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from tttc.report.records import Roofline, ScanReport
 from tttc.report.svg import figure, text
-from tttc.report.text import count
+from tttc.report.text import count, several
 from tttc.report.text import error as shown_error
 
 PARTS = {
@@ -18,11 +18,6 @@ PARTS = {
     "recurrence": ("critical path", "one {unit} after another"),
     "outputs": ("outputs", "all {units} at once"),
 }
-
-
-def plural(unit: str) -> str:
-    """Several of what runs one after another."""
-    return "mini-batches" if unit == "mini-batch" else f"{unit}s"
 
 
 def recurrence(scan: ScanReport, *, alone: bool = False) -> Markup:
@@ -38,7 +33,9 @@ def recurrence(scan: ScanReport, *, alone: bool = False) -> Markup:
     for p in shown:
         what, when = PARTS[p.name]
         parts.append(text(0, y[p.name] + 14, what, "b"))
-        parts.append(text(0, y[p.name] + 29, when.format(unit=unit, units=plural(unit)), "s"))
+        parts.append(
+            text(0, y[p.name] + 29, when.format(unit=unit, units=several(2, unit)[2:]), "s")
+        )
         parts.append(text(0, y[p.name] + 43, f"{count(p.flops)} FLOPs", "s"))
     for n in range(3):
         x = left + n * (column + gap) + gap
@@ -49,8 +46,9 @@ def recurrence(scan: ScanReport, *, alone: bool = False) -> Markup:
                 f'<rect class="box {p.name}" x="{x:.0f}" y="{y[p.name]:.0f}" width="{column:.0f}" '
                 f'height="{high:.0f}" rx="4"/>'
             )
-            line = f"{p.contractions} contraction{'s' * (p.contractions != 1)}, {p.nodes - p.contractions} others"
-            chain = f"longest chain: {p.depth} operators"
+            others = p.nodes - p.contractions
+            line = f"{several(p.contractions, 'contraction')}, {several(others, 'other')}"
+            chain = f"longest chain: {several(p.depth, 'operator')}"
             parts.append(text(x + column / 2, y[p.name] + 20, line, "c"))
             parts.append(text(x + column / 2, y[p.name] + 35, chain, "s c"))
         middle = y["recurrence"] + high / 2

@@ -15,7 +15,7 @@ from tttc.report.drawing import draw
 from tttc.report.model import model_graph
 from tttc.report.records import GraphReport, RecurrenceReport, ScanReport, SourceReport, StageReport
 from tttc.report.render import options_of, shortened
-from tttc.report.text import byte_count, count, error, seconds
+from tttc.report.text import byte_count, count, error, seconds, several
 
 if TYPE_CHECKING:
     from tttc.codegen.kernel import Kernel
@@ -46,6 +46,7 @@ def page(ex: Explanation) -> str:
         figures=figures,
         shortened=shortened,
         python=_python,
+        several=several,
         kernel=_kernel,
         drawn=_drawn,
         opened=_opened,
@@ -145,8 +146,8 @@ def drawing_of(name: str, graph: GraphReport, *, alone: bool = False) -> Markup:
     kinds: dict[str, int] = {}
     for node in graph.operators:
         kinds[node.kind] = kinds.get(node.kind, 0) + 1
-    said = ", ".join(f"{n} {kind}{'s' * (n != 1)}" for kind, n in kinds.items())
-    described = f"{len(graph.operators)} operators: {said}. {_difference(graph)}".strip()
+    said = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
+    described = f"{several(len(graph.operators), 'operator')}: {said}. {_difference(graph)}".strip()
     return draw(graph, f"Graph of {name}", described, alone=alone)
 
 
@@ -226,9 +227,9 @@ def _recurrence_words(found: RecurrenceReport) -> str:
     critical = found.part("recurrence")
     beside = sum(p.nodes for p in found.parts) - critical.nodes
     return (
-        f"From one {found.unit} to the next go {', '.join(found.states) or 'no states'}. {critical.nodes} operators are on "
-        f"the way from one state to the next, {100 * found.share:.0f} % of the FLOPs; the longest chain has "
-        f"{critical.depth} of them, {critical.products} contractions. {beside} operators run beside it."
+        f"From one {found.unit} to the next: {', '.join(found.states) or 'no states'}. On the way from one state to the "
+        f"next lie {several(critical.nodes, 'operator')}, {100 * found.share:.0f} % of the FLOPs; the longest chain has "
+        f"{critical.depth}, with {several(critical.products, 'contraction')}. Beside it: {several(beside, 'operator')}."
     )
 
 
