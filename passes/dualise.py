@@ -330,7 +330,6 @@ class _Dualiser:
             tuple(sizes.items()),
             tuple(path),
             int(info.opt_cost),
-            int(info.largest_intermediate),
             int(info.naive_cost),
         )
 

@@ -12,8 +12,10 @@ import jsonschema
 import pytest
 import torch
 from torch import nn
+from tttc.codegen.schedule import Schedule
 
 import tttc
+from tttc.ir.order import Order, best_path
 from tttc.report import figures
 from tttc.report.changes import compare
 from tttc.report.layout import layered
@@ -312,6 +314,34 @@ def test_equal_layers_are_shown_once():
     few, many = size(2), size(24)
     assert many < 5_000_000
     assert many < few + 22 * 1000
+
+
+# -- orders, schedules ------------------------------------------------------------------------------------
+
+
+def test_rejected_orders_and_what_they_would_make():
+    # z_tj = sum_su m_ts q_tu k_su g_sj: the dual order, and the primal one that makes k_su g_sj first.
+    operands = (("m", ("t", "s")), ("q", ("t", "u")), ("k", ("s", "u")), ("g", ("s", "j")))
+    sizes = {"t": 16, "s": 16, "u": 32, "j": 32}
+    labels = [o[1] for o in operands]
+    path, info = best_path(labels, ("t", "j"), sizes)
+    order = Order(operands, ("t", "j"), tuple(sizes.items()), tuple(path), int(info.opt_cost), 0)
+    assert order.written() == "g · (m · (q · k))"
+    assert order.operations == 2 * 16 * 16 * 32 + 16 * 16 + 2 * 16 * 16 * 32
+    assert order.largest() == (16 * 32, ("j", "t"))
+    rejected = {order.written(p): (n, order.largest(p)) for p, n in order.alternatives()}
+    assert len(rejected) == 5 and min(n for n, _ in rejected.values()) >= order.operations
+    primal = 16 * 32 * 32 + 16 * 16 * 32 + 2 * 16 * 16 * 32 * 32
+    assert rejected["(k · g) · (m · q)"] == (primal, (16 * 32 * 32, ("s", "u", "j")))
+
+
+def test_a_schedule_has_a_reason_for_what_it_chose(explained):
+    for kernel in explained.kernels:
+        schedule = kernel.config["schedule"]
+        chosen = {k for k, v in schedule.choices().items() if v != getattr(Schedule(), k)}
+        reasons = dict(schedule.reasons)
+        assert chosen <= set(reasons) <= set(schedule.choices())
+        assert replace(schedule, reasons=()) == schedule and "reasons" not in repr(schedule)
 
 
 # -- how graphs are compared and laid out ---------------------------------------------------------------

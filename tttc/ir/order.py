@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +27,6 @@ class Order:
         sizes: of each label.
         path: which two operands are multiplied in each step; the product goes to the end (``opt_einsum``).
         operations: what that takes.
-        largest: elements of the largest product on the way.
         at_once: operations of the product as one sum over all labels.
     """
 
@@ -35,14 +35,25 @@ class Order:
     sizes: tuple[tuple[str, int], ...]
     path: Path
     operations: int
-    largest: int
     at_once: int
 
-    def alternatives(self) -> list[tuple[Path, int, int]]:
-        """The best order for each other first step: path, operations, largest product; cheapest first."""
+    def largest(self, path: Path | None = None) -> tuple[int, Dims]:
+        """Elements and labels of the largest product on the way, the result included."""
         table = dict(self.sizes)
         labels = [o[1] for o in self.operands]
-        found: list[tuple[Path, int, int]] = []
+        made = []
+        for step in self.path if path is None else path:
+            taken = [labels.pop(i) for i in sorted(step, reverse=True)][::-1]
+            needed = {x for o in labels for x in o} | set(self.result)
+            labels.append(tuple(dict.fromkeys(x for o in taken for x in o if x in needed)))
+            made.append((math.prod(table[x] for x in labels[-1]), labels[-1]))
+        return max(made, key=lambda x: x[0], default=(0, ()))
+
+    def alternatives(self) -> list[tuple[Path, int]]:
+        """The best order for each other first step, and the operations it takes; cheapest first."""
+        table = dict(self.sizes)
+        labels = [o[1] for o in self.operands]
+        found: list[tuple[Path, int]] = []
         for first in itertools.combinations(range(len(labels)), 2):
             if not self.path or set(first) == set(self.path[0]):
                 continue
@@ -53,8 +64,8 @@ class Order:
             later = best_path(remaining, self.result, table)[0] if rest else []
             path = (first, *(tuple(p) for p in later if len(p) == 2))
             info = best_path(labels, self.result, table, path)[1]
-            found.append((path, int(info.opt_cost), int(info.largest_intermediate)))
-        return sorted(found, key=lambda x: x[1:])
+            found.append((path, int(info.opt_cost)))
+        return sorted(found, key=lambda x: (x[1], self.largest(x[0])[0]))
 
     def written(self, path: Path | None = None) -> str:
         """The order with parentheses: ``((q · k) · g)``."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from tttc.ir.order import Order
+from tttc.ir.order import Order, Path
 from tttc.report.records import OrderChoice, OrderReport
 
 REJECTED = 12  # orders kept of those rejected: the cheapest
@@ -45,11 +45,15 @@ def _letters(order: Order) -> dict[str, str]:
 
 def _report(order: Order) -> OrderReport:
     operands = [f"{name or 'mask'}[{' '.join(labels)}]" for name, labels in order.operands]
-    rejected = [OrderChoice(order.written(p), n, size) for p, n, size in order.alternatives()]
     return OrderReport(
         operands,
         f"[{' '.join(order.result)}]",
-        OrderChoice(order.written(), order.operations, order.largest),
+        _choice(order, order.path, order.operations),
         order.at_once,
-        rejected[:REJECTED],
+        [_choice(order, path, n) for path, n in order.alternatives()[:REJECTED]],
     )
+
+
+def _choice(order: Order, path: Path, operations: int) -> OrderChoice:
+    elements, labels = order.largest(path)
+    return OrderChoice(order.written(path), operations, elements, f"[{' '.join(labels)}]")

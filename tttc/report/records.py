@@ -79,11 +79,12 @@ class SourceReport:
 
 @dataclass
 class OrderChoice:
-    """One order of evaluating a product: with parentheses, operations, elements of its largest product."""
+    """One order of evaluating a product: with parentheses, operations, its largest product in elements and labels."""
 
     written: str
     operations: int
     largest: int
+    largest_labels: str
 
 
 @dataclass
