@@ -213,7 +213,7 @@ def sweep(
 def described(schedule: Schedule) -> str:
     """What differs from the default."""
     plain = Schedule()
-    return " ".join(f"{k}={v}" for k, v in schedule.__dict__.items() if v != getattr(plain, k))
+    return " ".join(f"{k}={v}" for k, v in schedule.choices().items() if v != getattr(plain, k))
 
 
 def _compile(job: tuple[str, str, int, str, int]) -> list[dict[str, Any]]:

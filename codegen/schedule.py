@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Schedule:
             measuring what exactness costs).
         group: mini-batches a program of a parallel kernel handles.
         maxnreg: registers a thread may take, None for the compiler's choice.
+        reasons: pairs of a choice and why it was made, in words; no part of what is equal to what.
     """
 
     feature_major: bool = False
@@ -43,3 +45,8 @@ class Schedule:
     nan: str = "product"
     group: int = 1
     maxnreg: int | None = None
+    reasons: tuple[tuple[str, str], ...] = field(default=(), compare=False, repr=False)
+
+    def choices(self) -> dict[str, Any]:
+        """The choices by name, without the reasons for them."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "reasons"}

@@ -20,12 +20,10 @@ change of contraction order (section 2.5 and appendix A of arXiv 2407.04620, for
 
 from __future__ import annotations
 
-import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import opt_einsum
 from torch import fx
 from tttc.passes.terms import Expander, Term, collect, linear_kind
 
@@ -34,6 +32,7 @@ from tttc.ir.body import EARLIER, TOKEN, Body, operands_of, spec_of
 from tttc.ir.build import Builder, dims_of
 from tttc.ir.cost import element_count
 from tttc.ir.errors import NotLowerable
+from tttc.ir.order import Order, best_path
 from tttc.ir.spec import Dims, Relation, parse
 
 
@@ -68,7 +67,7 @@ class _Dualiser:
         self.builder = Builder(self.graph)
         self.env: dict[fx.Node, Any] = {}
         self.memo: dict[Any, fx.Node] = {}
-        self.notes = list(body.notes)
+        self.orders = list(body.orders)
         self._sums: dict[fx.Node, bool] = {}
         self.heavy = self._heavy()
         self.opened = self._opened()
@@ -181,7 +180,7 @@ class _Dualiser:
             elif node.op == "call_function" and node in needed:
                 self.env[node] = self.root(node) if node in self.opened else self.copied(node)
         self.graph.output(tuple(self.env[x] for x in self.body.results))
-        return self.body.with_graph(self.graph, notes=self.notes)
+        return self.body.with_graph(self.graph, orders=self.orders)
 
     def _needed(self) -> set[fx.Node]:
         """Nodes that are made: results, and what those are made of once opened nodes are looked through."""
@@ -247,7 +246,8 @@ class _Dualiser:
         if not operands:
             return term.coefficient, None
         path, chosen = self._order(operands, result)
-        self._note(term, chosen, result)
+        if len(operands) > 2:
+            self.orders.append(chosen)
         for count, step in enumerate(path):
             pair = [operands.pop(i) for i in sorted(step, reverse=True)][::-1]
             rest = {x for o in operands for x in o.labels} | set(result)
@@ -319,26 +319,19 @@ class _Dualiser:
 
     def _order(
         self, operands: Sequence[_Operand], result: Dims
-    ) -> tuple[list[tuple[int, ...]], Any]:
+    ) -> tuple[list[tuple[int, ...]], Order]:
         """The order of pairwise products that takes the fewest operations."""
-        labels = list(dict.fromkeys(x for o in operands for x in o.labels))
-        letter = dict(zip(labels, string.ascii_letters, strict=False))
-        inputs = ",".join("".join(letter[x] for x in o.labels) for o in operands)
-        output = "".join(letter[x] for x in result if x in letter)
-        shapes = [tuple(self._size(x, operands) for x in o.labels) for o in operands]
-        method = "optimal" if len(operands) <= 6 else "dp"
-        path, info = opt_einsum.contract_path(
-            f"{inputs}->{output}", *shapes, shapes=True, optimize=method
+        labels = dict.fromkeys(x for o in operands for x in o.labels)
+        sizes = {x: self._size(x, operands) for x in labels}
+        path, info = best_path([o.labels for o in operands], result, sizes)
+        return path, Order(
+            tuple((o.node.name if o.node is not None else "", tuple(o.labels)) for o in operands),
+            tuple(result),
+            tuple(sizes.items()),
+            tuple(path),
+            int(info.opt_cost),
+            int(info.naive_cost),
         )
-        return list(path), info
-
-    def _note(self, term: Term, info: Any, result: Dims) -> None:
-        if len(term.factors) > 2:
-            self.notes.append(
-                f"{' '.join(f.name + '[' + ' '.join(labels) + ']' for f, labels in term.factors)} -> "
-                f"[{' '.join(result)}]: {int(info.opt_cost)} operations in the order chosen, "
-                f"{int(info.naive_cost)} at once"
-            )
 
     def multiply(self, pair: Sequence[_Operand], rest: set[str], result: Dims | None) -> _Operand:
         """A pairwise product, summed over the labels nobody needs any more."""

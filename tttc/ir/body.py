@@ -12,6 +12,7 @@ from torch import fx
 
 from tttc.ir.errors import CheckError
 from tttc.ir.ops import OPERATORS
+from tttc.ir.order import Order
 from tttc.ir.spec import parse, parse_relation
 
 TOKEN = "t"  # the dimension of the tokens of a mini-batch
@@ -37,7 +38,7 @@ class Body:
     output_shapes: list[tuple[int, ...]]
     constants: list[torch.Tensor] = field(default_factory=list)
     batched: bool = False  # whether it handles a mini-batch (dimension t) or one token
-    notes: list[str] = field(default_factory=list)
+    orders: list[Order] = field(default_factory=list)  # of products, as they were chosen
 
     @classmethod
     def make(cls, graph: fx.Graph, sizes: dict[str, int], **rest) -> Body:
@@ -59,7 +60,7 @@ class Body:
             leaf_shapes=self.leaf_shapes,
             output_shapes=changes.pop("output_shapes", self.output_shapes),
             constants=self.constants,
-            notes=list(self.notes),
+            orders=list(self.orders),
             batched=changes.pop("batched", self.batched),
         )
         return replace(made, **changes) if changes else made

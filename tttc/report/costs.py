@@ -74,3 +74,8 @@ def kinds(gm: fx.GraphModule) -> dict[str, int]:
             kind = "contraction" if kind == "masked_contraction" else kind
             found[kind] = found.get(kind, 0) + 1
     return found
+
+
+def expression(cost: sympy.Expr, times: int = 1) -> str:
+    """A cost as people write it: ``2·b^2·i + 4·b``."""
+    return str(sympy.expand(times * cost)).replace("**", "^").replace("*", "·")

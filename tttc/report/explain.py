@@ -2,95 +2,37 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import json
+import os
+import platform
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import sympy
 import torch
 from torch import fx
 
 from tttc import _recorder
-from tttc._scan_op import scan_info
+from tttc._scan_op import interned, scan_info
 from tttc.compiler import CompiledModule, compile
 from tttc.ir.body import Body
 from tttc.report import scans as running
-from tttc.report.costs import StageCost, stage_cost
+from tttc.report.changes import compare
+from tttc.report.costs import stage_cost
+from tttc.report.graphs import stage_graph
 from tttc.report.kernels import default_target, kernels_of, save, scan_launches
+from tttc.report.leaves import leaf_names
+from tttc.report.model import sizes_of
+from tttc.report.orders import orders_of
+from tttc.report.records import GraphReport, ModelReport, ScanReport, StageReport
+from tttc.report.recurrence import recurrence_of
+from tttc.report.roofline import device_name, roofline_of, time_call
+from tttc.report.source import sources_of
+from tttc.report.stages import about
 
 if TYPE_CHECKING:
     from tttc.codegen.kernel import Kernel
-
-
-@dataclass
-class StageReport:
-    """One stage of a scan: its cost per mini-batch and head, its error there against the naive loop."""
-
-    name: str
-    nodes: int
-    cost: StageCost | None  # None for the captured step, which is no graph of the IR
-    error: float | None
-
-
-@dataclass
-class ScanReport:
-    """One distinct scan of a model: a step, feature shapes and a mini-batch size.
-
-    ``form`` is "dual" (a mini-batch at a time), "sequential" (token by token, fused) or "eager" (the naive
-    loop), and ``reason`` says why it is not dual. ``orders`` are the products whose order of evaluation was
-    chosen, with the cost of evaluating them at once. ``errors`` are those of outputs and states of the compiled
-    scan against the naive loop in float64 over the first ``checked`` tokens of the input, relative to the
-    largest value.
-    """
-
-    name: str
-    key: str  # that of the step in graphs
-    step: str
-    where: str | None
-    mini_batch_size: int
-    layers: list[str]
-    sites: list[str]
-    form: str
-    reason: str | None = None
-    stages: list[StageReport] = field(default_factory=list)
-    orders: list[str] = field(default_factory=list)
-    errors: dict[str, float] = field(default_factory=dict)
-    checked: int = 0
-    batch: int = 0
-    heads: int = 0
-    tokens: int = 0
-    element_size: int = 4  # bytes of an element of a token, and of what the step computes in
-    compute_size: int = 4
-    kernels: list[Kernel] = field(default_factory=list)
-
-    @property
-    def before(self) -> StageCost | None:
-        """The cost of the step as the user wrote it, over a mini-batch."""
-        return self._cost("simplify_step", "normalise")
-
-    @property
-    def after(self) -> StageCost | None:
-        """The cost of what runs in its place."""
-        return self._cost("simplify", "simplify_step", "normalise")
-
-    def _cost(self, *names: str) -> StageCost | None:
-        by_name = {s.name: s.cost for s in self.stages}
-        return next((by_name[n] for n in names if n in by_name), None)
-
-    def total(self, cost: StageCost, what: str) -> float:
-        """A field of a cost over the whole input: all sequences, heads and mini-batches."""
-        return self.batch * self.heads * self.tokens / self.mini_batch_size * cost.number(what)
-
-
-@dataclass
-class ModelReport:
-    """One captured graph of the model: nodes of each of its stages, bytes its memory-bound operations move."""
-
-    name: str
-    nodes: dict[str, int]
-    regions: int = 0
-    bytes_before: float | None = None
-    bytes_after: float | None = None
 
 
 class Explanation:
@@ -104,6 +46,8 @@ class Explanation:
         scans: one :class:`ScanReport` for each distinct scan.
         models: one :class:`ModelReport` for each captured graph.
         layers: ``{name of a layer: name of its scan}``; equal layers share one. The model itself is ``""``.
+        name: what the model is called: its class, or the function's name.
+        versions: of tttc, torch, triton and Python.
         kernels: the emitted kernels, each with ``name``, ``source``, ``path``, ``config``, ``resources``, ``cost``.
     """
 
@@ -113,6 +57,9 @@ class Explanation:
         self.models: list[ModelReport] = []
         self.layers: dict[str, str] = {}
         self.kernels: list[Kernel] = []
+        self.name = ""
+        self.versions = versions()
+        self._parameters: dict[int, str] = {}  # names by data pointer
         self._inputs: dict[str, tuple[Any, ...]] = {}
 
     def example_inputs(self, stage: str) -> tuple[Any, ...]:
@@ -130,6 +77,56 @@ class Explanation:
         if stage not in self._inputs:
             raise ValueError(f"stage: {stage} was never called with the input given")
         return self._inputs[stage]
+
+    def to_html(self, path: str | os.PathLike[str] | None = None) -> str:
+        """The report as one HTML file that loads nothing and runs nothing, also written to ``path`` if given.
+
+        For each distinct scan: the step as written, each stage drawn, what its pass changed, contraction orders,
+        the recurrence, kernels and why they are scheduled so, errors, a roofline. Equal layers are shown once.
+        """
+        from tttc.report.html import page
+
+        return _written(page(self), path)
+
+    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
+        """All of the report as JSON, also written to ``path`` if given.
+
+        Its schema is ``tttc/report/schema.json`` (JSON Schema 2020-12), which says what each field means.
+        """
+        return _written(json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n", path)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What :meth:`to_json` writes: dictionaries, lists, strings, numbers and None."""
+        from tttc.report.document import document
+
+        return document(self)
+
+    def to_svg(self, what: str, path: str | os.PathLike[str] | None = None) -> str:
+        """A picture for a paper as SVG with its own (light) colours, also written to ``path`` if given.
+
+        Args:
+            what: a stage, by its name in :attr:`stages`; or ``"recurrence"``, ``"errors"``, ``"roofline"``, after
+                the scan's name where there are several (``"scan1.recurrence"``).
+            path: where to write it.
+
+        Raises:
+            KeyError: there is no such picture.
+
+        Example:
+            >>> import torch, tttc
+            >>> layer = tttc.nn.TTTLinear(16, num_heads=2, mini_batch_size=4)
+            >>> ex = tttc.explain(layer, torch.randn(1, 8, 16), backend="torch", target="")
+            >>> ex.to_svg("dualise")[:4]
+            '<svg'
+        """
+        from tttc.report.pictures import picture
+
+        return _written(picture(self, what), path)
+
+    def _repr_html_(self) -> str:
+        from tttc.report.html import frame
+
+        return frame(self)
 
     def __str__(self) -> str:
         from tttc.report.render import explanation
@@ -151,6 +148,24 @@ class Explanation:
         )
 
 
+def _written(text: str, path: str | os.PathLike[str] | None) -> str:
+    if path is not None:
+        Path(path).write_text(text, encoding="utf-8")
+    return text
+
+
+def versions() -> dict[str, str]:
+    """Of what a report depends on."""
+    import triton
+
+    return {
+        "tttc": importlib.metadata.version("tttc"),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "python": platform.python_version(),
+    }
+
+
 def explain(
     model: Callable[..., Any],
     *args: Any,
@@ -158,6 +173,7 @@ def explain(
     mini_batch_size: int | None = None,
     check_tokens: int | None = 256,
     target: str | None = None,
+    timed: bool | None = None,
     **kwargs: Any,
 ) -> Explanation:
     """Compile a model for an input, run it once, and say what the compiler did.
@@ -171,6 +187,7 @@ def explain(
             takes milliseconds a token; None for all, 0 for none.
         target: the GPU for which the kernels' registers, spills and shared memory are given, ``"sm_90"`` or
             ``"gfx942"``, say; it need not be there. None for the GPU at hand, else sm_90; "" for no figures.
+        timed: whether each distinct scan is timed on the model's input; None: where that is on a GPU.
 
     Returns:
         An :class:`Explanation`; ``print`` it.
@@ -194,13 +211,25 @@ def explain(
         compiled = compile(model, backend=backend or "auto", mini_batch_size=mini_batch_size)
         compiled(*args, **kwargs)
     explanation = Explanation()
+    explanation.name = _name_of(model)
+    if isinstance(model, torch.nn.Module):
+        held = [*model.named_parameters(), *model.named_buffers()]
+        explanation._parameters = {x.data_ptr(): name for name, x in held if x.numel()}
     calls: dict[tuple[str, int], running.Call] = {}
     _add_models(explanation, recording, calls)
+    target = default_target() if target is None else target
     _add_scans(explanation, recording, calls, check_tokens)
-    _add_kernels(explanation, recording, calls, default_target() if target is None else target)
+    _add_kernels(explanation, recording, calls, target)
+    _add_times(explanation, calls, target, timed)
     explanation.kernels += {k.path: k for k in recording.kernels}.values()
     save(explanation.kernels)
     return explanation
+
+
+def _name_of(model: Any) -> str:
+    if isinstance(model, torch.nn.Module):
+        return type(model).__name__
+    return getattr(model, "__qualname__", type(model).__name__)
 
 
 # -- graphs of the model ----------------------------------------------------------------------------------
@@ -224,30 +253,12 @@ def _add_models(
             explanation._inputs[name] = stage.inputs
         fusion = stage.module.meta.get("fusion")
         if fusion is not None and stage.inputs is not None:
-            sizes = _sizes(stage.module, stage.inputs)
+            sizes = sizes_of(stage.module, stage.inputs)
             report.regions = fusion.regions
             report.bytes_before = float(fusion.bytes_before.subs(sizes))
             report.bytes_after = float(fusion.bytes_after.subs(sizes))
         if stage.name == "aten" and stage.inputs is not None:
             calls.update(running.collect_calls(stage.module, stage.inputs))
-
-
-def _sizes(gm: fx.GraphModule, inputs: tuple[Any, ...]) -> dict[sympy.Expr, int]:
-    """The values of the size symbols of a graph on these inputs."""
-    table: dict[sympy.Expr, int] = {}
-
-    def take(symbolic: Any, number: Any) -> None:
-        if isinstance(symbolic, torch.SymInt) and isinstance(symbolic.node.expr, sympy.Symbol):
-            table[symbolic.node.expr] = int(number)
-
-    placeholders = (n for n in gm.graph.nodes if n.op == "placeholder")
-    for node, value in zip(placeholders, inputs, strict=True):
-        like = node.meta.get("val")
-        take(like, value)
-        if isinstance(like, torch.Tensor):
-            for symbolic, number in zip(like.shape, value.shape, strict=True):
-                take(symbolic, number)
-    return table
 
 
 # -- scans ----------------------------------------------------------------------------------------------
@@ -294,8 +305,15 @@ def _scan_report(name: str, sites: list[_recorder.Site], call: running.Call | No
         report.batch, report.heads, report.tokens = call.tokens[0].shape[:3]
         report.element_size = call.tokens[0].element_size()
         report.compute_size = scan_info(call.anchor, call.tokens, call.shared).compute.itemsize
-    if program is not None and program.full is not None:
-        report.orders = list(dict.fromkeys(program.full.notes))
+    if captured:
+        entry = interned(first.key)
+        step = program.stages.get("capture") if program is not None else None
+        report.sources = sources_of(entry.step, step if isinstance(step, fx.GraphModule) else None)
+    if program is not None:
+        names = leaf_names(interned(first.key))
+        report.recurrence = recurrence_of(program, names)
+        if program.full is not None:
+            report.orders = orders_of(program.full.orders, names)
     return report
 
 
@@ -310,7 +328,13 @@ def _add_stages(
         return
     groups = running.one_head(call) if call is not None and not call.empty else None
     expected = None if groups is None or call is None else running.naive_mini_batch(call, groups)
+    names = leaf_names(interned(report.key))
+    graphs: dict[str, GraphReport] = {}
     for name, stage in site.program.stages.items():
+        title, text, before = about(name, list(graphs))
+        graphs[name] = stage_graph(stage, names)
+        if before is not None and isinstance(site.program.stages[before], Body):
+            graphs[name] = compare(graphs[before], graphs[name], before)
         is_body = isinstance(stage, Body)
         gm = stage.gm if isinstance(stage, Body) else stage
         explanation.stages[prefix + name] = gm
@@ -324,6 +348,9 @@ def _add_stages(
                 sum(n.op.startswith("call_") for n in gm.graph.nodes),
                 stage_cost(stage, report.mini_batch_size) if is_body else None,  # type: ignore[arg-type]
                 error,
+                graphs[name],
+                title,
+                text,
             )
         )
 
@@ -343,6 +370,21 @@ def _add_kernels(
         made = kernels_of(scan_launches(program, call), target)
         reports[key].kernels = made
         explanation.kernels += made
+
+
+def _add_times(
+    explanation: Explanation,
+    calls: Mapping[tuple[str, int], running.Call],
+    target: str,
+    timed: bool | None,
+) -> None:
+    for report in explanation.scans:
+        call = calls.get((report.key, report.mini_batch_size))
+        if call is not None and call.lowered and not call.empty:
+            device = call.tokens[0].device
+            if device.type == "cuda" if timed is None else timed:
+                report.seconds, report.timed_on = time_call(call), device_name(device)
+        report.roofline = roofline_of(report, target)
 
 
 def _check(report: ScanReport, call: running.Call, tokens: int | None) -> None:

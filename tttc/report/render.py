@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
-from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group
@@ -13,31 +11,21 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from tttc.report.costs import kinds
+from tttc.report.costs import expression, kinds
 from tttc.report.text import byte_count, count, error, seconds
 
 if TYPE_CHECKING:
     from tttc.codegen.kernel import Kernel
     from tttc.report.benchmark import BenchmarkResult
-    from tttc.report.explain import Explanation, ModelReport, ScanReport
+    from tttc.report.explain import Explanation
+    from tttc.report.records import ModelReport, ScanReport
 
 FORMS = {
     "dual": "dual form: a mini-batch at a time",
     "sequential": "sequential: token by token, fused",
     "eager": "eager: the naive loop",
 }
-STAGES = {
-    "capture": "the step in ATen",
-    "normalise": "named dimensions",
-    "simplify_step": "one token, simplified",
-    "batch": "primal mini-batch",
-    "at_anchor": "from its anchor",
-    "dualise": "dual form",
-    "simplify": "simplified, runs",
-    "continued": "from its middle",
-}
 ORDERS_SHOWN = 6
-ORDER = re.compile(r"(.*) -> (\[.*\]): (\d+) operations in the order chosen, (\d+) at once")
 
 
 def explanation(ex: Explanation) -> Iterator[Any]:
@@ -111,14 +99,11 @@ def _scan(ex: Explanation, scan: ScanReport) -> Iterator[Any]:
 
 
 def _orders(scan: ScanReport) -> Padding:
-    table = _table("product", "result", "chosen", "at once", left=2)
-    for note in scan.orders[:ORDERS_SHOWN]:
-        found = ORDER.fullmatch(note)
-        if found is None:
-            table.add_row(escape(note))
-            continue
-        product, result, chosen, at_once = found.groups()
-        table.add_row(escape(product), escape(result), count(int(chosen)), count(int(at_once)))
+    table = _table("product", "result", "chosen", "next best", "at once", left=2)
+    for order in scan.orders[:ORDERS_SHOWN]:
+        following = count(order.rejected[0].operations) if order.rejected else ""
+        cells = count(order.chosen.operations), following, count(order.at_once)
+        table.add_row(escape(order.chosen.written), escape(order.result), *cells)
     if len(scan.orders) > ORDERS_SHOWN:
         table.add_row(
             f"and {len(scan.orders) - ORDERS_SHOWN} more in .scans[{scan.name[4:]}].orders"
@@ -149,32 +134,31 @@ def _stages(ex: Explanation, scan: ScanReport) -> Padding:
                 byte_count(scan.compute_size * s.cost.number("op_by_op")),
                 byte_count(scan.compute_size * s.cost.number("largest")),
             )
-        table.add_row(name, STAGES.get(s.name, ""), str(s.nodes), *costs, error(s.error))
+        table.add_row(name, s.title, str(s.nodes), *costs, error(s.error))
     return Padding(table, (0, 0, 0, 4))
 
 
 def _costs(scan: ScanReport) -> Iterator[Any]:
-    before, after = scan.before, scan.after
-    if before is None or after is None:
+    before, after, compared = scan.before, scan.after, scan.compared
+    if before is None or after is None or compared is None:
         return
     yield Text("  Before (the naive step, op by op) and after (in one kernel):", style="dim")
     table = _table("", "", "a mini-batch and head", "the whole input", left=2)
-    inside, outside = scan.compute_size, scan.element_size
-    for label, cost, what, show in (
-        ("FLOPs before", before, "flops", count),
-        ("FLOPs after", after, "flops", count),
-        ("bytes before", before, "op_by_op", lambda x: byte_count(inside * x)),
-        ("bytes after", after, "fused", lambda x: byte_count(outside * x)),
+    whole = scan.batch * scan.heads * scan.tokens / scan.mini_batch_size
+    for label, formula, number, show in (
+        ("FLOPs before", before.flops, compared.flops[0], count),
+        ("FLOPs after", after.flops, compared.flops[1], count),
+        ("bytes before", before.op_by_op, compared.bytes[0], byte_count),
+        ("bytes after", after.fused, compared.bytes[1], byte_count),
     ):
-        numbers = show(cost.number(what)), show(scan.total(cost, what)) if scan.tokens else ""
-        table.add_row(label, _expression(getattr(cost, what)), *numbers)
+        table.add_row(
+            label, expression(formula), show(number), show(whole * number) if whole else ""
+        )
+    intensity = " → ".join(f"{x:.3g}" for x in compared.intensity)
+    table.add_row("FLOPs a byte", "", intensity, "")
     names = ", ".join(f"{k} = {v}" for k, v in sorted(after.sizes.items(), key=str))
     table.add_row("", f"where {names}", "", "")
     yield Padding(table, (0, 0, 0, 4))
-
-
-def _expression(expression: Any) -> str:
-    return str(expression).replace("**", "^").replace("*", "·")
 
 
 def kernels(items: list[Kernel]) -> Padding:
@@ -182,7 +166,7 @@ def kernels(items: list[Kernel]) -> Padding:
     table = _table("kernel", "options", "registers", "spilled", "shared", left=2)
     for k in items:
         resources = k.resources or {}
-        options = " ".join(f"{n}={v}" for n, v in _options(k) if v is not None)
+        options = " ".join(f"{n}={v}" for n, v in options_of(k).items() if v is not None)
         table.add_row(
             escape(k.name),
             escape(options),
@@ -194,11 +178,12 @@ def kernels(items: list[Kernel]) -> Padding:
     return Padding(Group(table, Text(sources, style="dim", overflow="fold")), (0, 0, 0, 2))
 
 
-def _options(kernel: Kernel) -> list[tuple[str, Any]]:
+def options_of(kernel: Kernel) -> dict[str, Any]:
+    """The choices of a kernel's schedule, or its launch options."""
     schedule = kernel.config.get("schedule")
     if schedule is not None:
-        return [(f.name, getattr(schedule, f.name)) for f in fields(schedule)]
-    return [(n, v) for n, v in kernel.config.items() if isinstance(v, (bool, int, str))]
+        return schedule.choices()
+    return {n: v for n, v in kernel.config.items() if isinstance(v, (bool, int, str))}
 
 
 def _bytes(x: float | None) -> str:

@@ -30,6 +30,11 @@ def count(x: float) -> str:
     raise AssertionError
 
 
+def several(n: int, what: str) -> str:
+    """A number of things: ``several(1, "operator")`` is ``1 operator``; of two and more there are ``operators``."""
+    return f"{n} {what}{'' if n == 1 else 'es' if what.endswith(('ch', 's')) else 's'}"
+
+
 def byte_count(x: float) -> str:
     """A number of bytes with a binary prefix: ``96.0 KiB``."""
     for prefix in ("B", "KiB", "MiB", "GiB"):
