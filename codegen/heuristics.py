@@ -6,19 +6,27 @@ reason for it (:attr:`Schedule.reasons`), which ``tttc.explain`` shows.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
 from tttc.codegen.loop import Loop, used
 from tttc.codegen.schedule import Schedule
 
+from tttc.ir import ops
+from tttc.ir.body import EARLIER, TOKEN
 from tttc.ir.build import dims_of
 from tttc.ir.cost import element_count
+
+Reasons = tuple[tuple[str, str], ...]
 
 THREADS = 32  # of a warp
 STATE_REGISTERS = (
     80  # of a thread, at most, where warps can be added: tiles and operands need the others
 )
+GROUP = 8  # mini-batches a program of a parallel kernel handles
+MANY_PRODUCTS = 12  # of a turn of a loop: more need the registers of more warps
+LEAST_MINI_BATCHES = 8  # from which stages pay
 MOST_WARPS = 8  # with 16, matrix products of 64 rows are made more than once
 
 
@@ -45,8 +53,12 @@ def tile_rows(loop: Loop) -> int:
     """Tokens that one turn of the loop handles: of a mini-batch, or of a token that is a tile."""
     if loop.tokens:
         return loop.mini_batch_size
+    passing = ("token", "value")
     kept = {
-        d for node, source in loop.sources.items() if source.kind != "token" for d in dims_of(node)
+        d
+        for node, source in loop.sources.items()
+        if source.kind not in passing
+        for d in dims_of(node)
     }
     own = [
         loop.sizes[d]
@@ -58,92 +70,164 @@ def tile_rows(loop: Loop) -> int:
     return max(own, default=1)
 
 
-def default_schedule(loop: Loop, many: bool) -> Schedule:
-    """The schedule of a loop, with its reasons; ``many``: there are at least two programs for each multiprocessor."""
+def crowding(programs: int, mini_batches: int, device: torch.device) -> int:
+    """How full a device is of sequential programs: 0 (some multiprocessors have none), 1, or 2 (at least two each).
+
+    Where there are few mini-batches it counts as 1: splitting a kernel in stages would not pay.
+    """
+    each = min(programs // processors(device), 2)
+    return 1 if each == 0 and mini_batches < LEAST_MINI_BATCHES else each
+
+
+def products(loop: Loop) -> int:
+    """Products of two operands in a turn of the loop."""
+    kinds = (ops.contraction, ops.masked_contraction)
+    return sum(n.target in kinds and len(n.all_input_nodes) == 2 for n in used(loop))
+
+
+def fits(loop: Loop, warps: int) -> bool:
+    """Whether the state of a program, or two of its largest tiles where it has none, leave registers to others."""
     elements = state_elements(loop)
-    warps = 2 if many else 4
-    few = (
-        "there are at least two programs for each multiprocessor: they fill it, few warps each"
-        if many
-        else "there are fewer than two programs for each multiprocessor: each must be fast alone"
-    )
-    while warps < MOST_WARPS and elements > STATE_REGISTERS * THREADS * warps:
-        warps *= 2
-    fits = elements <= STATE_REGISTERS * THREADS * warps
-    taken = -(-elements // (THREADS * warps))
-    state = (
-        f"the state is {elements} numbers, {taken} registers of each thread; up to {STATE_REGISTERS} leave room "
-        "for tiles and operands"
-        if fits
-        else f"the state is {elements} numbers, {taken} registers of each thread and more than the {STATE_REGISTERS} "
-        f"that are good; with more than {MOST_WARPS} warps products of 64 rows would be made more than once"
-    )
-    reasons = [("num_warps", f"{few}; {state}")]
-    products = (
-        "order",
-        "products of tokens and state come before whatever waits for a sum, so that they run while the long "
-        "chain of the state starts",
-    )
+    if loop.parallel:
+        known = loop.sizes | {TOKEN: loop.mini_batch_size, EARLIER: loop.mini_batch_size}
+        tiles = [dims_of(n) for n in used(loop)]
+        elements = 2 * max(math.prod(known.get(d, 1) for d in dims) for dims in tiles)
+    return elements <= STATE_REGISTERS * THREADS * warps
+
+
+def default_stages(loop: Loop, crowd: int, backward: bool) -> tuple[int, str]:
+    """How many kernels a loop is made of, and why."""
+    tiles = loop.tokens or tile_rows(loop) > 1
+    if loop.once or loop.refresh or not tiles:
+        return 1, "one mini-batch, or tokens one after another: nothing runs beside them"
+    if backward and not fits(loop, MOST_WARPS):
+        return 3, "the state takes most registers: what does not need it is made by other kernels"
+    if crowd == 0 and fits(loop, MOST_WARPS):
+        return 3 if backward else 2, (
+            "some multiprocessors have no program: what the state does not wait for runs in parallel"
+        )
+    return 1, "the programs fill the device: one kernel passes nothing through memory"
+
+
+def default_schedule(loop: Loop, crowd: int, backward: bool = False) -> Schedule:
+    """The schedule of a loop or of one of its stages, with its reasons; ``crowd``: of :func:`crowding`.
+
+    ``backward``: the loop of a VJP. What is not finite makes the loss so: it is not traced token by token through
+    cotangents.
+    """
+    count, why = default_stages(loop, crowd, backward)
     vectors = (
         "repeat_vectors",
         "vector states stay vectors: a row for every token takes registers",
+    )
+    narrow = (
+        "narrow",
+        "matrices that pass between kernels have the dtype of the tokens: half the bytes",
+    )
+    chosen = _small(loop, crowd) if fits(loop, MOST_WARPS) else _large(loop)
+    reasons = (("stages", why), vectors, *chosen.reasons)
+    if backward:
+        ignored = (
+            "nan",
+            "what is not finite makes the loss so: it is not traced through cotangents",
+        )
+        reasons = (*(r for r in reasons if r[0] != "nan"), narrow, ignored)
+        chosen = replace(chosen, nan="ignored", narrow=True)
+    return replace(chosen, stages=count, repeat_vectors=False, reasons=reasons)
+
+
+def _small(loop: Loop, crowd: int) -> Schedule:
+    """Where the state leaves registers to other tiles."""
+    heavy = products(loop) > MANY_PRODUCTS
+    order = (
+        "order",
+        "products of tokens and state come before whatever waits for a sum, so that they run while the long "
+        "chain of the state starts",
     )
     branch = (
         "nan",
         "a branch that is hardly ever taken costs few warps less than a second product beside each causal one",
     )
-    if fits:
-        nan = "branch" if warps == 2 else "product"
-        check = (
-            branch if warps == 2 else ("nan", "a small product beside each causal one costs least")
+    beside = ("nan", "a small product beside each causal one costs least")
+    reasons: Reasons
+    if loop.parallel:
+        warps = 2 if heavy else 1
+        reasons = (
+            (
+                "num_warps",
+                f"{products(loop)} products: {warps} warps hold their tiles, many programs run",
+            ),
+            ("group", f"a program loads parameters once for {GROUP} mini-batches"),
+            order,
+            branch,
         )
         return Schedule(
-            num_warps=warps,
-            order="products_first",
-            repeat_vectors=False,
-            nan=nan,
-            reasons=(*reasons, products, vectors, check),
-        )
-    # The state takes more registers than are good: whatever else lives shortly, lives shortly.
-    reasons += [
+            num_warps=warps, num_stages=2, late_loads=True, group=GROUP, order="products_first",
+            nan="branch", reasons=reasons,
+        )  # fmt: skip
+    warps = 2 if crowd == 2 and not heavy else 4
+    elements = state_elements(loop)
+    while not fits(loop, warps):
+        warps *= 2
+    taken = -(-elements // (THREADS * warps))
+    full = "each must be fast alone" if crowd < 2 else "they fill it"
+    warps_why = (
+        f"{('fewer than one', 'one', 'two or more')[crowd]} program a multiprocessor: {full}; the state is "
+        f"{elements} numbers, {taken} registers of each thread, and {products(loop)} products share the others"
+    )
+    recurrence = not any(sink.kind == "token" for _, sink in loop.sinks)
+    reasons = (("num_warps", warps_why), order, branch if warps == 2 else beside)
+    if recurrence:
+        ahead = ("prefetch", "every load is on the way to the next state: it is made a turn before")
+        return Schedule(
+            num_warps=warps, num_stages=1, prefetch=True, order="products_first",
+            nan="branch" if warps == 2 else "product", reasons=(*reasons, ahead),
+        )  # fmt: skip
+    return Schedule(
+        num_warps=warps,
+        order="products_first",
+        nan="branch" if warps == 2 else "product",
+        reasons=reasons,
+    )
+
+
+def _large(loop: Loop) -> Schedule:
+    """Where the state takes more registers than are good: whatever else lives shortly, lives shortly."""
+    elements = state_elements(loop)
+    rows = tile_rows(loop)
+    reasons = [
         (
-            "late_loads",
-            "the state takes most registers: tokens are loaded where they are first needed",
+            "num_warps",
+            f"the state is {elements} numbers, {-(-elements // (THREADS * MOST_WARPS))} registers of each thread and "
+            f"more than the {STATE_REGISTERS} that are good; with more than {MOST_WARPS} warps products of 64 rows "
+            "would be made more than once",
         ),
-        vectors,
         (
             "nan",
             "a second product beside each causal one would take registers that the state needs",
         ),
     ]
-    common = {"num_warps": warps, "late_loads": True, "repeat_vectors": False, "nan": "branch"}
-    alone = (
-        "num_stages",
-        "tiles of mini-batches to come would take registers that the state needs",
+    late = (
+        "late_loads",
+        "the state takes most registers: tokens are loaded where they are first needed",
     )
     least = ("order", "the state takes most registers: values are made late and given up early")
-    rows = tile_rows(loop)
     if rows >= 64:
         turned = (
             "feature_major",
-            f"tiles have {rows} tokens: with features as rows a product of {warps} warps keeps its operands once",
+            f"tiles have {rows} tokens: with features as rows a product of {MOST_WARPS} warps keeps its operands once",
         )
-        reasons += [turned, alone, least]
         return Schedule(
-            feature_major=True, num_stages=1, order="least_live", reasons=tuple(reasons), **common
-        )  # type: ignore[arg-type]
+            num_warps=MOST_WARPS, num_stages=1, feature_major=True, late_loads=True, order="least_live",
+            nan="branch", reasons=(*reasons, turned, late, least),
+        )  # fmt: skip
     if loop.once:
-        reasons += [("num_stages", "there is one mini-batch: nothing to load ahead"), least]
-        return Schedule(num_stages=1, order="least_live", reasons=tuple(reasons), **common)  # type: ignore[arg-type]
-    return Schedule(order="products_first", reasons=(*reasons, products), **common)  # type: ignore[arg-type]
-
-
-def default_backward_schedule(loop: Loop, many: bool) -> Schedule:
-    """The schedule of the loop of a VJP, or of one of its stages.
-
-    What is not finite makes the loss so: it is not traced token by token through cotangents.
-    """
-    chosen = default_schedule(loop, many)
-    ignored = ("nan", "what is not finite makes the loss so: it is not traced through cotangents")
-    reasons = (*(r for r in chosen.reasons if r[0] != "nan"), ignored)
-    return replace(chosen, nan="ignored", reasons=reasons)
+        return Schedule(
+            num_warps=MOST_WARPS, num_stages=1, late_loads=True, order="least_live", nan="branch",
+            reasons=(*reasons, late, least),
+        )  # fmt: skip
+    ahead = ("prefetch", "the few tokens of a mini-batch are loaded a turn before")
+    return Schedule(
+        num_warps=MOST_WARPS, num_stages=1, prefetch=True, order="products_first", nan="branch",
+        reasons=(*reasons, ahead),
+    )  # fmt: skip

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from tttc.codegen.heuristics import default_schedule, processors
+from tttc.codegen.heuristics import crowding, default_schedule
 from tttc.codegen.loop import Loop, constant_tensors, scan_loop
 from tttc.codegen.schedule import Schedule
 from tttc.codegen.torch_scan import run_program, squeeze_features
@@ -27,7 +27,7 @@ def scan_kernels(
     states: bool = True,
     schedule: Schedule | None = None,
     save: tuple[int, ...] = (),
-    many: bool = False,
+    crowd: int = 1,
 ) -> Staged:
     """The kernels of a part of a program, rendered once.
 
@@ -37,20 +37,21 @@ def scan_kernels(
         states: whether final states are wanted.
         schedule: None for the one chosen for the part, else the default.
         save: state leaves to store at every mini-batch.
-        many: whether there are at least two programs for each multiprocessor, which the default depends on.
+        crowd: how full the device is of programs (:func:`tttc.codegen.heuristics.crowding`), which the default
+            depends on.
 
     Raises:
         NotLowerable: where an operator has no Triton form.
     """
     with _lock:
         schedule = schedule or program.schedules.get(part)
-        key = (part, states, save, schedule or many)
+        key = (part, states, save, schedule or crowd)
         if key not in program.kernels:
             loop = _loop(program, part, states, save)
             program.kernels[key] = staged(
                 loop,
-                (schedule or default_schedule(loop, many)).stages,
-                lambda stage: schedule or default_schedule(stage, many),
+                (schedule or default_schedule(loop, crowd)).stages,
+                lambda stage: schedule or default_schedule(stage, crowd),
             )
         return program.kernels[key]
 
@@ -92,7 +93,7 @@ def run_kernels(
     """
     batch, heads, length = tokens[0].shape[:3]
     shapes = [x.shape for x in anchor]
-    many = batch * heads >= 2 * processors(anchor[0].device)
+    crowd = crowding(batch * heads, -(-length // program.mini_batch_size), anchor[0].device)
     named: dict[str, Tensor] = constant_tensors(program.token, anchor[0].device)
     named |= {f"shared_{i}": squeeze_features(x, 1) for i, x in enumerate(shared)}
     now_anchor = [squeeze_features(x, 2) for x in anchor]
@@ -122,7 +123,7 @@ def run_kernels(
     def run(part: str, start: int, count: int, place: int, states: bool) -> None:
         nonlocal now_anchor, now_carry
         stored = tuple(save or ()) if part in ("full", "tokens") else ()
-        kernels = scan_kernels(program, part, states, save=stored, many=many)
+        kernels = scan_kernels(program, part, states, save=stored, crowd=crowd)
         given = named | saved
         given |= {f"token_{i}": x[:, :, start : start + count] for i, x in enumerate(rows)}
         given |= {f"output_{i}": x[:, :, start : start + count] for i, x in enumerate(results)}

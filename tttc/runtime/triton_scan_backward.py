@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from tttc.codegen.heuristics import default_backward_schedule, processors
+from tttc.codegen.heuristics import crowding, default_schedule
 from tttc.codegen.loop import Loop, backward_loop, constant_tensors, used
 from tttc.codegen.torch_scan import squeeze_features
 from tttc.codegen.torch_scan_backward import Leaves, derive, live_cotangents
@@ -25,11 +25,11 @@ def backward_kernels(
     part: str,
     leaves: Leaves,
     live: tuple[int, ...] | None = None,
-    many: bool = False,
+    crowd: int = 1,
 ) -> Staged:
     """The kernels of the VJP of a body ("full", "continued" or "token"), rendered once.
 
-    ``live``: the states that have cotangents, all where None. ``many``: as of
+    ``live``: the states that have cotangents, all where None. ``crowd``: as of
     :func:`tttc.runtime.triton_scan.scan_kernels`.
 
     Raises:
@@ -37,17 +37,17 @@ def backward_kernels(
     """
     with _lock:
         chosen = program.schedules.get(f"{part}_backward")
-        key = ("backward", part, leaves, live, chosen or many)
+        key = ("backward", part, leaves, live, chosen or crowd)
         if key not in program.kernels:
             loop = backward_loop_of(program, part, leaves, live)
-            schedule = chosen or default_backward_schedule(loop, many)
+            schedule = chosen or default_schedule(loop, crowd, backward=True)
             program.kernels[key] = staged(
                 loop,
                 schedule.stages,
                 lambda stage: (
                     program.schedules.get(stage.name)
                     or chosen
-                    or default_backward_schedule(stage, many)
+                    or default_schedule(stage, crowd, backward=True)
                 ),
             )
         return program.kernels[key]
@@ -99,7 +99,7 @@ def run_backward_kernels(
     """
     batch, heads, length = tokens[0].shape[:3]
     b = program.mini_batch_size
-    many = batch * heads >= 2 * processors(anchor[0].device)
+    crowd = crowding(batch * heads, -(-length // b), anchor[0].device)
     named = constant_tensors(program.token, anchor[0].device)
     named |= {f"shared_{i}": squeeze_features(x, 1) for i, x in enumerate(shared)}
     now_anchor = [squeeze_features(x, 2) for x in anchor]
@@ -131,7 +131,7 @@ def run_backward_kernels(
 
     def run(part: str, start: int, count: int, states: dict[str, Tensor]) -> None:
         nonlocal on_anchor, on_carry
-        kernels = backward_kernels(program, part, leaves, given_states, many)
+        kernels = backward_kernels(program, part, leaves, given_states, crowd)
         tensors = named | states | {k: x[:, :, start : start + count] for k, x in rows.items()}
         tensors |= {f"gstate_{i}": g for i, g in enumerate(on_carry)}
         results = run_staged(kernels, tensors, batch, heads, count, 0, dtype, launcher)
