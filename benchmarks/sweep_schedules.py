@@ -122,7 +122,7 @@ class Bench:
         }  # fmt: skip
         triton_scan_backward.run_backward_kernels(
             self.program, self.leaves, [x.float() for x in call.anchor], [], call.tokens, call.shared, 0,
-            (nothing, nothing, given), live, saved, out, info.output, launcher=launcher,
+            (nothing, nothing, given), live, saved, 1, out, info.output, launcher=launcher,
         )  # fmt: skip
         return list(out.values())
 

@@ -54,7 +54,8 @@ class Loop:
     reverse: bool = False  # mini-batches from the last to the first
     parallel: bool = False  # mini-batches are independent
     once: bool = False  # there is only one mini-batch
-    save: tuple[str, ...] = ()  # states stored before every mini-batch, as ``saved_<name>``
+    save: tuple[str, ...] = ()  # states stored before mini-batches, as ``saved_<name>``
+    interval: int = 1  # of the mini-batches before which states are stored
     store_state: bool = True  # the states are stored after the last mini-batch
     notes: list[str] = field(default_factory=list)
 
@@ -71,6 +72,7 @@ def scan_loop(
     live: set[int],
     *,
     save: set[int] | None = None,
+    interval: int = 1,
     continued: bool = False,
     store_state: bool = True,
 ) -> Loop:
@@ -78,7 +80,7 @@ def scan_loop(
 
     Args:
         live: the state leaves to compute.
-        save: the state leaves whose anchors are stored for every mini-batch.
+        save: the state leaves whose anchors are stored for every ``interval``-th mini-batch.
         continued: one mini-batch, or part of one, from a carry that has left its anchor.
         store_state: store the states after the last mini-batch.
     """
@@ -109,6 +111,7 @@ def scan_loop(
         refresh=None if body.batched or mini_batch_size == 1 else mini_batch_size,
         once=continued,
         save=tuple(f"{carried}_{i}" for i in sorted(save or ())),
+        interval=interval,
         store_state=store_state,
     )
 

@@ -973,12 +973,7 @@ class Renderer:
                 self.write(f"if (place + n) % {loop.refresh} == 0:")
                 for a, c in pairs:
                     self.write(f"    {a}_v = {c}_v")
-        for name in loop.save:
-            dims = self._state_dims()[name]
-            pointer = (
-                f"saved_{name}_ptr + tl.cast(n, tl.int64) * {self.stride('saved_' + name, 'N')}"
-            )
-            self.store(f"saved_{name}", pointer, self._state_tile(name, dims), None)
+        self._save_states()
         fetched = self._fetched()
         for node in fetched:
             self.tiles.pop(node, None)
@@ -1001,6 +996,20 @@ class Renderer:
             if node in self.loop.sources or node in self.invariant:
                 self._keep(node)
         self._renew()
+
+    def _save_states(self) -> None:
+        """Store the states that this mini-batch starts from, where it is one of those before which they are."""
+        loop, at = self.loop, "n"
+        if loop.save and loop.interval > 1:
+            self.write(f"if n % {loop.interval} == 0:")
+            self.indent += 1
+            at = f"n // {loop.interval}"
+        for name in loop.save:
+            tensor = f"saved_{name}"
+            pointer = f"{tensor}_ptr + tl.cast({at}, tl.int64) * {self.stride(tensor, 'N')}"
+            self.store(tensor, pointer, self._state_tile(name, self._state_dims()[name]), None)
+        if loop.save and loop.interval > 1:
+            self.indent -= 1
 
     def _sequence(self) -> list[fx.Node]:
         """The operators of a mini-batch in the order they are computed."""

@@ -18,6 +18,7 @@ from tttc.runtime.triton_scan import run_kernels, scan_kernels
 from tttc.runtime.triton_scan_backward import narrow_states
 
 Tensor = torch.Tensor
+SEGMENT = 32  # mini-batches that the backward computes again together, where states are large
 
 
 def runs_by_kernels(backend: str, device: torch.device, compute: torch.dtype) -> bool:
@@ -44,7 +45,7 @@ def uses_triton(backend: str, device: torch.device, compute: torch.dtype) -> boo
 
 
 def _by_kernels(
-    program, anchor, carry, tokens, shared, place, info, states, saved
+    program, anchor, carry, tokens, shared, place, info, states, saved, interval
 ) -> list[Tensor] | None:
     """The scan by kernels; None, and remembered, where they can't be made or the device can't hold them."""
     save = (
@@ -56,7 +57,16 @@ def _by_kernels(
         for part in ["tokens"] if program.sequential else ["full", "continued"]:
             scan_kernels(program, part, states)
         out = run_kernels(
-            program, anchor, carry, tokens, shared, place, info.output, states, save=save
+            program,
+            anchor,
+            carry,
+            tokens,
+            shared,
+            place,
+            info.output,
+            states,
+            save=save,
+            interval=interval or 1,
         )
     except NotLowerable as error:
         program.no_kernels = error.reason
@@ -92,9 +102,10 @@ def fused_scan(
         saved = _empty_saved(program, anchor, tokens, shared, place, interval, info, backend)
         return [*(kept if states else []), *empty, *saved]
     saved = _empty_saved(program, anchor, tokens, shared, place, interval, info, backend)
-    by_kernels = interval in (0, 1) and program.no_kernels is None
-    if by_kernels and uses_triton(backend, tokens[0].device, info.compute):
-        out = _by_kernels(program, anchor, carry, tokens, shared, place, info, states, saved)
+    if program.no_kernels is None and uses_triton(backend, tokens[0].device, info.compute):
+        out = _by_kernels(
+            program, anchor, carry, tokens, shared, place, info, states, saved, interval
+        )
         if out is not None:
             return _unaliased(out, [*anchor, *carry])
     starts: list[list[Tensor]] | None = [] if interval else None
@@ -138,21 +149,24 @@ def saving_interval(
     compute = compute_dtype(anchor, tokens, shared)
     if not runs_by_kernels(backend, tokens[0].device, compute):
         return save_interval(program, leaves, token_bytes, compute.itemsize)
-    # Kernels keep every state: worth it where those of a mini-batch are not much larger than its tokens.
+    if program.sequential and mini_batch_size > 1:
+        return 0
+    if program.save_interval is not None:
+        return program.save_interval
+    # Every state is kept where those of a mini-batch are not much larger than its tokens.
     state_bytes = saved_bytes(program, leaves, compute.itemsize)
-    refreshed = program.sequential and mini_batch_size > 1
-    large = state_bytes > 8 * mini_batch_size * token_bytes
-    return 0 if refreshed or large else 1
+    return 1 if state_bytes <= 8 * mini_batch_size * token_bytes else SEGMENT
 
 
 def _empty_saved(program, anchor, tokens, shared, place, interval, info, backend) -> list[Tensor]:
     if not interval:
         return []
     leaves = floating_leaves(tokens, shared)
-    # Kernels of the backward read some states by products alone, which round them to the dtype of the tokens.
+    # Kernels of the backward read some states by products alone, which round them to the dtype of the tokens; where
+    # a segment is computed again from its first state, that is kept as it is.
     narrow = (
         narrow_states(program, leaves)
-        if runs_by_kernels(backend, tokens[0].device, info.compute)
+        if interval == 1 and runs_by_kernels(backend, tokens[0].device, info.compute)
         else set()
     )
     b = program.mini_batch_size

@@ -59,9 +59,9 @@ def fused_scan_backward(
     )
     rows = {name: x for name, x in zip(chosen, out, strict=True) if name.startswith("token")}
     made = None
-    if saved and interval == 1 and _has_kernels(program, leaves, backend, tokens[0], info.compute):
+    if saved and _has_kernels(program, leaves, backend, tokens[0], info.compute):
         try:
-            made = run_backward_kernels(program, leaves, *arguments, rows, info.output)
+            made = run_backward_kernels(program, leaves, *arguments, interval, rows, info.output)
         except KernelTooLarge as error:
             program.no_backward_kernels = error.reason
     if made is None:

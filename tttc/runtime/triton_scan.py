@@ -28,6 +28,7 @@ def scan_kernels(
     schedule: Schedule | None = None,
     save: tuple[int, ...] = (),
     crowd: int = 1,
+    interval: int = 1,
 ) -> Staged:
     """The kernels of a part of a program, rendered once.
 
@@ -36,27 +37,32 @@ def scan_kernels(
             token).
         states: whether final states are wanted.
         schedule: None for the one chosen for the part, else the default.
-        save: state leaves to store at every mini-batch.
+        save: state leaves to store at every ``interval``-th mini-batch.
         crowd: how full the device is of programs (:func:`tttc.codegen.heuristics.crowding`), which the default
             depends on.
+        interval: of the mini-batches at which states are stored.
 
     Raises:
         NotLowerable: where an operator has no Triton form.
     """
     with _lock:
         schedule = schedule or program.schedules.get(part)
-        key = (part, states, save, schedule or crowd)
+        key = (part, states, save, interval, schedule or crowd)
         if key not in program.kernels:
-            loop = _loop(program, part, states, save)
+            loop = _loop(program, part, states, save, interval)
+            # Outputs made in parallel need the state of every mini-batch.
+            count = 1 if interval > 1 else (schedule or default_schedule(loop, crowd)).stages
             program.kernels[key] = staged(
                 loop,
-                (schedule or default_schedule(loop, crowd)).stages,
+                count,
                 lambda stage: schedule or default_schedule(stage, crowd),
             )
         return program.kernels[key]
 
 
-def _loop(program: Program, part: str, states: bool, save: tuple[int, ...] = ()) -> Loop:
+def _loop(
+    program: Program, part: str, states: bool, save: tuple[int, ...] = (), interval: int = 1
+) -> Loop:
     body = {"tokens": program.token, "continued": program.continued}.get(part, program.full)
     assert body is not None
     wanted = range(body.states) if states else save
@@ -67,6 +73,7 @@ def _loop(program: Program, part: str, states: bool, save: tuple[int, ...] = ())
         program.mini_batch_size,
         live,
         save=set(save),
+        interval=interval,
         continued=part == "continued",
         store_state=states,
     )
@@ -83,6 +90,7 @@ def run_kernels(
     states: bool = True,
     launcher: Launcher = launch,
     save: dict[int, Tensor] | None = None,
+    interval: int = 1,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Scan by kernels; arguments and results as :func:`tttc.codegen.torch_scan.run_program`.
 
@@ -123,7 +131,7 @@ def run_kernels(
     def run(part: str, start: int, count: int, place: int, states: bool) -> None:
         nonlocal now_anchor, now_carry
         stored = tuple(save or ()) if part in ("full", "tokens") else ()
-        kernels = scan_kernels(program, part, states, save=stored, crowd=crowd)
+        kernels = scan_kernels(program, part, states, save=stored, crowd=crowd, interval=interval)
         given = named | saved
         given |= {f"token_{i}": x[:, :, start : start + count] for i, x in enumerate(rows)}
         given |= {f"output_{i}": x[:, :, start : start + count] for i, x in enumerate(results)}
@@ -158,8 +166,9 @@ def run_kernels(
         if whole:
             run("full", start, whole, 0, states)
         if rest:
-            for i in save or {}:
-                saved[f"saved_anchor_{i}"][:, :, -1] = now_carry[i]
+            begun, offset = divmod(whole // b, interval)
+            for i in save or {} if offset == 0 else ():
+                saved[f"saved_anchor_{i}"][:, :, begun] = now_carry[i]
             run("continued", start + whole, rest, 0, states)
     if not states:
         return [], [], outputs

@@ -15,6 +15,7 @@ from tttc.ir.body import role
 from tttc.ir.program import Program
 from tttc.runtime.launch import launch
 from tttc.runtime.staged import Launcher, Staged, narrow_sources, run_staged, staged
+from tttc.runtime.triton_scan import run_kernels
 
 Tensor = torch.Tensor
 _lock = threading.Lock()
@@ -88,6 +89,7 @@ def run_backward_kernels(
     given: tuple[Sequence[Tensor | None], Sequence[Tensor | None], Sequence[Tensor | None]],
     live: Sequence[int],
     saved: Sequence[Tensor],
+    interval: int,
     out: dict[str, Tensor],
     dtype: torch.dtype,
     launcher: Launcher = launch,
@@ -95,7 +97,7 @@ def run_backward_kernels(
     """The cotangents of a scan's arguments, by kernels.
 
     Arguments and results as :func:`tttc.codegen.torch_scan_backward.run_backward`; states are ``saved`` at every
-    mini-batch. ``out`` holds the tensors ``[B, H, T, ...]`` for the cotangents of the wanted tokens.
+    ``interval``-th mini-batch, those between are computed again, segment after segment. ``out`` holds the tensors ``[B, H, T, ...]`` for the cotangents of the wanted tokens.
     """
     batch, heads, length = tokens[0].shape[:3]
     b = program.mini_batch_size
@@ -149,18 +151,45 @@ def run_backward_kernels(
         refresh()
     kind = "carry" if program.sequential else "anchor"
     first = min((-place) % b, length)
-    start, part = first, "token" if program.sequential else "full"
-    kept = {f"saved_{kind}_{i}": squeeze_features(x, 3) for i, x in zip(live, saved, strict=True)}
-    rest = (length - first) % b
-    if rest and any(a is not None for a in on_anchor):
-        # Its anchor is a result of the scan: the cotangent of that joins before the mini-batches that made it.
-        run(part, length - rest, rest, {k: x[:, :, -1:] for k, x in kept.items()})
-        refresh()
-    else:
-        rest = 0
-    if length - rest > start:
-        run(part, start, length - rest - start, kept)
-        refresh()
+    part = "token" if program.sequential else "full"
+
+    def states_of(segment: int) -> dict[str, Tensor]:
+        """The states at the start of every mini-batch of a segment of ``interval``."""
+        if interval == 1:
+            return {f"saved_{kind}_{i}": squeeze_features(x, 3) for i, x in zip(live, saved, strict=True)}  # fmt: skip
+        start = first + segment * interval * b
+        stop = min(start + interval * b, length)
+        begin = list(anchor)
+        for i, x in zip(live, saved, strict=True):
+            begin[i] = x[:, :, segment].to(anchor[i].dtype)
+        narrow = narrow_states(program, leaves)
+        kept = {
+            i: anchor[i].new_empty(
+                (batch, heads, -(-(stop - start) // b), *anchor[i].shape[2:]),
+                dtype=dtype if i in narrow else anchor[i].dtype,
+            )
+            for i in live
+        }
+        piece = [x[:, :, start:stop] for x in tokens]
+        run_kernels(
+            program, begin, [], piece, shared, 0, dtype, states=False, launcher=launcher, save=kept
+        )
+        return {f"saved_{kind}_{i}": squeeze_features(x, 3) for i, x in kept.items()}
+
+    # All mini-batches together where every state is there, else segment after segment from the last.
+    size = interval * b if interval > 1 else max(length - first, 1)
+    for segment in reversed(range(-(-(length - first) // size))):
+        start, stop = first + segment * size, min(first + (segment + 1) * size, length)
+        kept = states_of(segment)
+        rest = (stop - start) % b
+        if rest and any(a is not None for a in on_anchor):
+            # Its anchor is a result of the scan: the cotangent of that joins before the mini-batches that made it.
+            run(part, stop - rest, rest, {k: x[:, :, -1:] for k, x in kept.items()})
+            refresh()
+            stop -= rest
+        if stop > start:
+            run(part, start, stop - start, kept)
+            refresh()
     if first:
         states = {f"saved_anchor_{i}": x.unsqueeze(2) for i, x in enumerate(now_anchor)}
         states |= {f"saved_carry_{i}": x.unsqueeze(2) for i, x in enumerate(now_carry)}
