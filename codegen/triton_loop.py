@@ -74,7 +74,7 @@ class Renderer:
                 labels = parse(spec_of(node)).labels if node.op == "call_function" else ()
                 for d in (*dims_of(node), *labels):
                     found.setdefault(d)
-                if node.target in (ops.masked_contraction, ops.masked):
+                if node.target in (ops.masked_contraction, ops.masked, ops.running_product):
                     r = parse_relation(node.args[0])
                     found.setdefault(r.later)
                     found.setdefault(r.earlier)

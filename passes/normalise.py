@@ -112,6 +112,7 @@ class Normaliser:
         self.env: dict[fx.Node, Value] = {}
         self.constants: list[torch.Tensor] = []
         self.where: str | None = None
+        self.whole: set[str] = set()
 
     # -- emission -------------------------------------------------------------------------------
 
@@ -324,6 +325,8 @@ class Normaliser:
                 new.meta["labels"] = ((), own, 0)
                 self.labels.separate(own)
                 shapes[role] = shape
+                if not node.meta["val"].is_floating_point():
+                    self.whole.add(role)
                 placeholders.append(new)
                 self.env[node] = Value(new, axes)
             elif node.op == "get_attr":
@@ -453,6 +456,7 @@ class Normaliser:
             leaf_shapes=shapes,
             output_shapes=output_shapes,
             constants=self.constants,
+            whole=frozenset(self.whole),
         )
 
     def bind(self, value: Value, want: Sequence[Label]) -> Value:

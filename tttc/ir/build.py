@@ -72,6 +72,10 @@ class Builder:
         """Zero where the relation does not hold."""
         return self.call(ops.masked, (str(relation),), (x,), dims_of(x))
 
+    def running_product(self, relation: str, x: fx.Node, result: Dims) -> fx.Node:
+        """Products over the tokens up to each, or between each two."""
+        return self.call(ops.running_product, (str(relation),), (x,), result)
+
     def rename(self, x: Any, names: dict[str, str]) -> Any:
         """The same value under other names."""
         dims = dims_of(x)

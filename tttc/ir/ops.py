@@ -154,6 +154,35 @@ def masked_contraction(relation: str, spec: str, *operands: Tensor) -> Tensor:
     return torch.where(meets, raw, contraction(text, *clean))
 
 
+def running_product(relation: str, spec: str, x: Tensor) -> Tensor:
+    """Products of per-token numbers over runs of tokens; never a quotient, so that zeros are exact.
+
+    ``"s<=t"``, ``"t -> t"``: at t the product over the tokens up to t. ``"s<=t"``, ``"t -> t s"``: the product
+    over the tokens after s and up to t, zero where s comes after t. With ``"s<t"`` token t itself is left out.
+
+    >>> running_product("s<=t", "t -> t s", torch.tensor([2.0, 3.0, 5.0]))
+    tensor([[ 1.,  0.,  0.],
+            [ 3.,  1.,  0.],
+            [15.,  5.,  1.]])
+    """
+    parsed, r = parse(spec), parse_relation(relation)
+    (dims,), result = parsed
+    x = align(x, dims, result)
+    axis = result.index(r.later) - len(result)
+    length = x.shape[axis]
+    if r.strict:
+        one = torch.ones_like(x.narrow(axis, 0, min(length, 1)))
+        x = torch.cat([one, x.narrow(axis, 0, max(length - 1, 0))], axis)
+    if r.earlier not in result:
+        return x.cumprod(axis)
+    pair = (r.later, r.earlier)
+    ones = torch.ones(length, length, dtype=torch.bool, device=x.device)
+    inside = align(ones.tril(-2 if r.strict else -1), pair, result)
+    held = align(ones.tril(-1 if r.strict else 0), pair, result)
+    one, zero = (torch.full((), n, dtype=x.dtype, device=x.device) for n in (1.0, 0.0))
+    return torch.where(held, torch.where(inside, x, one).cumprod(axis), zero)
+
+
 def elementwise(function: str, spec: str, *operands: Any) -> Tensor:
     """A function of :data:`tttc.ir.functions.FUNCTIONS` on operands aligned by name; numbers have no names.
 
@@ -183,9 +212,14 @@ def rename(spec: str, x: Tensor) -> Tensor:
 
 
 def broadcast(spec: str, x: Any, like: Tensor) -> Tensor:
-    """``x`` repeated along the names it lacks, whose sizes are those of ``like``."""
+    """``x`` repeated along the names it lacks, whose sizes are those of ``like``; other axes of that say nothing."""
     parsed = parse(spec)
-    like = align(like, parsed.operands[1], parsed.result)
+    dims = parsed.operands[1]
+    for d in reversed(dims):
+        if d not in parsed.result:
+            like = like.select(dims.index(d) - len(dims), 0)
+            dims = tuple(e for e in dims if e != d)
+    like = align(like, dims, parsed.result)
     if not isinstance(x, Tensor):
         return torch.full_like(like, x)
     return align(x, parsed.operands[0], parsed.result).expand_as(like)
@@ -216,6 +250,7 @@ OPERATORS: dict[Any, str] = {
         contraction,
         masked_contraction,
         masked,
+        running_product,
         elementwise,
         reduction,
         rename,
