@@ -114,6 +114,7 @@ class System:
         self.values = dict(zip(self.carries, body.results[: body.states], strict=True))
         self.touched = {c: dependents(body, c) for c in self.carries}
         self._updates: dict[fx.Node, Update] = {}
+        self._running: set[fx.Node] = set()
 
     def depends(self, node: Any, leaf: fx.Node) -> bool:
         """Whether a node of the step needs a carry."""
@@ -133,10 +134,18 @@ class System:
         """The update of a leaf.
 
         Raises:
-            NotLowerable: where it is not affine in the leaf, or its coefficients have too many axes.
+            NotLowerable: where it is not affine in the leaf, its coefficients have too many axes, or leaves
+                depend on each other.
         """
         if leaf not in self._updates:
-            self._updates[leaf] = self._analysed(leaf)
+            if leaf in self._running:
+                raise NotLowerable("leaves of the state depend on each other in a circle")
+            self._running.add(leaf)
+            update = self._analysed(leaf)
+            for x in update.coupled:
+                self.update(self.leaf_of(x)[0])
+            self._running.discard(leaf)
+            self._updates[leaf] = update
         return self._updates[leaf]
 
     def _analysed(self, leaf: fx.Node) -> Update:
@@ -148,7 +157,7 @@ class System:
                 raise NotLowerable(
                     "the new state is not affine in the old one with scalar coefficients"
                 )
-            other = x in self.touched or x in self.values.values()
+            other = x in self.touched or (x in self.values.values() and x is not self.values[leaf])
             other = other and set(dims_of(x)) == set(dims_of(leaf))
             (update.coupled if other else update.added)[x] = coefficient
         for coefficient in (own, *update.coupled.values()):

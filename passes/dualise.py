@@ -28,7 +28,7 @@ from torch import fx
 from tttc.passes.terms import Expander, Term, collect, linear_kind
 
 from tttc.ir import ops
-from tttc.ir.body import EARLIER, TOKEN, Body, operands_of, spec_of
+from tttc.ir.body import EARLIER, TOKEN, Body, is_token, operands_of, spec_of
 from tttc.ir.build import Builder, dims_of
 from tttc.ir.cost import element_count
 from tttc.ir.errors import NotLowerable
@@ -63,6 +63,8 @@ class _Dualiser:
     def __init__(self, body: Body, mini_batch_size: int) -> None:
         self.body = body
         self.sizes = {**body.sizes, TOKEN: mini_batch_size, EARLIER: mini_batch_size}
+        for node in body.nodes:
+            self.sizes |= {d: mini_batch_size for d in dims_of(node) if is_token(d)}
         self.graph = fx.Graph()
         self.builder = Builder(self.graph)
         self.env: dict[fx.Node, Any] = {}
@@ -132,7 +134,9 @@ class _Dualiser:
                     opened.add(node)
                     changed = True
             for node in self.body.nodes:
-                if node in opened or not (self._causal_sum(node) or self._scaled(node)):
+                if node in opened or self._coefficients(node):
+                    continue
+                if not (self._causal_sum(node) or self._scaled(node)):
                     continue
                 users = [u for u in node.users if u.op != "output"]
                 at_end = node.target is ops.last
@@ -140,6 +144,12 @@ class _Dualiser:
                     opened.add(node)
                     changed = True
         return opened
+
+    @staticmethod
+    def _coefficients(node: fx.Node) -> bool:
+        """Numbers for pairs of tokens: small, and factors of many products."""
+        dims = dims_of(node)
+        return len(dims) > 1 and all(is_token(d) for d in dims)
 
     def _scaled(self, node: fx.Node) -> bool:
         """A value times per-token numbers, or renamed: opened, the numbers join the others of the product."""
@@ -275,22 +285,27 @@ class _Dualiser:
     ) -> list[_Operand]:
         """Per-token numbers are multiplied with each other first: terms then share the product."""
         operands = self._numbers_first(operands)
-        tokens = {x for r in relations for x in (r.earlier, r.later)}
-        numbers = [o for o in operands if all(x in tokens for x in o.labels)]
-        others = [o for o in operands if o not in numbers]
         if not relations:
-            vectors = [o for o in others if len(o.labels) == 1 and self._is_token(o)]
-            numbers += vectors
-            others = [o for o in others if o not in vectors]
+            vectors = [o for o in operands if len(o.labels) == 1 and self._is_token(o)]
+            return self._combined(operands, vectors, None)
+        for r in relations:
+            pair = {r.earlier, r.later}
+            operands = self._combined(operands, [o for o in operands if pair >= set(o.labels)], r)
+        return operands
+
+    def _combined(
+        self, operands: list[_Operand], numbers: list[_Operand], relation: Relation | None
+    ) -> list[_Operand]:
+        """The operands with some that are per-token numbers multiplied into one."""
         if len(numbers) < 2:
             return operands
-        numbers.sort(key=lambda o: (len(o.labels), o.node.name))
+        others = [o for o in operands if o not in numbers]
+        numbers = sorted(numbers, key=lambda o: (len(o.labels), o.node.name))
         combined = numbers[0]
         for o in numbers[1:]:
             labels = tuple(dict.fromkeys((*combined.labels, *o.labels)))
-            if len(relations) == 1:
-                r = relations[0]
-                labels = tuple(x for x in (r.later, r.earlier) if x in labels)
+            if relation is not None:
+                labels = tuple(x for x in (relation.later, relation.earlier) if x in labels)
             combined = _Operand(self._product([combined, o], labels), labels)
         return [combined, *others]
 

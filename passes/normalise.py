@@ -128,8 +128,10 @@ class Normaliser:
         node = self.graph.call_function(target, (*head, None, *operands))
         node.meta["labels"] = (tuple(map(tuple, dims)), tuple(result), len(head))
         node.meta["where"] = self.where
-        scope = dict.fromkeys(x.root for d in (*dims, result) for x in d)
-        self.labels.separate(tuple(scope))
+        # Names of a renaming may return at other axes: it can exchange them.
+        scopes = [*dims, result] if target is ops.rename else [[x for d in (*dims, result) for x in d]]
+        for scope in scopes:
+            self.labels.separate(tuple(dict.fromkeys(x.root for x in scope)))
         return node
 
     @staticmethod
@@ -314,6 +316,7 @@ class Normaliser:
         placeholders: list[fx.Node] = []
         shapes: dict[str, tuple[int, ...]] = {}
         results: list[Value] = []
+        leaf: dict[str, fx.Node] = {}
         for node in self.captured.graph.nodes:
             self.where = source_line(node)
             if node.op == "placeholder":
@@ -321,6 +324,9 @@ class Normaliser:
                 shape = tuple(int(s) for s in node.meta["val"].shape)
                 new = self.graph.placeholder(role)
                 axes = [() if s == 1 else (Label(s),) for s in shape]
+                if role.startswith("carry"):  # the same leaf, so the same axes
+                    axes = list(self.env[leaf[role.replace("carry", "anchor")]].axes)
+                leaf[role] = node
                 own = tuple(x for axis in axes for x in axis)
                 new.meta["labels"] = ((), own, 0)
                 self.labels.separate(own)
@@ -405,11 +411,8 @@ class Normaliser:
         for i, value in enumerate(results):
             self.where = None
             if i < len(states):
-                anchor, carry = placeholders[i], placeholders[len(states) + i]
+                anchor = placeholders[i]
                 want = anchor.meta["labels"][1]
-                for x, y in zip(want, carry.meta["labels"][1], strict=True):
-                    if not self.labels.unify(x, y):
-                        raise NotLowerable("a state is used with its axes exchanged")
                 value = self.bind(value, want)
                 outputs.append(self.settle(value, want, anchor))
             else:

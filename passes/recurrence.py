@@ -24,7 +24,6 @@ from tttc.passes.affine import System
 from tttc.ir import ops
 from tttc.ir.body import EARLIER, TOKEN
 from tttc.ir.build import Builder, dims_of
-from tttc.ir.errors import NotLowerable
 from tttc.ir.spec import Dims
 
 BETWEEN = f"{EARLIER}1"  # tokens between an earlier and a later one
@@ -71,7 +70,6 @@ class Recurrence:
         self.start = start
         self.like = like
         self.memo: dict[Any, Any] = {}
-        self.running: set[Any] = set()
 
     # -- the state ---------------------------------------------------------------------------------------
 
@@ -218,12 +216,8 @@ class Recurrence:
     # -- writing -----------------------------------------------------------------------------------------
 
     def _once(self, key: Any, write: Callable[[], Any]) -> Any:
-        if key in self.running:
-            raise NotLowerable("leaves of the state depend on each other in a circle")
         if key not in self.memo:
-            self.running.add(key)
             self.memo[key] = write()
-            self.running.discard(key)
         return self.memo[key]
 
     def _at(self, coefficient: sympy.Expr, token: str) -> fx.Node:

@@ -149,10 +149,10 @@ DUAL = {
     normed_output: MATRIX,
     softmax_of_the_output: MATRIX,
     linear_layers_on_top_of_each_other: LAYERS,
+    momentum: (MATRIX, MATRIX),
 }
 SEQUENTIAL = {
-    online_delta_rule: (MATRIX, "not affine in the old one"),
-    momentum: ((MATRIX, MATRIX), "decays"),
+    online_delta_rule: (MATRIX, "not affine in the old one with scalar coefficients"),
     norm_of_the_state: (MATRIX, "no dual form"),
 }
 

@@ -24,6 +24,11 @@ _TORCH = Path(torch.__file__).parent
 _PACKAGE = Path(__file__).parents[1]
 
 
+def is_token(dim: str) -> bool:
+    """Whether a dimension is that of tokens, or a numbered copy of it."""
+    return dim.rstrip("0123456789") in (TOKEN, EARLIER)
+
+
 @dataclass
 class Body:
     """What a scan does with one token, or with one mini-batch of tokens.
@@ -176,7 +181,7 @@ def _check_operator(node: fx.Node, body: Body) -> None:
         raise CheckError(f"{node.name}: meta says {node.meta['dims']}, spec {spec}")
     known = {*body.sizes, TOKEN, EARLIER}
     for d in spec.labels:
-        if d not in known and d.rstrip("0123456789") not in (TOKEN, EARLIER):
+        if d not in known and not is_token(d):
             raise CheckError(f"{node.name}: the dimension {d} has no size")
     name = OPERATORS[node.target]
     if name in ("contraction", "masked_contraction", "running_product", "elementwise", "broadcast", "at_last"):
