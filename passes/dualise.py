@@ -147,9 +147,10 @@ class _Dualiser:
 
     @staticmethod
     def _coefficients(node: fx.Node) -> bool:
-        """Numbers for pairs of tokens: small, and factors of many products."""
+        """Numbers for pairs of tokens, and sums of such: small, and factors of many products."""
         dims = dims_of(node)
-        return len(dims) > 1 and all(is_token(d) for d in dims)
+        pairs = len(dims) > 1 or node.target is ops.masked_contraction
+        return pairs and all(is_token(d) for d in dims)
 
     def _scaled(self, node: fx.Node) -> bool:
         """A value times per-token numbers, or renamed: opened, the numbers join the others of the product."""

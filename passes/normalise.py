@@ -192,9 +192,11 @@ class Normaliser:
                 if not axis:
                     continue
                 if not axes[position]:
-                    others = {x.root for a in axes for x in a}
-                    if any(x.root in others for x in axis):
-                        raise _Clash(index)
+                    others = {x.root: setter[i] for i, a in enumerate(axes) for x in a}
+                    clashes = [others[x.root] for x in axis if x.root in others]
+                    if clashes:
+                        smaller = _rank(values[clashes[0]]) < _rank(value)
+                        raise _Clash(clashes[0] if smaller else index)
                     axes[position] = axis
                     setter[position] = index
                     continue
@@ -202,10 +204,7 @@ class Normaliser:
                     raise NotLowerable("merged axes are aligned with other axes", self.where)
                 for x, y in zip(axis, axes[position], strict=True):
                     if not self.labels.unify(x, y):
-                        # Renaming an argument keeps what is computed from it under one name.
-                        raise _Clash(
-                            setter[position] if _is_argument(values[setter[position]]) else index
-                        )
+                        raise _Clash(_culprit(values, setter[position], index))
             seen = [x.root for a in axes for x in a]
             if len(set(seen)) != len(seen):
                 raise _Clash(index)
@@ -216,6 +215,7 @@ class Normaliser:
 
         def build(vs: list[Value]) -> Value:
             axis_of: dict[str, Axis] = {}
+            setter: dict[str, int] = {}
             for index, (value, letters) in enumerate(zip(vs, names, strict=True)):
                 for letter, axis in zip(letters, value.axes, strict=True):
                     if letter not in axis_of:
@@ -223,13 +223,15 @@ class Normaliser:
                         if any(x.root in others for x in axis):
                             raise _Clash(index)
                         axis_of[letter] = axis
+                        setter[letter] = index
                         continue
                     known = axis_of[letter]
                     if [x.size for x in axis] != [x.size for x in known]:
                         raise NotLowerable("merged axes are contracted with other axes", self.where)
                     for x, y in zip(axis, known, strict=True):
                         if not self.labels.unify(x, y):
-                            raise _Clash(index)
+                            small = _rank(vs[setter[letter]]) < _rank(value)
+                            raise _Clash(setter[letter] if small else index)
                 seen = [x.root for a in axis_of.values() for x in a]
                 if len(set(seen)) != len(seen):
                     raise _Clash(index)
@@ -485,6 +487,21 @@ class Normaliser:
         return self.emit(
             ops.broadcast, (), (value.node, like), (own, like.meta["labels"][1]), target
         )
+
+
+def _rank(value: Value) -> int:
+    return sum(map(bool, value.axes))
+
+
+def _culprit(values: Sequence[Value], first: int, second: int) -> int:
+    """Which of two operands is renamed: that with fewer axes, so that states keep theirs; else an argument.
+
+    Renaming an argument keeps what is computed from it under one name.
+    """
+    one, two = _rank(values[first]), _rank(values[second])
+    if one != two:
+        return first if one < two else second
+    return first if _is_argument(values[first]) else second
 
 
 def _is_argument(value: Value) -> bool:

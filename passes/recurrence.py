@@ -147,15 +147,15 @@ class Recurrence:
     ) -> fx.Node:
         """Another leaf's response, handed on: ``sum_r F_tr a_r inner_rs``."""
         if self._made_anew(leaf, strict):
-            return self._product(self._at(coefficient, TOKEN), self._pairs(inner))
+            return self._weighted(coefficient, TOKEN, self._pairs(inner))
         outer = self.run(leaf, strict)
         if outer is not None and inner.pairs is None:
             # inner_rs is one where s reaches r.
-            weighted = self._product(outer, self._at(coefficient, EARLIER))
+            weighted = self._weighted(coefficient, EARLIER, outer)
             operand = self.builder.rename(weighted, {EARLIER: BETWEEN})
             relation = _relation(EARLIER, BETWEEN, inner.strict)
             return self.builder.masked_contraction(relation, [operand], self._pair_dims(operand))
-        rows = self._product(self._at(coefficient, TOKEN), self._pairs(inner))
+        rows = self._weighted(coefficient, TOKEN, self._pairs(inner))
         rows = self.builder.rename(rows, {TOKEN: BETWEEN})
         relation = _relation(BETWEEN, TOKEN, strict)
         operands = [rows]
@@ -201,9 +201,10 @@ class Recurrence:
             inner = self.of_start(other, source, not becomes)
             if _is_zero(inner):
                 continue
-            given = self._at(coefficient, TOKEN)
-            if not _is_number(inner):
-                given = self._product(given, inner)
+            if _is_number(inner):
+                given = self._at(coefficient, TOKEN)
+            else:
+                given = self._weighted(coefficient, TOKEN, inner)
             part = given
             if not self._made_anew(leaf, strict):
                 response = Response(self.run(leaf, strict), strict)
@@ -232,6 +233,10 @@ class Recurrence:
 
         node = self._once(("coefficient", coefficient), write)
         return self.builder.rename(node, {TOKEN: token})
+
+    def _weighted(self, coefficient: sympy.Expr, token: str, x: fx.Node) -> fx.Node:
+        """A value times a coefficient at each of its tokens ``token``."""
+        return x if coefficient == 1 else self._product(self._at(coefficient, token), x)
 
     def _pairs(self, response: Response) -> fx.Node:
         """A response as a value for every pair of tokens."""
