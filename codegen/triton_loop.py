@@ -101,7 +101,17 @@ class Renderer:
         # What passes between kernels has the same rows in all of them.
         passed = [n for n, s in self.loop.sources.items() if s.kind == "value"]
         passed += [n for n, s in self.loop.sinks if s.kind == "value"]
-        return found | {d for n in passed for d in dims_of(n) if base(d) in (TOKEN, EARLIER)}
+        found |= {d for n in passed for d in dims_of(n) if base(d) in (TOKEN, EARLIER)}
+        renamed = [
+            pair
+            for node in self.loop.graph.nodes
+            if node in self.used and node.target is ops.rename
+            for pair in zip(dims_of(node.args[1]), dims_of(node), strict=True)
+        ]
+        # A tile keeps its sides under other names.
+        while more := {d for pair in renamed if found & set(pair) for d in pair} - found:
+            found |= more
+        return found
 
     def _repeated(self) -> tuple[dict[str, Dims], dict[fx.Node, fx.Node]]:
         """Vector states that are kept repeated for every token, and the sums that renew them.
@@ -340,6 +350,7 @@ class Renderer:
             ops.contraction: self._contraction,
             ops.masked_contraction: self._masked_contraction,
             ops.masked: self._masked,
+            ops.running_product: self._running_product,
             ops.reduction: self._reduction,
             ops.broadcast: self._broadcast,
             ops.last: self._last,
@@ -631,6 +642,35 @@ class Renderer:
 
     def _masked(self, node: fx.Node) -> Tile:
         return self._causal(self.tile(operands_of(node)[0]), node.args[0])
+
+    def _running_product(self, node: fx.Node) -> Tile:
+        """Products over the tokens before each: a column for every token they start after, or one for all."""
+        r = parse_relation(str(node.args[0]))
+        tile = self.tile(operands_of(node)[0])
+        if r.strict:
+            tile = self._token_before(tile, r.later, r.earlier)
+        target = self.order(dims_of(node))
+        axis = target.index(r.later)
+        if r.earlier not in target:
+            return self.let("e", f"tl.cumprod({tile.name}, {axis})", target)
+        later, earlier = (d + self.index((d,), target) for d in (r.later, r.earlier))
+        after = f"{earlier} + 1 < {later}" if r.strict else f"{earlier} < {later}"
+        factors = self.let("e", f"tl.where({after}, {self.line_up(tile, target)}, 1.0)", target)
+        return self._causal(
+            self.let("e", f"tl.cumprod({factors.name}, {axis})", target), str(node.args[0])
+        )
+
+    def _token_before(self, tile: Tile, later: str, other: str) -> Tile:
+        """Each token's value taken from the token before it, one for the first."""
+        names = {later: other}
+        dims = tuple(names.get(d, d) for d in tile.dims)
+        moved = self.sorted_tile(tile.name, dims, frozenset())
+        target = self.order((later, *dims))
+        t, s = (d + self.index((d,), target) for d in (later, other))
+        value = f"tl.where({s} + 1 == {t}, {self.line_up(moved, target)}, 0.0)"
+        shifted = self.let("e", f"tl.sum({value}, {target.index(other)})", tile.dims)
+        first = f"{later}{self.index((later,), tile.dims)} == 0"
+        return self.let("e", f"tl.where({first}, 1.0, {shifted.name})", tile.dims)
 
     def _reduction(self, node: fx.Node) -> Tile:
         function = str(node.args[0])
