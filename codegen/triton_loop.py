@@ -583,28 +583,43 @@ class Renderer:
         both = [i for i, t in enumerate(tiles) if set(pair) <= set(t.dims)]
         if both:
             tiles[both[0]] = self._causal(tiles[both[0]], node.args[0])
+        elif len(tiles) == 1:
+            return self._causal_sum(node, tiles[0])
         else:
-            ones = Tile(
-                f"tl.full(({', '.join(str(self.side(d)) for d in pair)}), 1.0, tl.float32)", pair
-            )
+            shape = ", ".join(str(self.side(d)) for d in pair)
+            ones = Tile(f"tl.full(({shape}), 1.0, tl.float32)", pair)
             tiles.append(self._causal(ones, node.args[0]))
-        if len(tiles) == 2 and not both:
-            # One operand under a causal sum: a matrix product with the mask.
-            (x,) = [t for t in tiles[:1]]
-            spec = parse(spec_of(node))
-            if len(x.dims) == 2 and len(spec.result) == 2:
-                tile = tiles[1]
-                rows, columns = self.order(spec.result)
-                (inner,) = [d for d in x.dims if d not in spec.result]
-                if min(self.side(d) for d in (rows, columns, inner)) >= 16:
-                    left, right = (tile, x) if rows in tile.dims else (x, tile)
-                    a, b = (
-                        self._operand(left, (rows, inner)),
-                        self._operand(right, (inner, columns)),
-                    )
-                    text = f"tl.dot({a}, {b}, input_precision=PRECISION)"
-                    return self.let("c", text, (rows, columns), note=str(spec))
         return self._broadcast_product(node, tiles, masked=True)
+
+    def _causal_sum(self, node: fx.Node, x: Tile) -> Tile:
+        """One operand under a causal sum: a matrix product with the mask, or a sum of what the mask leaves."""
+        spec, relation = parse(spec_of(node)), str(node.args[0])
+        r = parse_relation(relation)
+        rows_columns = self.order(spec.result)
+        summed = [d for d in x.dims if d not in spec.result]
+        sides = [self.side(d) for d in (*spec.result, *summed)]
+        if len(x.dims) != 2 or len(rows_columns) != 2 or len(summed) != 1 or min(sides) < 16:
+            target = self.order(tuple(dict.fromkeys((*x.dims, r.later, r.earlier))))
+            shape = ", ".join(str(self.side(d)) for d in target)
+            value = f"{self.line_up(x, target)} + tl.zeros(({shape},), tl.float32)"
+            tile = self._causal(Tile(f"({value})", target, x.zero), relation)
+            return self._broadcast_product(node, [tile], masked=True)
+        rows, columns = rows_columns
+        (inner,) = summed
+        if inner != r.earlier:
+            x = self.cleared(x, (inner,))
+        pair = self.order((r.later, r.earlier))
+        shape = ", ".join(str(self.side(d)) for d in pair)
+        ones = self._causal(Tile(f"tl.full(({shape}), 1.0, tl.float32)", pair), relation)
+        labels = (rows, columns, inner)
+        if self.schedule.nan == "ignored":
+            left, right = (ones, x) if rows in ones.dims else (x, ones)
+            return self.let("c", self._product(left, right, labels, None), (rows, columns))
+        clean, reached = self._finite(x, ones, relation, labels)
+        left, right = (ones, clean) if rows in ones.dims else (clean, ones)
+        made = self.let("c", self._product(left, right, labels, None), (rows, columns), note=str(spec))
+        value = f'tl.where({reached} > 0, float("nan"), {made.name})'
+        return self.let("c", value, (rows, columns))
 
     def _broadcast_product(self, node: fx.Node, tiles: list[Tile], masked: bool = False) -> Tile:
         """A product without the matrix unit: multiply, then add up."""
