@@ -1,6 +1,7 @@
 """MIRAS with a Huber loss: errors beyond a threshold, given by the token, count by their size alone; the state decays.
 
-Source: arXiv 2504.13173, section 5.2 (Yaad: Huber loss by coordinates with thresholds ``δ_t``, decay ``α_t``).
+Source: arXiv 2504.13173, the model Yaad: Huber loss with thresholds ``δ_t``, here by coordinates, and
+``W_t = α_t W_{t−1} − η_t ∇ℓ``.
 """
 
 from __future__ import annotations

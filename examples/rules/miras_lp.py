@@ -1,7 +1,7 @@
 """MIRAS with an L_p loss: ``½‖·‖²`` gives way to ``(1/p) Σ|f(k) − v|^p``; the state decays.
 
-Source: arXiv 2504.13173, section 5.1 (``ℓ_p`` attentional bias, equations 10 and 11, with sign and power computed
-exactly) and the decay of its equation 8.
+Source: arXiv 2504.13173, the ``ℓ_p`` attentional bias of its model Moneta (sign and power exact, not smoothed), with
+the plain decay ``W_t = α_t W_{t−1} − η_t ∇ℓ`` for retention.
 """
 
 from __future__ import annotations

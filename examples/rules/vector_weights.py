@@ -39,7 +39,8 @@ class Token(NamedTuple):
 
 def model(w: Weights, x: torch.Tensor) -> torch.Tensor:
     """``x + tanh(gain LN(x) + bias)``."""
-    return x + torch.tanh(F.layer_norm(x, x.shape[-1:], *w, 1e-6))
+    # Not layer_norm's own weight and bias: PyTorch 2.13 differentiates their gradient wrongly by x.
+    return x + torch.tanh(w.gain * F.layer_norm(x, x.shape[-1:], eps=1e-6) + w.bias)
 
 
 def step(anchor: State, carry: State, token: Token, shared: dict[str, torch.Tensor]):
