@@ -31,7 +31,7 @@ from tttc.ir import ops
 from tttc.ir.body import Body, head_length, is_token, operands_of, role
 from tttc.ir.build import Builder, dims_of
 from tttc.ir.errors import NotLowerable
-from tttc.ir.spec import Dims, parse_relation
+from tttc.ir.spec import Dims, Relation, parse_relation
 
 TYPICAL_TOKENS = 16  # the mini-batch size at which orders of products are chosen
 
@@ -141,6 +141,7 @@ class _Reverse:
             ops.masked_contraction: self.contraction,
             ops.masked: self.masked,
             ops.running_product: self.running_product,
+            ops.triangular_solve: self.triangular_solve,
             ops.reduction: self.reduction,
             ops.rename: self.rename,
             ops.broadcast: self.broadcast,
@@ -271,6 +272,24 @@ class _Reverse:
             got = self.builder.elementwise("mul", got, until)
         got = self.builder.rename(got, {factor: later})
         self.add(x, self.builder.contraction([got], dims_of(x)))
+
+    def triangular_solve(self, node: fx.Node, g: fx.Node) -> None:
+        """The cotangent solved by the transposed system; that of the system is its product with the solution."""
+        system, x = operands_of(node)
+        r = parse_relation(str(node.args[0]))
+        (own,) = {r.earlier, r.later} & set(dims_of(node))
+        other = r.earlier if own == r.later else r.later
+        swap = {own: other, other: own}
+        transposed = self.builder.rename(self.env.get(system, system), swap)
+        backwards = str(Relation(swap[r.earlier], swap[r.later], True))
+        made = self.builder.triangular_solve(backwards, transposed, self.filled(g, node))
+        self.add(x, made)
+        if system in self.active:
+            solution = self.builder.rename(self.env[node], {own: other})
+            pair = self.builder.contraction([made, solution], (own, other))
+            pair = self.builder.masked(str(node.args[0]), self.builder.elementwise("neg", pair))
+            have = tuple(d for d in dims_of(system))
+            self.add(system, self.builder.contraction([pair], have))
 
     def reduction(self, node: fx.Node, g: fx.Node) -> None:
         """The extreme elements share the cotangent, as in torch."""

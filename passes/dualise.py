@@ -57,7 +57,7 @@ class _Final:
     relation: Relation | None
 
 
-class _Dualiser:
+class Dualiser:
     """One run of the pass."""
 
     def __init__(self, body: Body, mini_batch_size: int) -> None:
@@ -229,7 +229,13 @@ class _Dualiser:
         expander = Expander(self.opened, self._last_of)
         terms = collect(expander.expand(node, result), result)
         finals: list[_Final | tuple[float, Any]] = [self.evaluate(t, result) for t in terms]
-        made = self.assemble(finals, result)
+        return self.whole(self.assemble(finals, result), result)
+
+    @staticmethod
+    def whole(made: Any, result: Dims) -> Any:
+        """A sum that has all its axes."""
+        if dims_of(made) != result:
+            raise NotLowerable("a value of the mini-batch is the same along a dimension")
         return made
 
     def _last_of(self, node: fx.Node, dim: str) -> fx.Node:
@@ -522,9 +528,7 @@ class _Dualiser:
                 function = "add" if coefficient > 0 else "sub"
                 dims = tuple(d for d in result if d in dims_of(total) or d in dims_of(node))
                 total = self.builder.elementwise(function, total, node, result=dims)
-        if total is None or dims_of(total) != result:
-            raise NotLowerable("a value of the mini-batch is the same along a dimension")
-        return total
+        return 0.0 if total is None else total
 
 
 def dualise(body: Body, mini_batch_size: int) -> Body:
@@ -533,4 +537,4 @@ def dualise(body: Body, mini_batch_size: int) -> Body:
     Raises:
         NotLowerable: where fast weights pass through a nonlinear function token by token.
     """
-    return _Dualiser(body, mini_batch_size).run()
+    return Dualiser(body, mini_batch_size).run()

@@ -16,6 +16,7 @@ from tttc.ir.errors import NotLowerable
 from tttc.ir.program import Program
 from tttc.passes.at_anchor import at_anchor, at_carry
 from tttc.passes.batch import batch
+from tttc.passes.chunkwise import chunk_size, chunkwise
 from tttc.passes.dualise import dualise
 from tttc.passes.normalise import normalise
 from tttc.passes.simplify import simplify
@@ -57,7 +58,7 @@ def _build(entry: InternedStep, mini_batch_size: int, verify: bool) -> Program:
     ) -> Body:
         after = apply(before, *rest)
         if verify:
-            verify_pass(name, before, after, mini_batch_size, at)
+            verify_pass(name, before, after, program.unit if after.batched else 1, at)
         stages[name] = after
         return after
 
@@ -65,8 +66,17 @@ def _build(entry: InternedStep, mini_batch_size: int, verify: bool) -> Program:
     token = run("simplify_step", simplify, normal)
     program = Program(entry.key, mini_batch_size, token, stages=stages, verified=verify)
     if mini_batch_size == 1:
-        program.token = run("at_carry", lambda body: simplify(at_carry(body)), token, at=True)
-        program.reason = "mini_batch_size is 1: every token sees the state of the token before it"
+        token = run("at_carry", lambda body: simplify(at_carry(body)), token, at=True)
+        program.token, program.chunk_size = token, chunk_size(token)
+        try:
+            chunk = run("chunkwise", chunkwise, token, program.chunk_size, at=True)
+            program.full = run("simplify", simplify, chunk, at=True)
+        except NotLowerable as error:
+            program.chunk_size = None
+            program.reason = (
+                "mini_batch_size is 1: every token sees the state of the token before it, and "
+                + error.reason
+            )
         return program
     try:
         primal = run("batch", batch, token)

@@ -19,7 +19,14 @@ TOKEN = "t"  # the dimension of the tokens of a mini-batch
 EARLIER = "s"  # the same tokens, seen from later ones
 
 # Operators whose first argument is a function's name or a relation.
-HEADED = ("elementwise", "reduction", "masked", "masked_contraction", "running_product")
+HEADED = (
+    "elementwise",
+    "reduction",
+    "masked",
+    "masked_contraction",
+    "running_product",
+    "triangular_solve",
+)
 _TORCH = Path(torch.__file__).parent
 _PACKAGE = Path(__file__).parents[1]
 
@@ -195,5 +202,11 @@ def _check_operator(node: fx.Node, body: Body) -> None:
         r = parse_relation(head_of(node))
         if set(spec.result) - {r.earlier} != set(spec.operands[0]) or r.later not in spec.result:
             raise CheckError(f"{node.name}: {r} is no relation of the tokens of {spec}")
+    if name == "triangular_solve":
+        r = parse_relation(head_of(node))
+        pair, given = ({*d} for d in spec.operands)
+        own = {r.earlier, r.later} & given
+        if not r.strict or len(own) != 1 or given != {*spec.result} or not pair <= {*r[:2]}:
+            raise CheckError(f"{node.name}: {spec} is no triangular system of {r}")
     if name == "elementwise" and spec.summed:
         raise CheckError(f"{node.name}: an elementwise operator sums over {spec.summed}")

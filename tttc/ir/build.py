@@ -76,6 +76,10 @@ class Builder:
         """Products over the tokens up to each, or between each two."""
         return self.call(ops.running_product, (str(relation),), (x,), result)
 
+    def triangular_solve(self, relation: str, system: Any, x: fx.Node) -> fx.Node:
+        """What solves a unit-triangular system over tokens; its axes are those of ``x``."""
+        return self.call(ops.triangular_solve, (str(relation),), (system, x), dims_of(x))
+
     def rename(self, x: Any, names: dict[str, str]) -> Any:
         """The same value under other names."""
         dims = dims_of(x)

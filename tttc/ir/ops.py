@@ -183,6 +183,50 @@ def running_product(relation: str, spec: str, x: Tensor) -> Tensor:
     return torch.where(held, torch.where(inside, x, one).cumprod(axis), zero)
 
 
+def triangular_solve(relation: str, spec: str, system: Any, x: Tensor) -> Tensor:
+    """What ``y`` is where ``y[t] + sum over s of system[t, s] * y[s] = x[t]``, s those for which the relation holds.
+
+    ``"s<t"``, ``"t s, t j -> t j"``: a unit-lower-triangular system, solved from the first token to the last;
+    ``"t<s"``: from the last to the first. Only the entries the relation names are read. ``system`` may be a number,
+    or lack a token dimension along which it is the same. What is not finite reaches only the tokens that are
+    solved after it, as it does token by token.
+
+    >>> triangular_solve("s<t", "t s, t -> t", torch.full((3, 3), 2.0), torch.ones(3))
+    tensor([ 1., -1.,  1.])
+    """
+    parsed, r = parse(spec), parse_relation(relation)
+    dims, result = parsed.operands[1], parsed.result
+    (own,) = {r.earlier, r.later} & set(result)
+    other = r.earlier if own == r.later else r.later
+    columns = tuple(d for d in dims if d != own)
+    shape = x.shape[x.ndim - len(dims) :]
+    length = shape[dims.index(own)]
+    rows = align(x, dims, (own, *columns))
+    rows = rows.flatten(x.ndim - len(columns)) if columns else rows.unsqueeze(-1)
+    pair = torch.as_tensor(system, dtype=x.dtype, device=x.device)
+    pair = align(pair, parsed.operands[0], (own, other))
+    pair = pair.expand(*pair.shape[: max(pair.ndim - 2, 0)], length, length)
+    upper = own == r.earlier
+    held = torch.ones(length, length, dtype=torch.bool, device=x.device)
+    held = held.triu(1) if upper else held.tril(-1)
+    zero = torch.zeros((), dtype=x.dtype, device=x.device)
+    pair = torch.where(held, pair, zero)
+
+    def solved(pair: Tensor, rows: Tensor) -> Tensor:
+        return torch.linalg.solve_triangular(pair, rows, upper=upper, unitriangular=True)
+
+    if x.device.type == "cpu" and bool(pair.isfinite().all()) and bool(rows.isfinite().all()):
+        y = solved(pair, rows)
+    else:
+        bad = ~rows.isfinite() | ~pair.isfinite().all(-1, keepdim=True)
+        later = bad.flip(-2).cummax(-2).values.flip(-2) if upper else bad.cummax(-2).values
+        clean = solved(pair.nan_to_num(0.0, 0.0, 0.0), rows.nan_to_num(0.0, 0.0, 0.0))
+        y = torch.where(later, torch.full_like(zero, torch.nan), clean)
+    sizes = dict(zip(dims, shape, strict=True))
+    y = y.reshape(*y.shape[:-1], *(sizes[d] for d in columns))
+    return align(y, (own, *columns), result)
+
+
 def elementwise(function: str, spec: str, *operands: Any) -> Tensor:
     """A function of :data:`tttc.ir.functions.FUNCTIONS` on operands aligned by name; numbers have no names.
 
@@ -251,6 +295,7 @@ OPERATORS: dict[Any, str] = {
         masked_contraction,
         masked,
         running_product,
+        triangular_solve,
         elementwise,
         reduction,
         rename,
