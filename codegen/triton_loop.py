@@ -13,6 +13,7 @@ from tttc.codegen.loop import Loop, Sink, Source, used
 from tttc.codegen.ordering import least_live, products_first
 from tttc.codegen.schedule import Schedule
 from tttc.codegen.triton_functions import FUNCTIONS, RECIPROCAL, number
+from tttc.codegen.triton_solve import INVERSE, triangular_solve
 
 from tttc.ir import ops
 from tttc.ir.body import EARLIER, TOKEN, operands_of, spec_of
@@ -21,6 +22,7 @@ from tttc.ir.errors import NotLowerable
 from tttc.ir.functions import FUNCTIONS as IR_FUNCTIONS
 from tttc.ir.spec import Dims, parse, parse_relation
 
+RELATED = (ops.masked_contraction, ops.masked, ops.running_product, ops.triangular_solve)
 LARGEST_BROADCAST = 1 << 17  # elements of a broadcast product that registers can hold for a moment
 
 
@@ -74,7 +76,7 @@ class Renderer:
                 labels = parse(spec_of(node)).labels if node.op == "call_function" else ()
                 for d in (*dims_of(node), *labels):
                     found.setdefault(d)
-                if node.target in (ops.masked_contraction, ops.masked, ops.running_product):
+                if node.target in RELATED:
                     r = parse_relation(node.args[0])
                     found.setdefault(r.later)
                     found.setdefault(r.earlier)
@@ -96,7 +98,8 @@ class Renderer:
         """Dimensions that take part in a matrix product: their tiles have sides of at least 16."""
         found: set[str] = set()
         for node in self.loop.graph.nodes:
-            if node in self.used and self._dot_labels(node) is not None:
+            solved = node.target is ops.triangular_solve
+            if node in self.used and (solved or self._dot_labels(node) is not None):
                 found |= set(parse(spec_of(node)).labels)
         # What passes between kernels has the same rows in all of them.
         passed = [n for n, s in self.loop.sources.items() if s.kind == "value"]
@@ -351,6 +354,7 @@ class Renderer:
             ops.masked_contraction: self._masked_contraction,
             ops.masked: self._masked,
             ops.running_product: self._running_product,
+            ops.triangular_solve: lambda n: triangular_solve(self, n),
             ops.reduction: self._reduction,
             ops.broadcast: self._broadcast,
             ops.last: self._last,
@@ -782,6 +786,8 @@ class Renderer:
         self.write()
         if any("reciprocal(" in line for line in self.body):
             self.lines += RECIPROCAL.splitlines()
+        if any("unit_triangular_inverse(" in line for line in self.body):
+            self.lines += INVERSE.splitlines()
         self.write("@triton.jit")
         self.write(f"def {loop.name}(")
         for name in self.arguments:

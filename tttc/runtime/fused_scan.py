@@ -53,7 +53,7 @@ def _by_kernels(
         else None
     )
     try:
-        for part in ["tokens"] if program.sequential else ["full", "continued"]:
+        for part in program.parts("tokens"):
             scan_kernels(program, part, states)
         out = run_kernels(
             program, anchor, carry, tokens, shared, place, info.output, states, save=save
@@ -141,7 +141,7 @@ def saving_interval(
     # Kernels keep every state: worth it where those of a mini-batch are not much larger than its tokens.
     state_bytes = saved_bytes(program, leaves, compute.itemsize)
     refreshed = program.sequential and mini_batch_size > 1
-    large = state_bytes > 8 * mini_batch_size * token_bytes
+    large = state_bytes > 8 * program.unit * token_bytes
     return 0 if refreshed or large else 1
 
 
@@ -155,7 +155,7 @@ def _empty_saved(program, anchor, tokens, shared, place, interval, info, backend
         if runs_by_kernels(backend, tokens[0].device, info.compute)
         else set()
     )
-    b = program.mini_batch_size
+    b = program.unit
     # How often states are saved: every mini-batch but the one that others have begun, if there is one.
     mini_batches = (info.length - (-place) % b + b - 1) // b
     count = (mini_batches + interval - 1) // interval

@@ -80,7 +80,7 @@ def _has_kernels(program, leaves, backend, token, compute) -> bool:
     if refused is not None or not runs_by_kernels(backend, token.device, compute):
         return False
     try:
-        for part in ["token"] if program.sequential else ["full", "continued"]:
+        for part in program.parts("token"):
             backward_kernels(program, part, leaves)
     except NotLowerable as error:
         program.no_backward_kernels = error.reason
