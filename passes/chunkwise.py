@@ -58,7 +58,8 @@ def chunk_size(body: Body) -> int:
 # -- what the update depends on the carry through ------------------------------------------------------
 
 
-def _dependents(body: Body, sources: Iterable[fx.Node]) -> set[fx.Node]:
+def dependents(body: Body, sources: Iterable[fx.Node]) -> set[fx.Node]:
+    """The nodes that depend on any of some nodes, these included."""
     found = set(sources)
     for node in body.nodes:
         if any(x in found for x in node.all_input_nodes):
@@ -66,7 +67,7 @@ def _dependents(body: Body, sources: Iterable[fx.Node]) -> set[fx.Node]:
     return found
 
 
-def _scales(node: fx.Node, touched: set[fx.Node]) -> bool:
+def scales(node: fx.Node, touched: set[fx.Node]) -> bool:
     """Whether a node is a sum of its touched operands, or one of them times something untouched."""
     parts = operands_of(node)
     inside = [x for x in parts if x in touched]
@@ -92,7 +93,7 @@ def _separates(
         if any(x in otherwise for x in node.all_input_nodes):
             otherwise.add(node)
         if any(x in scaled for x in node.all_input_nodes):
-            (scaled if _scales(node, touched) else otherwise).add(node)
+            (scaled if scales(node, touched) else otherwise).add(node)
     return not otherwise & set(body.results[: body.states])
 
 
@@ -103,7 +104,7 @@ def _unknown(body: Body) -> fx.Node | None:
         NotLowerable: where there is no such value.
     """
     carries = [p for p in body.placeholders if role(p)[0] == "carry"]
-    touched = _dependents(body, carries)
+    touched = dependents(body, carries)
     if _separates(body, None, carries, touched):
         return None
     needed = ancestors(body.results[: body.states])
@@ -125,7 +126,7 @@ def _quotients_as_products(body: Body) -> Body:
     mapping: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(body.gm.graph, mapping))  # type: ignore[arg-type]
     copy = body.with_graph(graph)
-    touched = _dependents(copy, (p for p in copy.placeholders if role(p)[0] == "carry"))
+    touched = dependents(copy, (p for p in copy.placeholders if role(p)[0] == "carry"))
     for node in copy.nodes:
         if node.target is not ops.elementwise or head_of(node) != "div":
             continue
@@ -164,7 +165,7 @@ class _Solver(Dualiser):
     def __init__(self, body: Body, tokens: int, unknown: str | None) -> None:
         super().__init__(body, tokens)
         self.unknown = next((p for p in body.placeholders if str(p.target) == unknown), None)
-        self.reached = _dependents(body, [self.unknown] if self.unknown else [])
+        self.reached = dependents(body, [self.unknown] if self.unknown else [])
 
     def run(self) -> Body:
         """The dual form, the unknown computed where it is first needed."""

@@ -36,6 +36,7 @@ class Site:
     where: str | None
     program: Program | None
     reason: str | None = None  # why it runs eagerly
+    said: int | None = None  # the mini-batch size in the model, where it was captured
 
 
 @dataclass
@@ -130,7 +131,7 @@ def site(
         frames = re.findall(r'File "([^"]+)", line (\d+)', node.stack_trace or "")
         outside = [f"{f}:{n}" for f, n in frames if not f.endswith(_OWN_FRAMES)]
         where = outside[-1] if outside else None
-        recording.sites.append(Site(key, mini_batch_size, layer, where, program, reason))
+        recording.sites.append(Site(key, mini_batch_size, layer, where, program, reason, node.args[5]))
 
 
 def eager_site(name: str, mini_batch_size: int, reason: str) -> None:

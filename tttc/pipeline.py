@@ -20,6 +20,7 @@ from tttc.passes.chunkwise import chunk_size, chunkwise
 from tttc.passes.dualise import dualise
 from tttc.passes.normalise import normalise
 from tttc.passes.simplify import simplify
+from tttc.passes.update_at_anchor import update_at_anchor
 from tttc.passes.verify import verify_pass
 
 _lock = threading.RLock()
@@ -41,6 +42,11 @@ def build_program(entry: InternedStep, mini_batch_size: int, verify: bool = Fals
                 program = _build(entry, mini_batch_size, verify)
             _programs[key] = program
         return program
+
+
+def _approximated(body: Body) -> Body:
+    """An online step whose updates are taken at the anchor."""
+    return simplify(update_at_anchor(simplify(at_carry(body))))
 
 
 def _build(entry: InternedStep, mini_batch_size: int, verify: bool) -> Program:
@@ -65,6 +71,9 @@ def _build(entry: InternedStep, mini_batch_size: int, verify: bool) -> Program:
     normal = run("normalise", normalise, captured, roles)
     token = run("simplify_step", simplify, normal)
     program = Program(entry.key, mini_batch_size, token, stages=stages, verified=verify)
+    if entry.of is not None:
+        program.token = run("update_at_anchor", _approximated, token)
+        token = program.token
     if mini_batch_size == 1:
         token = run("at_carry", lambda body: simplify(at_carry(body)), token, at=True)
         program.token, program.chunk_size = token, chunk_size(token)

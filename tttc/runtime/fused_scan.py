@@ -85,6 +85,7 @@ def fused_scan(
     """
     info = scan_info(anchor, tokens, shared)
     program = build_program(interned(key), mini_batch_size)
+    place %= mini_batch_size  # which may not be the model's own
     if 0 in tokens[0].shape[:3]:
         now = carry or anchor
         kept = [x.to(info.compute).clone() for x in (*(now if place == 0 else anchor), *now)]

@@ -37,6 +37,7 @@ def fused_scan_backward(
     """
     info = scan_info(anchor, tokens, shared)
     program = build_program(interned(key), mini_batch_size)
+    place %= mini_batch_size
     out = _empty_cotangents(anchor, carry, tokens, shared, wanted)
     if 0 in tokens[0].shape[:3]:
         return _of_nothing(out, grads, anchor, carry, wanted, states, place)
