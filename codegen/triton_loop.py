@@ -713,7 +713,7 @@ class Renderer:
         tile = self.tile(operands_of(node)[0])
         target = self.order(dims_of(node))
         if not target:
-            return tile
+            return self.let("e", f"tl.full((), {tile.name}, tl.float32)", ())
         shape = ", ".join(str(self.side(d)) for d in target)
         return self.let(
             "e", f"{self.line_up(tile, target)} + tl.zeros(({shape},), tl.float32)", target

@@ -241,8 +241,8 @@ class _Solver(Dualiser):
         return Term(-term.coefficient, tuple(named), tuple(relations))
 
 
-def chunkwise(body: Body, tokens: int) -> Body:
-    """The body for a chunk of ``tokens`` tokens that starts from the carry (named as the anchor).
+def chunkwise(body: Body, tokens: int, from_anchor: bool = True) -> Body:
+    """The body for a chunk of ``tokens`` tokens, which starts at its anchor or from any carry.
 
     Raises:
         NotLowerable: where tokens can only run one after another, with the reason.
@@ -253,4 +253,5 @@ def chunkwise(body: Body, tokens: int) -> Body:
     cut, name = _unknown(body), None
     if cut is not None:
         body, name = _with_unknown(body, cut)
-    return _Solver(at_anchor(batch(body)), tokens, name).run()
+    primal = batch(body)
+    return _Solver(at_anchor(primal) if from_anchor else primal, tokens, name).run()

@@ -75,27 +75,55 @@ def _build(entry: InternedStep, mini_batch_size: int, verify: bool) -> Program:
         program.token = run("update_at_anchor", _approximated, token)
         token = program.token
     if mini_batch_size == 1:
-        token = run("at_carry", lambda body: simplify(at_carry(body)), token, at=True)
-        program.token, program.chunk_size = token, chunk_size(token)
-        try:
-            chunk = run("chunkwise", chunkwise, token, program.chunk_size, at=True)
-            program.full = run("simplify", simplify, chunk, at=True)
-        except NotLowerable as error:
-            program.chunk_size = None
-            program.reason = (
-                "mini_batch_size is 1: every token sees the state of the token before it, and "
-                + error.reason
-            )
-        return program
+        _online(program, token, run)
+    elif not _dual(program, token, run):
+        _solved(program, token, run)
+    return program
+
+
+Run = Callable[..., Body]  # a pass under its name, validated and kept
+
+
+def _online(program: Program, token: Body, run: Run) -> None:
+    """Every token sees the state of the token before it: chunks where that can be solved for."""
+    program.token = run("at_carry", lambda body: simplify(at_carry(body)), token, at=True)
+    program.chunk_size = chunk_size(program.token)
+    try:
+        chunk = run("chunkwise", chunkwise, program.token, program.chunk_size, at=True)
+        program.full = run("simplify", simplify, chunk, at=True)
+    except NotLowerable as error:
+        program.chunk_size = None
+        program.reason = (
+            "mini_batch_size is 1: every token sees the state of the token before it, and "
+            + error.reason
+        )
+
+
+def _dual(program: Program, token: Body, run: Run) -> bool:
+    """The dual form of a mini-batch whose updates are taken at its anchor; False, with the reason, where there is none."""
+    size = program.mini_batch_size
     try:
         primal = run("batch", batch, token)
         started = run("at_anchor", at_anchor, primal, at=True)
-        dual = run("dualise", dualise, started, mini_batch_size, at=True)
+        dual = run("dualise", dualise, started, size, at=True)
         program.full = run("simplify", simplify, dual, at=True)
-        program.continued = run(
-            "continued", lambda body: simplify(dualise(body, mini_batch_size)), primal
-        )
+        program.continued = run("continued", lambda body: simplify(dualise(body, size)), primal)
     except NotLowerable as error:
         program.full = program.continued = None
         program.reason = error.reason
-    return program
+    return program.full is not None
+
+
+def _solved(program: Program, token: Body, run: Run) -> None:
+    """Updates that depend on the carry within a mini-batch, where they can be solved for."""
+    size, stages = program.mini_batch_size, dict(program.stages)
+
+    def continued(body: Body) -> Body:
+        return simplify(chunkwise(body, size, from_anchor=False))
+
+    try:
+        full = run("simplify", simplify, run("chunkwise", chunkwise, token, size, at=True), at=True)
+        program.continued = run("continued", continued, token)
+        program.full, program.reason = full, None
+    except NotLowerable:  # the reason why there is no dual form says more
+        program.stages = stages
