@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from _run import Example, Normal, run
 from torch.nn import functional as F
 
 
@@ -29,3 +30,13 @@ def step(anchor: torch.Tensor, W: torch.Tensor, token: Token, shared: None):
 
     W = W - token.beta * torch.func.grad(loss)(W)
     return W, token.q @ W
+
+
+def example(normal: Normal, B: int = 2, H: int = 2, T: int = 37, d: int = 16) -> Example:
+    """Small inputs."""
+    tokens = Token(*(normal(B, H, T, d) for _ in range(3)), normal.gate(B, H, T))
+    return Example(normal(H, d, d), tokens, None, 1)
+
+
+if __name__ == "__main__":
+    run(step, example(Normal()))
