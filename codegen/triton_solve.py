@@ -103,9 +103,7 @@ def _poison(
     renderer.indent = depth
 
 
-def _applied(
-    renderer: Renderer, pairs: Tile, x: Tile, result: Dims, own: str, other: str
-) -> str:
+def _applied(renderer: Renderer, pairs: Tile, x: Tile, result: Dims, own: str, other: str) -> str:
     """A tile over pairs of tokens times rows of tokens."""
     if len(x.dims) == 1:
         seen = x.name + renderer.index((other,), pairs.dims)

@@ -235,9 +235,9 @@ class _Solver(Dualiser):
         named = [(f, tuple(EARLIER if x == earlier else x for x in labels)) for f, labels in others]
         relations = []
         for r in term.relations:
-            own = tuple(EARLIER if x == earlier else x for x in r[:2])
-            if own != (EARLIER, TOKEN):  # only earlier tokens are solved for anyway
-                relations.append(Relation(*own, r.strict))
+            before, after = (EARLIER if x == earlier else x for x in (r.earlier, r.later))
+            if (before, after) != (EARLIER, TOKEN):  # only earlier tokens are solved for anyway
+                relations.append(Relation(before, after, r.strict))
         return Term(-term.coefficient, tuple(named), tuple(relations))
 
 

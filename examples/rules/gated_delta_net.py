@@ -36,7 +36,9 @@ def step(anchor: torch.Tensor, W: torch.Tensor, token: Token, shared: None):
 
 def example(normal: Normal, B: int = 2, H: int = 2, T: int = 37, d: int = 16) -> Example:
     """Small inputs."""
-    tokens = Token(*(normal(B, H, T, d) for _ in range(3)), normal.gate(B, H, T, low=0.5), normal.gate(B, H, T))
+    tokens = Token(
+        *(normal(B, H, T, d) for _ in range(3)), normal.gate(B, H, T, low=0.5), normal.gate(B, H, T)
+    )
     return Example(normal(H, d, d), tokens, None, 1)
 
 

@@ -94,7 +94,8 @@ def _scan(ex: Explanation, scan: ScanReport) -> Iterator[Any]:
     if scan.errors:
         shown = ", ".join(f"{k} {error(v)}" for k, v in scan.errors.items())
         facts.add_row(
-            "error", f"{shown} relative to the naive loop{' of the approximation' if scan.deviation else ''} "
+            "error",
+            f"{shown} relative to the naive loop{' of the approximation' if scan.deviation else ''} "
             f"in float64 (first {scan.checked} tokens)",
         )
     yield Padding(facts, (0, 0, 0, 2))

@@ -87,7 +87,9 @@ class Call:
     def naive_rule(self, tokens: int, mini_batch_size: int) -> list[Tensor]:
         """The same by the rule that this scan approximates, at its own mini-batch size."""
         key = interned(self.key).of or self.key
-        own = Call(self.operator, {**self.arguments, "key": key, "mini_batch_size": mini_batch_size})
+        own = Call(
+            self.operator, {**self.arguments, "key": key, "mini_batch_size": mini_batch_size}
+        )
         return own.naive(tokens)
 
 
