@@ -226,7 +226,7 @@ class Dualiser:
     def root(self, node: fx.Node) -> fx.Node:
         """A value evaluated in the cheapest order."""
         result = dims_of(node)
-        expander = Expander(self.opened, self._last_of)
+        expander = Expander(self.opened, self.sizes, self._last_of)
         terms = collect(expander.expand(node, result), result)
         finals: list[_Final | tuple[float, Any]] = [self.evaluate(t, result) for t in terms]
         return self.whole(self.assemble(finals, result), result)

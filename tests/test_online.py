@@ -110,6 +110,13 @@ def vector_weights(anchor, w, token, rate):
     return w, w * q
 
 
+def one_number_many_targets(anchor, w, token, rate):
+    """A number is compared with every feature of v: what is the same along a dimension is summed over it."""
+    q, k, v, a, eta = token
+    w = a * w - eta * torch.func.grad(lambda w: half_square(torch.dot(k, w) - v))(w)
+    return w, torch.dot(q, w) * v
+
+
 def read_before_write(anchor, W, token, rate):
     q, k, v, _, eta = token
     z = torch.tanh(q @ W)
@@ -135,6 +142,7 @@ EXACT = {
     with_bias: {"W": MATRIX, "b": (D,)},
     momentum: (MATRIX, MATRIX),
     vector_weights: (D,),
+    one_number_many_targets: (D,),
     read_before_write: MATRIX,
     gates_of_features: MATRIX,
 }
@@ -560,7 +568,8 @@ def test_examples(rule):
     for backend, dtype, tolerance in (("torch", F64, 1e-10), ("triton", torch.float32, 1e-4)):
         leaves, spec = pytree.tree_flatten(rule.example(_run.Normal(), B=1, T=21, d=D)[:3])
         leaves = [x if x is None else x.to(dtype) for x in leaves]
-        key, groups = interned(rule.step, *pytree.tree_unflatten(leaves, spec))
+        W, tokens, _ = pytree.tree_unflatten(leaves, spec)
+        key, groups = interned(rule.step, W[None], tokens, None)
         assert not build_program(_scan_op.interned(key), 1, verify=True).sequential
         expected = with_gradients(torch.ops.tttc.scan, groups, key, 1, 0)
         got = with_gradients(torch.ops.tttc.fused_scan, groups, key, 1, 0, backend, True, 1)
