@@ -324,7 +324,7 @@ def test_like_tokens_lose_no_digits():
     key, groups = interned(delta, W, rows, rate)
     expected = torch.ops.tttc.scan(*groups, key, 1, 0)
     key, groups = interned(delta, *pytree.tree_map(lambda x: x.float(), (W, rows, rate)))
-    assert build_program(_scan_op.interned(key), 1).chunk_size == 64
+    assert build_program(_scan_op.interned(key), 1).chunk_size == 32
     got = torch.ops.tttc.fused_scan(*groups, key, 1, 0, "triton", True, 0)
     assert_close(expected, got, 2e-6)
 
