@@ -113,8 +113,11 @@ def _unknown(body: Body) -> fx.Node | None:
     candidates = [n for n in body.nodes if n in touched and n in needed]
     candidates = [n for n in candidates if n not in body.results[: body.states]]
     found = [n for n in candidates if _separates(body, n, carries, touched)]
+    found = [n for n in found if len(dims_of(n)) < 2]  # a matrix for every token is another state
     if not found:
-        raise NotLowerable("the update depends on the state through more than one value")
+        raise NotLowerable(
+            "the update depends on the state otherwise than through one value per token"
+        )
     size = min(element_count(dims_of(n), body.sizes) for n in found)
     return [n for n in found if element_count(dims_of(n), body.sizes) == size][-1]
 

@@ -154,12 +154,6 @@ def nonlinear(anchor, W, token, rate):
     return W, q @ W
 
 
-def feature_wise(anchor, w, token, rate):
-    q, k, v, *_ = token
-    w = w - rate * k * (w * k - v)
-    return w, w * q
-
-
 def normalised(anchor, W, token, rate):
     q, k, v, *_ = token
     W = W - rate * torch.outer(k, torch.tanh(k @ W) - v)
@@ -167,9 +161,18 @@ def normalised(anchor, W, token, rate):
     return W, q @ W
 
 
+def two_steps(anchor, W, token, rate):
+    """The second step is taken at the state that the first one made."""
+    q, k, v, *_ = token
+    for x in (k, q):
+        W = W - rate * torch.outer(x, x @ W - v)
+    return W, q @ W
+
+
 SEQUENTIAL = {
+    two_steps: (MATRIX, "otherwise than through one value"),
     nonlinear: (MATRIX, "not affine in the state"),
-    normalised: (MATRIX, "not affine in the state"),
+    normalised: (MATRIX, "otherwise than through one value"),
 }
 
 
