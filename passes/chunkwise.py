@@ -185,7 +185,7 @@ class _Solver(Dualiser):
             self.env[self.unknown] = self.solution(results[-1])
             results, shapes = results[:-1], shapes[:-1]
         self.graph.output(tuple(self.made(x) for x in results))
-        return self.body.with_graph(self.graph, notes=self.notes, output_shapes=shapes)
+        return self.body.with_graph(self.graph, orders=self.orders, output_shapes=shapes)
 
     def made(self, node: fx.Node) -> Any:
         """The new node of an old one, with all it is made of."""
