@@ -621,7 +621,9 @@ class Renderer:
             return self.let("c", self._product(left, right, labels, None), (rows, columns))
         clean, reached = self._finite(x, ones, relation, labels)
         left, right = (ones, clean) if rows in ones.dims else (clean, ones)
-        made = self.let("c", self._product(left, right, labels, None), (rows, columns), note=str(spec))
+        made = self.let(
+            "c", self._product(left, right, labels, None), (rows, columns), note=str(spec)
+        )
         value = f'tl.where({reached} > 0, float("nan"), {made.name})'
         return self.let("c", value, (rows, columns))
 

@@ -259,8 +259,12 @@ class _Reverse:
         value, given = self.env[x], self.filled(g, node)
         before = f"{earlier}<{later}"
         after = self.builder.running_product(str(node.args[0]), value, (later, earlier, *features))
-        after = self.builder.rename(after, {earlier: factor})  # of the tokens between a factor and t
-        until = self.builder.running_product(before, value, (later, earlier, *features) if pairs else (later, *features))
+        after = self.builder.rename(
+            after, {earlier: factor}
+        )  # of the tokens between a factor and t
+        until = self.builder.running_product(
+            before, value, (later, earlier, *features) if pairs else (later, *features)
+        )
         until = self.builder.rename(until, {later: factor})  # of those before the factor
         if pairs:
             given = self.builder.masked_contraction(

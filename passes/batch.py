@@ -32,7 +32,6 @@ from __future__ import annotations
 from typing import Any
 
 from torch import fx
-
 from tttc.passes.affine import System
 from tttc.passes.recurrence import Recurrence
 

@@ -129,7 +129,9 @@ class Normaliser:
         node.meta["labels"] = (tuple(map(tuple, dims)), tuple(result), len(head))
         node.meta["where"] = self.where
         # Names of a renaming may return at other axes: it can exchange them.
-        scopes = [*dims, result] if target is ops.rename else [[x for d in (*dims, result) for x in d]]
+        scopes = (
+            [*dims, result] if target is ops.rename else [[x for d in (*dims, result) for x in d]]
+        )
         for scope in scopes:
             self.labels.separate(tuple(dict.fromkeys(x.root for x in scope)))
         return node

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_passes import MATRIX, D, assert_same, compiled, half_square, largest_with_tokens, random_tree
+from test_passes import (
+    MATRIX,
+    D,
+    assert_same,
+    compiled,
+    half_square,
+    largest_with_tokens,
+    random_tree,
+)
 from tttc.passes.backward import backward
 from tttc.passes.verify import verify_backward
-
-from tttc.ir import ops
-from tttc.ir.build import Builder
 
 PAIR = (MATRIX, MATRIX)
 
@@ -136,7 +141,9 @@ def per_channel_gate(anchor, W, token, rate):
 
 def per_channel_gate_of_outputs(anchor, carry, token, rate):
     W, S = carry
-    S = torch.sigmoid(token["q"]) * S - token["b"] * error_gradient(anchor[0], token["k"], token["v"])
+    S = torch.sigmoid(token["q"]) * S - token["b"] * error_gradient(
+        anchor[0], token["k"], token["v"]
+    )
     W = torch.sigmoid(token["k"]) * W + S
     return (W, S), token["q"] @ W
 

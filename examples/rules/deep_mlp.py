@@ -47,10 +47,14 @@ def step(anchor, carry, token: Token, norm: Norm):
     return new, model(new, token.q, norm)
 
 
-def example(normal: Normal, B: int = 2, H: int = 2, T: int = 37, d: int = 16, b: int = 16) -> Example:
+def example(
+    normal: Normal, B: int = 2, H: int = 2, T: int = 37, d: int = 16, b: int = 16
+) -> Example:
     """Small inputs."""
     tokens = Token(*(normal(B, H, T, d) for _ in range(3)), normal.gate(B, H, T, high=0.2))
-    return Example([normal(H, d, d) for _ in range(3)], tokens, Norm(1 + normal(H, d), normal(H, d)), b)
+    return Example(
+        [normal(H, d, d) for _ in range(3)], tokens, Norm(1 + normal(H, d), normal(H, d)), b
+    )
 
 
 if __name__ == "__main__":

@@ -26,7 +26,9 @@ def step(anchor: torch.Tensor, S: torch.Tensor, token: Token, shared: None):
     return S, token.q @ S
 
 
-def example(normal: Normal, B: int = 2, H: int = 2, T: int = 37, d: int = 16, b: int = 16) -> Example:
+def example(
+    normal: Normal, B: int = 2, H: int = 2, T: int = 37, d: int = 16, b: int = 16
+) -> Example:
     """Small inputs."""
     tokens = Token(*(normal(B, H, T, d) for _ in range(3)), normal.gate(B, H, T, d, low=0.5))
     return Example(normal(H, d, d), tokens, None, b)

@@ -35,7 +35,9 @@ def step(anchor: State, carry: State, token: Token, shared: None) -> tuple[State
     return new, q @ new.W / (q.dot(new.n) + 1e-6)
 
 
-def example(normal: Normal, B: int = 2, H: int = 2, T: int = 37, d: int = 16, b: int = 16) -> Example:
+def example(
+    normal: Normal, B: int = 2, H: int = 2, T: int = 37, d: int = 16, b: int = 16
+) -> Example:
     """Small inputs."""
     tokens = Token(*(normal(B, H, T, d) for _ in range(3)))
     return Example(State(normal(H, d, d), normal.gate(H, d)), tokens, None, b)

@@ -34,7 +34,9 @@ def step(anchor: torch.Tensor, W: torch.Tensor, token: Token, shared: None):
     return W, token.q @ W
 
 
-def example(normal: Normal, B: int = 2, H: int = 2, T: int = 37, d: int = 16, b: int = 16) -> Example:
+def example(
+    normal: Normal, B: int = 2, H: int = 2, T: int = 37, d: int = 16, b: int = 16
+) -> Example:
     """Small inputs."""
     rows = [normal(B, H, T, d) for _ in range(3)]
     rates = normal.gate(B, H, T, low=0.5), normal.gate(B, H, T, high=0.1)

@@ -50,7 +50,9 @@ def step(anchor: Weights, carry: Weights, token: Token, shared: None):
     return new, model(new, token.q)
 
 
-def example(normal: Normal, B: int = 2, H: int = 2, T: int = 37, d: int = 16, b: int = 16) -> Example:
+def example(
+    normal: Normal, B: int = 2, H: int = 2, T: int = 37, d: int = 16, b: int = 16
+) -> Example:
     """Small inputs."""
     tokens = Token(*(normal(B, H, T, d) for _ in range(3)), normal.gate(B, H, T, high=0.2))
     return Example(Weights(normal(H, d, d), normal(H, d)), tokens, None, b)

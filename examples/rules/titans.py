@@ -56,12 +56,16 @@ def step(anchor: State, carry: State, token: Token, shared: None) -> tuple[State
     return State(weights, momentum), memory(weights, token.q)
 
 
-def example(normal: Normal, B: int = 2, H: int = 2, T: int = 37, d: int = 16, b: int = 16) -> Example:
+def example(
+    normal: Normal, B: int = 2, H: int = 2, T: int = 37, d: int = 16, b: int = 16
+) -> Example:
     """Small inputs."""
     weights = Weights(normal(H, d, 2 * d), normal(H, 2 * d, d))
     rows = [normal(B, H, T, d) for _ in range(3)]
     rates = [normal.gate(B, H, T, high=high) for high in (0.2, 0.9, 0.1)]
-    return Example(State(weights, tree_map(torch.zeros_like, weights)), Token(*rows, *rates), None, b)
+    return Example(
+        State(weights, tree_map(torch.zeros_like, weights)), Token(*rows, *rates), None, b
+    )
 
 
 if __name__ == "__main__":

@@ -51,7 +51,9 @@ def step(anchor: Weights, carry: Weights, token: Token, norm: Norm):
     return new, model(new, token.q, norm)
 
 
-def example(normal: Normal, B: int = 2, H: int = 2, T: int = 37, d: int = 16, b: int = 16) -> Example:
+def example(
+    normal: Normal, B: int = 2, H: int = 2, T: int = 37, d: int = 16, b: int = 16
+) -> Example:
     """Small inputs."""
     tokens = Token(*(normal(B, H, T, d) for _ in range(3)), normal.gate(B, H, T, d, high=0.2))
     shared = Norm(1 + normal(H, d), normal(H, d))

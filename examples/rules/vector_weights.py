@@ -55,7 +55,9 @@ def step(anchor: State, carry: State, token: Token, shared: dict[str, torch.Tens
     return State(weights, momentum), model(weights, token.q)
 
 
-def example(normal: Normal, B: int = 2, H: int = 2, T: int = 37, d: int = 16, b: int = 16) -> Example:
+def example(
+    normal: Normal, B: int = 2, H: int = 2, T: int = 37, d: int = 16, b: int = 16
+) -> Example:
     """Small inputs."""
     tokens = Token(*(normal(B, H, T, d) for _ in range(3)), normal.gate(B, H, T, high=0.2))
     weights = Weights(1 + normal(H, d), normal(H, d))

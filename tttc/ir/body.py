@@ -191,7 +191,14 @@ def _check_operator(node: fx.Node, body: Body) -> None:
         if d not in known and not is_token(d):
             raise CheckError(f"{node.name}: the dimension {d} has no size")
     name = OPERATORS[node.target]
-    if name in ("contraction", "masked_contraction", "running_product", "elementwise", "broadcast", "at_last"):
+    if name in (
+        "contraction",
+        "masked_contraction",
+        "running_product",
+        "elementwise",
+        "broadcast",
+        "at_last",
+    ):
         allowed = {d for o in spec.operands for d in o}
         if name in ("masked_contraction", "running_product"):
             r = parse_relation(head_of(node))
