@@ -11,7 +11,13 @@ from tttc.ir import ops
 
 def _is_product(node: fx.Node) -> bool:
     """Whether a node makes every warp wait for the others: a product, a sum, an extreme."""
-    return node.target in (ops.contraction, ops.masked_contraction, ops.reduction, ops.last)
+    return node.target in (
+        ops.contraction,
+        ops.masked_contraction,
+        ops.triangular_solve,
+        ops.reduction,
+        ops.last,
+    )
 
 
 def _depths(nodes: Sequence[fx.Node]) -> dict[fx.Node, int]:

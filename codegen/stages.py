@@ -55,6 +55,12 @@ class _Costs:
         volume = element_count(labels, self.sizes)
         if node.target in (ops.contraction, ops.masked_contraction) and len(labels) > 2:
             return 2 * volume / FLOPS_PER_BYTE
+        if (
+            node.target is ops.triangular_solve
+        ):  # an inverse by products of pairs of tokens, and one more
+            pairs = element_count((TOKEN, EARLIER), self.sizes)
+            doublings = 2 * self.sizes[TOKEN].bit_length()
+            return 2 * (doublings * pairs * self.sizes[TOKEN] + volume) / FLOPS_PER_BYTE
         if len(labels) > len(dims_of(node)):
             return volume / SHUFFLES_PER_BYTE
         return volume / ELEMENTS_PER_BYTE

@@ -186,7 +186,7 @@ def run_program(
     constants = [
         x.to(device, dtype if x.is_floating_point() else x.dtype) for x in program.token.constants
     ]
-    b, length = program.mini_batch_size, tokens[0].shape[2]
+    b, length = program.unit, tokens[0].shape[2]
     pieces: list[list[Tensor]] = []
     stacks: dict[int, _Stack] = {}
     start = mini_batches = 0
@@ -216,16 +216,16 @@ def run_program(
             start += count
             continue
         else:
-            assert program.full is not None and program.continued is not None
-            count = min(b - place, length - start)
-            body = program.full if place == 0 else program.continued
+            unit = program.full if place == 0 else program.continued
+            assert unit is not None
+            body, count = unit, min(b - place, length - start)
             now = [x[:, :, start : start + count] for x in tokens]
         results = body.gm(*_arguments(body, anchor, carry, now, shared, constants))
         carry = list(results[: body.states])
         outputs = list(results[body.states :])
         pieces.append([x.unsqueeze(2) for x in outputs] if program.sequential else outputs)
         start += count
-        place = (place + count) % b
+        place = (place + count) % program.mini_batch_size
     if place == 0:
         anchor = carry
     outputs = [torch.cat(z, 2) for z in zip(*pieces, strict=True)]

@@ -93,7 +93,7 @@ def save_interval(program: Program, leaves: Leaves, token_bytes: int, state_byte
     if program.save_interval is not None:
         return program.save_interval
     state = saved_bytes(program, leaves, state_bytes)
-    return max(LEAST_INTERVAL, math.ceil(state / (program.mini_batch_size * token_bytes)))
+    return max(LEAST_INTERVAL, math.ceil(state / (program.unit * token_bytes)))
 
 
 def saved_bytes(program: Program, leaves: Leaves, state_bytes: int) -> int:
@@ -311,7 +311,7 @@ def run_backward(
         squeezed as bodies take them.
     """
     dtype, device = anchor[0].dtype, anchor[0].device
-    b, length = program.mini_batch_size, tokens[0].shape[2]
+    b, length = program.unit, tokens[0].shape[2]
     now_anchor = [squeeze_features(x, 2) for x in anchor]
     now_carry = [squeeze_features(x.to(dtype), 2) for x in carry] if carry else now_anchor
 
@@ -341,7 +341,7 @@ def run_backward(
         )
         for x, shape in zip(outputs, program.token.output_shapes, strict=True)
     ]  # fmt: skip
-    if (place + length) % b == 0:
+    if (place + length) % program.mini_batch_size == 0:
         state.refresh()
 
     out = {
@@ -441,7 +441,7 @@ def _advanced(
     call: _Call, anchor: list[Tensor], carry: list[Tensor], piece: list[Tensor], place: int
 ) -> list[Tensor]:
     """The carry after some tokens: whole mini-batches, or the rest of one."""
-    program, b = call.program, call.program.mini_batch_size
+    program, b = call.program, call.program.unit
     if program.sequential:
         end = _with_states(call, anchor, carry, piece, place).end
     elif place == 0:

@@ -13,6 +13,7 @@ from tttc.codegen.loop import Loop, Sink, Source, used
 from tttc.codegen.ordering import least_live, products_first
 from tttc.codegen.schedule import Schedule
 from tttc.codegen.triton_functions import FUNCTIONS, RECIPROCAL, number
+from tttc.codegen.triton_solve import INVERSE, triangular_solve
 
 from tttc.ir import ops
 from tttc.ir.body import EARLIER, TOKEN, operands_of, spec_of
@@ -21,6 +22,7 @@ from tttc.ir.errors import NotLowerable
 from tttc.ir.functions import FUNCTIONS as IR_FUNCTIONS
 from tttc.ir.spec import Dims, parse, parse_relation
 
+RELATED = (ops.masked_contraction, ops.masked, ops.running_product, ops.triangular_solve)
 LARGEST_BROADCAST = 1 << 17  # elements of a broadcast product that registers can hold for a moment
 
 
@@ -74,7 +76,7 @@ class Renderer:
                 labels = parse(spec_of(node)).labels if node.op == "call_function" else ()
                 for d in (*dims_of(node), *labels):
                     found.setdefault(d)
-                if node.target in (ops.masked_contraction, ops.masked):
+                if node.target in RELATED:
                     r = parse_relation(node.args[0])
                     found.setdefault(r.later)
                     found.setdefault(r.earlier)
@@ -96,12 +98,23 @@ class Renderer:
         """Dimensions that take part in a matrix product: their tiles have sides of at least 16."""
         found: set[str] = set()
         for node in self.loop.graph.nodes:
-            if node in self.used and self._dot_labels(node) is not None:
+            solved = node.target is ops.triangular_solve
+            if node in self.used and (solved or self._dot_labels(node) is not None):
                 found |= set(parse(spec_of(node)).labels)
         # What passes between kernels has the same rows in all of them.
         passed = [n for n, s in self.loop.sources.items() if s.kind == "value"]
         passed += [n for n, s in self.loop.sinks if s.kind == "value"]
-        return found | {d for n in passed for d in dims_of(n) if base(d) in (TOKEN, EARLIER)}
+        found |= {d for n in passed for d in dims_of(n) if base(d) in (TOKEN, EARLIER)}
+        renamed = [
+            pair
+            for node in self.loop.graph.nodes
+            if node in self.used and node.target is ops.rename
+            for pair in zip(dims_of(node.args[1]), dims_of(node), strict=True)
+        ]
+        # A tile keeps its sides under other names.
+        while more := {d for pair in renamed if found & set(pair) for d in pair} - found:
+            found |= more
+        return found
 
     def _repeated(self) -> tuple[dict[str, Dims], dict[fx.Node, fx.Node]]:
         """Vector states that are kept repeated for every token, and the sums that renew them.
@@ -340,6 +353,8 @@ class Renderer:
             ops.contraction: self._contraction,
             ops.masked_contraction: self._masked_contraction,
             ops.masked: self._masked,
+            ops.running_product: self._running_product,
+            ops.triangular_solve: lambda n: triangular_solve(self, n),
             ops.reduction: self._reduction,
             ops.broadcast: self._broadcast,
             ops.last: self._last,
@@ -572,28 +587,45 @@ class Renderer:
         both = [i for i, t in enumerate(tiles) if set(pair) <= set(t.dims)]
         if both:
             tiles[both[0]] = self._causal(tiles[both[0]], node.args[0])
+        elif len(tiles) == 1:
+            return self._causal_sum(node, tiles[0])
         else:
-            ones = Tile(
-                f"tl.full(({', '.join(str(self.side(d)) for d in pair)}), 1.0, tl.float32)", pair
-            )
+            shape = ", ".join(str(self.side(d)) for d in pair)
+            ones = Tile(f"tl.full(({shape}), 1.0, tl.float32)", pair)
             tiles.append(self._causal(ones, node.args[0]))
-        if len(tiles) == 2 and not both:
-            # One operand under a causal sum: a matrix product with the mask.
-            (x,) = [t for t in tiles[:1]]
-            spec = parse(spec_of(node))
-            if len(x.dims) == 2 and len(spec.result) == 2:
-                tile = tiles[1]
-                rows, columns = self.order(spec.result)
-                (inner,) = [d for d in x.dims if d not in spec.result]
-                if min(self.side(d) for d in (rows, columns, inner)) >= 16:
-                    left, right = (tile, x) if rows in tile.dims else (x, tile)
-                    a, b = (
-                        self._operand(left, (rows, inner)),
-                        self._operand(right, (inner, columns)),
-                    )
-                    text = f"tl.dot({a}, {b}, input_precision=PRECISION)"
-                    return self.let("c", text, (rows, columns), note=str(spec))
         return self._broadcast_product(node, tiles, masked=True)
+
+    def _causal_sum(self, node: fx.Node, x: Tile) -> Tile:
+        """One operand under a causal sum: a matrix product with the mask, or a sum of what the mask leaves."""
+        spec, relation = parse(spec_of(node)), str(node.args[0])
+        r = parse_relation(relation)
+        rows_columns = self.order(spec.result)
+        summed = [d for d in x.dims if d not in spec.result]
+        sides = [self.side(d) for d in (*spec.result, *summed)]
+        if len(x.dims) != 2 or len(rows_columns) != 2 or len(summed) != 1 or min(sides) < 16:
+            target = self.order(tuple(dict.fromkeys((*x.dims, r.later, r.earlier))))
+            shape = ", ".join(str(self.side(d)) for d in target)
+            value = f"{self.line_up(x, target)} + tl.zeros(({shape},), tl.float32)"
+            tile = self._causal(Tile(f"({value})", target, x.zero), relation)
+            return self._broadcast_product(node, [tile], masked=True)
+        rows, columns = rows_columns
+        (inner,) = summed
+        if inner != r.earlier:
+            x = self.cleared(x, (inner,))
+        pair = self.order((r.later, r.earlier))
+        shape = ", ".join(str(self.side(d)) for d in pair)
+        ones = self._causal(Tile(f"tl.full(({shape}), 1.0, tl.float32)", pair), relation)
+        labels = (rows, columns, inner)
+        if self.schedule.nan == "ignored":
+            left, right = (ones, x) if rows in ones.dims else (x, ones)
+            return self.let("c", self._product(left, right, labels, None), (rows, columns))
+        clean, reached = self._finite(x, ones, relation, labels)
+        left, right = (ones, clean) if rows in ones.dims else (clean, ones)
+        made = self.let(
+            "c", self._product(left, right, labels, None), (rows, columns), note=str(spec)
+        )
+        value = f'tl.where({reached} > 0, float("nan"), {made.name})'
+        return self.let("c", value, (rows, columns))
 
     def _broadcast_product(self, node: fx.Node, tiles: list[Tile], masked: bool = False) -> Tile:
         """A product without the matrix unit: multiply, then add up."""
@@ -632,6 +664,35 @@ class Renderer:
     def _masked(self, node: fx.Node) -> Tile:
         return self._causal(self.tile(operands_of(node)[0]), node.args[0])
 
+    def _running_product(self, node: fx.Node) -> Tile:
+        """Products over the tokens before each: a column for every token they start after, or one for all."""
+        r = parse_relation(str(node.args[0]))
+        tile = self.tile(operands_of(node)[0])
+        if r.strict:
+            tile = self._token_before(tile, r.later, r.earlier)
+        target = self.order(dims_of(node))
+        axis = target.index(r.later)
+        if r.earlier not in target:
+            return self.let("e", f"tl.cumprod({tile.name}, {axis})", target)
+        later, earlier = (d + self.index((d,), target) for d in (r.later, r.earlier))
+        after = f"{earlier} + 1 < {later}" if r.strict else f"{earlier} < {later}"
+        factors = self.let("e", f"tl.where({after}, {self.line_up(tile, target)}, 1.0)", target)
+        return self._causal(
+            self.let("e", f"tl.cumprod({factors.name}, {axis})", target), str(node.args[0])
+        )
+
+    def _token_before(self, tile: Tile, later: str, other: str) -> Tile:
+        """Each token's value taken from the token before it, one for the first."""
+        names = {later: other}
+        dims = tuple(names.get(d, d) for d in tile.dims)
+        moved = self.sorted_tile(tile.name, dims, frozenset())
+        target = self.order((later, *dims))
+        t, s = (d + self.index((d,), target) for d in (later, other))
+        value = f"tl.where({s} + 1 == {t}, {self.line_up(moved, target)}, 0.0)"
+        shifted = self.let("e", f"tl.sum({value}, {target.index(other)})", tile.dims)
+        first = f"{later}{self.index((later,), tile.dims)} == 0"
+        return self.let("e", f"tl.where({first}, 1.0, {shifted.name})", tile.dims)
+
     def _reduction(self, node: fx.Node) -> Tile:
         function = str(node.args[0])
         if function not in ("amax", "amin"):
@@ -654,7 +715,7 @@ class Renderer:
         tile = self.tile(operands_of(node)[0])
         target = self.order(dims_of(node))
         if not target:
-            return tile
+            return self.let("e", f"tl.full((), {tile.name}, tl.float32)", ())
         shape = ", ".join(str(self.side(d)) for d in target)
         return self.let(
             "e", f"{self.line_up(tile, target)} + tl.zeros(({shape},), tl.float32)", target
@@ -727,6 +788,8 @@ class Renderer:
         self.write()
         if any("reciprocal(" in line for line in self.body):
             self.lines += RECIPROCAL.splitlines()
+        if any("unit_triangular_inverse(" in line for line in self.body):
+            self.lines += INVERSE.splitlines()
         self.write("@triton.jit")
         self.write(f"def {loop.name}(")
         for name in self.arguments:

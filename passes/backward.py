@@ -28,10 +28,10 @@ from torch import fx
 from tttc.passes.derivatives import DERIVATIVES, Value
 
 from tttc.ir import ops
-from tttc.ir.body import EARLIER, TOKEN, Body, head_length, operands_of, role
+from tttc.ir.body import Body, head_length, is_token, operands_of, role
 from tttc.ir.build import Builder, dims_of
 from tttc.ir.errors import NotLowerable
-from tttc.ir.spec import Dims, parse_relation
+from tttc.ir.spec import Dims, Relation, parse_relation
 
 TYPICAL_TOKENS = 16  # the mini-batch size at which orders of products are chosen
 
@@ -48,10 +48,6 @@ class Backward:
     body: Body
     wanted: list[str]
     zero: set[str]  # of the wanted, those that no given cotangent reaches
-
-
-def _is_token(dim: str) -> bool:
-    return dim.rstrip("0123456789") in (TOKEN, EARLIER)
 
 
 class _Reverse:
@@ -121,7 +117,7 @@ class _Reverse:
     def filled(self, x: Any, node: fx.Node) -> fx.Node:
         """``x`` with the axes of a forward node, repeated along those it lacks."""
         dims = dims_of(node)
-        if set(dims_of(x)) == set(dims):
+        if isinstance(x, fx.Node) and set(dims_of(x)) == set(dims):
             return self.builder.contraction([x], dims)
         return self.builder.call(ops.broadcast, (), (x, self.env[node]), dims)
 
@@ -144,6 +140,8 @@ class _Reverse:
             ops.contraction: self.contraction,
             ops.masked_contraction: self.contraction,
             ops.masked: self.masked,
+            ops.running_product: self.running_product,
+            ops.triangular_solve: self.triangular_solve,
             ops.reduction: self.reduction,
             ops.rename: self.rename,
             ops.broadcast: self.broadcast,
@@ -160,7 +158,7 @@ class _Reverse:
         times = 1
         for d in lacking:
             if d not in dims_of(x):
-                if _is_token(d):  # how many there are is known at run time only
+                if is_token(d):  # how many there are is known at run time only
                     x = self.filled(x, node)
                 else:
                     times *= self.body.sizes[d]
@@ -190,7 +188,7 @@ class _Reverse:
         letter = {d: opt_einsum.get_symbol(i) for i, d in enumerate(labels)}
         inputs = ",".join("".join(letter[d] for d in dims_of(x)) for x in operands)
         shapes = [
-            tuple(TYPICAL_TOKENS if _is_token(d) else self.body.sizes[d] for d in dims_of(x))
+            tuple(TYPICAL_TOKENS if is_token(d) else self.body.sizes[d] for d in dims_of(x))
             for x in operands
         ]
         text = f"{inputs}->{''.join(letter[d] for d in result)}"
@@ -246,6 +244,56 @@ class _Reverse:
         """The cotangent under the same mask."""
         (x,) = operands_of(node)
         self.add(x, self.builder.masked(str(node.args[0]), self.filled(g, node)))
+
+    def running_product(self, node: fx.Node, g: fx.Node) -> None:
+        """Of one factor: the products of those after it times the products of those before it.
+
+        For ``P_ts``, the product over the tokens r after s and up to t: ``sum_t P_tr sum_(s<r) g_ts P_rs / x_r``, where
+        the last product leaves out r instead of dividing by it.
+        """
+        (x,) = operands_of(node)
+        earlier, later, strict = parse_relation(str(node.args[0]))
+        features = tuple(d for d in dims_of(x) if d != later)
+        pairs = earlier in dims_of(node)
+        factor = f"{earlier}1" if pairs else earlier
+        value, given = self.env[x], self.filled(g, node)
+        before = f"{earlier}<{later}"
+        after = self.builder.running_product(str(node.args[0]), value, (later, earlier, *features))
+        after = self.builder.rename(
+            after, {earlier: factor}
+        )  # of the tokens between a factor and t
+        until = self.builder.running_product(
+            before, value, (later, earlier, *features) if pairs else (later, *features)
+        )
+        until = self.builder.rename(until, {later: factor})  # of those before the factor
+        if pairs:
+            given = self.builder.masked_contraction(
+                f"{earlier}<{factor}", [given, until], (later, factor, *features)
+            )
+        relation = f"{factor}{'<' if strict else '<='}{later}"
+        got = self.builder.masked_contraction(relation, [given, after], (factor, *features))
+        if not pairs:
+            got = self.builder.elementwise("mul", got, until)
+        got = self.builder.rename(got, {factor: later})
+        self.add(x, self.builder.contraction([got], dims_of(x)))
+
+    def triangular_solve(self, node: fx.Node, g: fx.Node) -> None:
+        """The cotangent solved by the transposed system; that of the system is its product with the solution."""
+        system, x = operands_of(node)
+        r = parse_relation(str(node.args[0]))
+        (own,) = {r.earlier, r.later} & set(dims_of(node))
+        other = r.earlier if own == r.later else r.later
+        swap = {own: other, other: own}
+        transposed = self.builder.rename(self.env.get(system, system), swap)
+        backwards = str(Relation(swap[r.earlier], swap[r.later], True))
+        made = self.builder.triangular_solve(backwards, transposed, self.filled(g, node))
+        self.add(x, made)
+        if system in self.active:
+            solution = self.builder.rename(self.env[node], {own: other})
+            pair = self.builder.contraction([made, solution], (own, other))
+            pair = self.builder.masked(str(node.args[0]), self.builder.elementwise("neg", pair))
+            have = tuple(d for d in dims_of(system))
+            self.add(system, self.builder.contraction([pair], have))
 
     def reduction(self, node: fx.Node, g: fx.Node) -> None:
         """The extreme elements share the cotangent, as in torch."""

@@ -28,7 +28,7 @@ from torch import fx
 from tttc.passes.terms import Expander, Term, collect, linear_kind
 
 from tttc.ir import ops
-from tttc.ir.body import EARLIER, TOKEN, Body, operands_of, spec_of
+from tttc.ir.body import EARLIER, TOKEN, Body, is_token, operands_of, spec_of
 from tttc.ir.build import Builder, dims_of
 from tttc.ir.cost import element_count
 from tttc.ir.errors import NotLowerable
@@ -57,12 +57,14 @@ class _Final:
     relation: Relation | None
 
 
-class _Dualiser:
+class Dualiser:
     """One run of the pass."""
 
     def __init__(self, body: Body, mini_batch_size: int) -> None:
         self.body = body
         self.sizes = {**body.sizes, TOKEN: mini_batch_size, EARLIER: mini_batch_size}
+        for node in body.nodes:
+            self.sizes |= {d: mini_batch_size for d in dims_of(node) if is_token(d)}
         self.graph = fx.Graph()
         self.builder = Builder(self.graph)
         self.env: dict[fx.Node, Any] = {}
@@ -132,7 +134,9 @@ class _Dualiser:
                     opened.add(node)
                     changed = True
             for node in self.body.nodes:
-                if node in opened or not (self._causal_sum(node) or self._scaled(node)):
+                if node in opened or self._coefficients(node):
+                    continue
+                if not (self._causal_sum(node) or self._scaled(node)):
                     continue
                 users = [u for u in node.users if u.op != "output"]
                 at_end = node.target is ops.last
@@ -140,6 +144,13 @@ class _Dualiser:
                     opened.add(node)
                     changed = True
         return opened
+
+    @staticmethod
+    def _coefficients(node: fx.Node) -> bool:
+        """Numbers for pairs of tokens, and sums of such: small, and factors of many products."""
+        dims = dims_of(node)
+        pairs = len(dims) > 1 or node.target is ops.masked_contraction
+        return pairs and all(is_token(d) for d in dims)
 
     def _scaled(self, node: fx.Node) -> bool:
         """A value times per-token numbers, or renamed: opened, the numbers join the others of the product."""
@@ -215,10 +226,16 @@ class _Dualiser:
     def root(self, node: fx.Node) -> fx.Node:
         """A value evaluated in the cheapest order."""
         result = dims_of(node)
-        expander = Expander(self.opened, self._last_of)
+        expander = Expander(self.opened, self.sizes, self._last_of)
         terms = collect(expander.expand(node, result), result)
         finals: list[_Final | tuple[float, Any]] = [self.evaluate(t, result) for t in terms]
-        made = self.assemble(finals, result)
+        return self.whole(self.assemble(finals, result), result)
+
+    @staticmethod
+    def whole(made: Any, result: Dims) -> Any:
+        """A sum that has all its axes."""
+        if dims_of(made) != result:
+            raise NotLowerable("a value of the mini-batch is the same along a dimension")
         return made
 
     def _last_of(self, node: fx.Node, dim: str) -> fx.Node:
@@ -275,22 +292,27 @@ class _Dualiser:
     ) -> list[_Operand]:
         """Per-token numbers are multiplied with each other first: terms then share the product."""
         operands = self._numbers_first(operands)
-        tokens = {x for r in relations for x in (r.earlier, r.later)}
-        numbers = [o for o in operands if all(x in tokens for x in o.labels)]
-        others = [o for o in operands if o not in numbers]
         if not relations:
-            vectors = [o for o in others if len(o.labels) == 1 and self._is_token(o)]
-            numbers += vectors
-            others = [o for o in others if o not in vectors]
+            vectors = [o for o in operands if len(o.labels) == 1 and self._is_token(o)]
+            return self._combined(operands, vectors, None)
+        for r in relations:
+            pair = {r.earlier, r.later}
+            operands = self._combined(operands, [o for o in operands if pair >= set(o.labels)], r)
+        return operands
+
+    def _combined(
+        self, operands: list[_Operand], numbers: list[_Operand], relation: Relation | None
+    ) -> list[_Operand]:
+        """The operands with some that are per-token numbers multiplied into one."""
         if len(numbers) < 2:
             return operands
-        numbers.sort(key=lambda o: (len(o.labels), o.node.name))
+        others = [o for o in operands if o not in numbers]
+        numbers = sorted(numbers, key=lambda o: (len(o.labels), o.node.name))
         combined = numbers[0]
         for o in numbers[1:]:
             labels = tuple(dict.fromkeys((*combined.labels, *o.labels)))
-            if len(relations) == 1:
-                r = relations[0]
-                labels = tuple(x for x in (r.later, r.earlier) if x in labels)
+            if relation is not None:
+                labels = tuple(x for x in (relation.later, relation.earlier) if x in labels)
             combined = _Operand(self._product([combined, o], labels), labels)
         return [combined, *others]
 
@@ -506,9 +528,7 @@ class _Dualiser:
                 function = "add" if coefficient > 0 else "sub"
                 dims = tuple(d for d in result if d in dims_of(total) or d in dims_of(node))
                 total = self.builder.elementwise(function, total, node, result=dims)
-        if total is None or dims_of(total) != result:
-            raise NotLowerable("a value of the mini-batch is the same along a dimension")
-        return total
+        return 0.0 if total is None else total
 
 
 def dualise(body: Body, mini_batch_size: int) -> Body:
@@ -517,4 +537,4 @@ def dualise(body: Body, mini_batch_size: int) -> Body:
     Raises:
         NotLowerable: where fast weights pass through a nonlinear function token by token.
     """
-    return _Dualiser(body, mini_batch_size).run()
+    return Dualiser(body, mini_batch_size).run()

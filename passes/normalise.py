@@ -112,6 +112,7 @@ class Normaliser:
         self.env: dict[fx.Node, Value] = {}
         self.constants: list[torch.Tensor] = []
         self.where: str | None = None
+        self.whole: set[str] = set()
 
     # -- emission -------------------------------------------------------------------------------
 
@@ -127,8 +128,12 @@ class Normaliser:
         node = self.graph.call_function(target, (*head, None, *operands))
         node.meta["labels"] = (tuple(map(tuple, dims)), tuple(result), len(head))
         node.meta["where"] = self.where
-        scope = dict.fromkeys(x.root for d in (*dims, result) for x in d)
-        self.labels.separate(tuple(scope))
+        # Names of a renaming may return at other axes: it can exchange them.
+        scopes = (
+            [*dims, result] if target is ops.rename else [[x for d in (*dims, result) for x in d]]
+        )
+        for scope in scopes:
+            self.labels.separate(tuple(dict.fromkeys(x.root for x in scope)))
         return node
 
     @staticmethod
@@ -189,9 +194,11 @@ class Normaliser:
                 if not axis:
                     continue
                 if not axes[position]:
-                    others = {x.root for a in axes for x in a}
-                    if any(x.root in others for x in axis):
-                        raise _Clash(index)
+                    others = {x.root: setter[i] for i, a in enumerate(axes) for x in a}
+                    clashes = [others[x.root] for x in axis if x.root in others]
+                    if clashes:
+                        smaller = _rank(values[clashes[0]]) < _rank(value)
+                        raise _Clash(clashes[0] if smaller else index)
                     axes[position] = axis
                     setter[position] = index
                     continue
@@ -199,10 +206,7 @@ class Normaliser:
                     raise NotLowerable("merged axes are aligned with other axes", self.where)
                 for x, y in zip(axis, axes[position], strict=True):
                     if not self.labels.unify(x, y):
-                        # Renaming an argument keeps what is computed from it under one name.
-                        raise _Clash(
-                            setter[position] if _is_argument(values[setter[position]]) else index
-                        )
+                        raise _Clash(_culprit(values, setter[position], index))
             seen = [x.root for a in axes for x in a]
             if len(set(seen)) != len(seen):
                 raise _Clash(index)
@@ -213,6 +217,7 @@ class Normaliser:
 
         def build(vs: list[Value]) -> Value:
             axis_of: dict[str, Axis] = {}
+            setter: dict[str, int] = {}
             for index, (value, letters) in enumerate(zip(vs, names, strict=True)):
                 for letter, axis in zip(letters, value.axes, strict=True):
                     if letter not in axis_of:
@@ -220,13 +225,15 @@ class Normaliser:
                         if any(x.root in others for x in axis):
                             raise _Clash(index)
                         axis_of[letter] = axis
+                        setter[letter] = index
                         continue
                     known = axis_of[letter]
                     if [x.size for x in axis] != [x.size for x in known]:
                         raise NotLowerable("merged axes are contracted with other axes", self.where)
                     for x, y in zip(axis, known, strict=True):
                         if not self.labels.unify(x, y):
-                            raise _Clash(index)
+                            small = _rank(vs[setter[letter]]) < _rank(value)
+                            raise _Clash(setter[letter] if small else index)
                 seen = [x.root for a in axis_of.values() for x in a]
                 if len(set(seen)) != len(seen):
                     raise _Clash(index)
@@ -313,6 +320,7 @@ class Normaliser:
         placeholders: list[fx.Node] = []
         shapes: dict[str, tuple[int, ...]] = {}
         results: list[Value] = []
+        leaf: dict[str, fx.Node] = {}
         for node in self.captured.graph.nodes:
             self.where = source_line(node)
             if node.op == "placeholder":
@@ -320,10 +328,15 @@ class Normaliser:
                 shape = tuple(int(s) for s in node.meta["val"].shape)
                 new = self.graph.placeholder(role)
                 axes = [() if s == 1 else (Label(s),) for s in shape]
+                if role.startswith("carry"):  # the same leaf, so the same axes
+                    axes = list(self.env[leaf[role.replace("carry", "anchor")]].axes)
+                leaf[role] = node
                 own = tuple(x for axis in axes for x in axis)
                 new.meta["labels"] = ((), own, 0)
                 self.labels.separate(own)
                 shapes[role] = shape
+                if not node.meta["val"].is_floating_point():
+                    self.whole.add(role)
                 placeholders.append(new)
                 self.env[node] = Value(new, axes)
             elif node.op == "get_attr":
@@ -402,11 +415,8 @@ class Normaliser:
         for i, value in enumerate(results):
             self.where = None
             if i < len(states):
-                anchor, carry = placeholders[i], placeholders[len(states) + i]
+                anchor = placeholders[i]
                 want = anchor.meta["labels"][1]
-                for x, y in zip(want, carry.meta["labels"][1], strict=True):
-                    if not self.labels.unify(x, y):
-                        raise NotLowerable("a state is used with its axes exchanged")
                 value = self.bind(value, want)
                 outputs.append(self.settle(value, want, anchor))
             else:
@@ -453,6 +463,7 @@ class Normaliser:
             leaf_shapes=shapes,
             output_shapes=output_shapes,
             constants=self.constants,
+            whole=frozenset(self.whole),
         )
 
     def bind(self, value: Value, want: Sequence[Label]) -> Value:
@@ -478,6 +489,21 @@ class Normaliser:
         return self.emit(
             ops.broadcast, (), (value.node, like), (own, like.meta["labels"][1]), target
         )
+
+
+def _rank(value: Value) -> int:
+    return sum(map(bool, value.axes))
+
+
+def _culprit(values: Sequence[Value], first: int, second: int) -> int:
+    """Which of two operands is renamed: that with fewer axes, so that states keep theirs; else an argument.
+
+    Renaming an argument keeps what is computed from it under one name.
+    """
+    one, two = _rank(values[first]), _rank(values[second])
+    if one != two:
+        return first if one < two else second
+    return first if _is_argument(values[first]) else second
 
 
 def _is_argument(value: Value) -> bool:

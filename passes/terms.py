@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
 
 from tttc.ir import ops
-from tttc.ir.body import head_of, operands_of, spec_of
+from tttc.ir.body import head_of, is_token, operands_of, spec_of
 from tttc.ir.build import dims_of
+from tttc.ir.errors import NotLowerable
 from tttc.ir.functions import FUNCTIONS
 from tttc.ir.spec import Dims, Relation, parse, parse_relation
 
@@ -59,8 +60,14 @@ def linear_kind(node: fx.Node) -> str:
 class Expander:
     """Writes nodes as sums of products of nodes that are not to be opened."""
 
-    def __init__(self, opened: set[fx.Node], last: Callable[[fx.Node, str], fx.Node]) -> None:
+    def __init__(
+        self,
+        opened: set[fx.Node],
+        sizes: Mapping[str, int],
+        last: Callable[[fx.Node, str], fx.Node],
+    ) -> None:
         self.opened = opened
+        self.sizes = sizes
         self.last = last  # makes the node of a factor at the last token
         self._fresh = (f"z{i}" for i in itertools.count())
 
@@ -107,7 +114,15 @@ class Expander:
                 continue
             inner = self.expand(x, tuple(names[d] for d in dims))
             terms = [t.times(u) for t in terms for u in inner]
+        for d in spec.summed:
+            terms = [t if names[d] in t.labels() else self._repeated(t, d) for t in terms]
         return terms
+
+    def _repeated(self, term: Term, dim: str) -> Term:
+        """A term that is the same along a dimension, summed over it."""
+        if is_token(dim):  # how many there are is known at run time only
+            raise NotLowerable("a sum over tokens of what is the same for all of them")
+        return Term(term.coefficient * self.sizes[dim], term.factors, term.relations)
 
     def _last(self, source: fx.Node, names: dict[str, str]) -> list[Term]:
         label = next(self._fresh)

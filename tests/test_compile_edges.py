@@ -131,12 +131,12 @@ def test_scans_on_both_sides_of_a_graph_break():
 
 def test_another_mini_batch_size_is_said_and_done():
     module = random_layer(TTTLinear, b=4)
-    compiled, messages = warned(
-        lambda: tttc.compile(module, backend="torch", strict=True, mini_batch_size=2)
-    )
-    assert len(messages) == 1 and "approximates" in messages[0]
-    assert warned(lambda: tttc.compile(module, backend="torch", mini_batch_size=2))[1] == []
+    compiled = tttc.compile(module, backend="torch", strict=True, mini_batch_size=2)
     x = random_input(8)
+    _, messages = warned(lambda: compiled(x))
+    assert len(messages) == 1 and "says 4, which this approximates" in messages[0]
+    again = tttc.compile(module, backend="torch", mini_batch_size=2)
+    assert warned(lambda: again(x))[1] == []
     # The rotary embedding and tau stay the layer's; only the anchors are refreshed more often.
     q, k, v = qkv()
     step_wise = tttc.compile(descent_by_fours, backend="torch", strict=True, mini_batch_size=2)

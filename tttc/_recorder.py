@@ -36,6 +36,7 @@ class Site:
     where: str | None
     program: Program | None
     reason: str | None = None  # why it runs eagerly
+    said: int | None = None  # the mini-batch size in the model, where it was captured
 
 
 @dataclass
@@ -124,13 +125,14 @@ def site(
     """Keep a scan of a captured graph, lowered or not."""
     recording = _current.get()
     if recording is not None:
+        said: Any = node.args[5]
         stack = list((node.meta.get("nn_module_stack") or {}).values())
         layer = str(stack[-1][0]) if stack else ""
         layer = layer.replace("L['self'].", "").replace("L['self']", "")
         frames = re.findall(r'File "([^"]+)", line (\d+)', node.stack_trace or "")
         outside = [f"{f}:{n}" for f, n in frames if not f.endswith(_OWN_FRAMES)]
         where = outside[-1] if outside else None
-        recording.sites.append(Site(key, mini_batch_size, layer, where, program, reason))
+        recording.sites.append(Site(key, mini_batch_size, layer, where, program, reason, said))
 
 
 def eager_site(name: str, mini_batch_size: int, reason: str) -> None:

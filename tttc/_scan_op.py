@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ class InternedStep:
     dtypes: Any  # likewise, as the step sees them
     output: Any  # the tree of z, likewise
     outputs: tuple[tuple[tuple[int, ...], torch.dtype], ...]  # of one token: the leaves of z
+    of: str | None = None  # the key of the rule that this is the mini-batch approximation of
 
     def trees(self, anchor, carry, tokens, shared):
         """The four trees, from flat lists of tensors (``carry`` may be empty: at the anchor)."""
@@ -89,6 +90,15 @@ def intern_step(
             _by_key[key] = InternedStep(key, step, structure, shapes, dtypes, output, outputs)
             _by_content[content] = key
         return _by_content[content]
+
+
+def approximation(key: str) -> str:
+    """The key of a step's mini-batch approximation: what its tokens add to the state is taken at the anchor."""
+    derived = f"{key}@anchor"
+    with _lock:
+        if derived not in _by_key:
+            _by_key[derived] = replace(_by_key[key], key=derived, of=key)
+    return derived
 
 
 @torch._dynamo.assume_constant_result

@@ -20,7 +20,7 @@ from torch._dynamo.backends.common import aot_autograd
 import tttc.runtime.fused_scan_backward  # noqa: F401  (registers the operators)
 from tttc import _recorder, _tracing
 from tttc._checks import check_mini_batch_size
-from tttc._scan_op import interned
+from tttc._scan_op import approximation, interned
 from tttc.codegen.rowwise_launch import lower_regions
 from tttc.ir.errors import CheckError, NotLowerable
 from tttc.passes.fuse import decompositions, fuse
@@ -82,9 +82,8 @@ def lower_scans(gm: fx.GraphModule, options: Options) -> fx.GraphModule:
             continue
         arguments: Any = node.args
         key, mini_batch_size = arguments[4:6]
-        if options.mini_batch_size is not None:
-            mini_batch_size = options.mini_batch_size
         try:
+            key, mini_batch_size = requested(key, mini_batch_size, options)
             program = build_program(interned(key), mini_batch_size, options.verify)
             _recorder.site(node, key, mini_batch_size, program)
         except NotLowerable as error:
@@ -93,12 +92,43 @@ def lower_scans(gm: fx.GraphModule, options: Options) -> fx.GraphModule:
                 raise
             warn_once(f"the TTT layer with step {key.rpartition('#')[0]} runs eagerly: {error}")
             continue
-        _replace_scan(gm.graph, node, mini_batch_size, options.backend)
+        _replace_scan(gm.graph, node, key, mini_batch_size, options.backend)
     gm.recompile()
     return gm
 
 
-def _replace_scan(graph: fx.Graph, node: fx.Node, mini_batch_size: int, backend: str) -> None:
+def requested(key: str, mini_batch_size: int, options: Options) -> tuple[str, int]:
+    """The step and mini-batch size to run where ``options`` ask for one; warns once where that approximates.
+
+    An online rule (``mini_batch_size`` 1) stays what it is where it has an exact form for many tokens at a time, or
+    where its approximation has none either.
+    """
+    size = options.mini_batch_size
+    if size is None or size == mini_batch_size:
+        return key, mini_batch_size
+    name = key.rpartition("#")[0]
+    if mini_batch_size == 1:
+        if not build_program(interned(key), 1, options.verify).sequential:
+            return key, 1
+        try:
+            reason = build_program(interned(approximation(key)), size, options.verify).reason
+        except NotLowerable as error:
+            reason = error.reason
+        if reason is not None:
+            warn_once(
+                f"mini_batch_size={size}: the TTT layer with step {name} stays token by token: {reason}"
+            )
+            return key, 1
+        key = approximation(key)
+    warn_once(
+        f"mini_batch_size={size}: the TTT layer with step {name} says {mini_batch_size}, which this approximates"
+    )
+    return key, size
+
+
+def _replace_scan(
+    graph: fx.Graph, node: fx.Node, key: str, mini_batch_size: int, backend: str
+) -> None:
     """Put ``tttc::fused_scan`` in the place of a scan; states that nobody reads are not computed."""
     picks = [u for u in node.users if u.target is operator.getitem and not u.users]
     for pick in picks:
@@ -113,12 +143,11 @@ def _replace_scan(graph: fx.Graph, node: fx.Node, mini_batch_size: int, backend:
         [x.meta["example_value"] for x in group]  # type: ignore[union-attr]
         for group in node.args[:4]
     )
-    key: Any = node.args[4]
     interval = saving_interval(anchor, carry, tokens, shared, key, mini_batch_size, backend)
     with graph.inserting_before(node):
         new = graph.call_function(
             torch.ops.tttc.fused_scan.default,
-            (*node.args[:5], mini_batch_size, node.args[6], backend, states, interval),
+            (*node.args[:4], key, mini_batch_size, node.args[6], backend, states, interval),
         )
         new.meta = dict(node.meta)
     for user in list(node.users):
@@ -197,23 +226,22 @@ class _DirectScans:
 
     def __call__(self, call: Any, mini_batch_size: int, place: int) -> list[torch.Tensor] | None:
         """The scan by ``tttc::fused_scan``, or None where it can't be lowered."""
-        if self.options.mini_batch_size is not None:
-            mini_batch_size = self.options.mini_batch_size
         try:
-            build_program(interned(call.key), mini_batch_size, self.options.verify)
+            key, mini_batch_size = requested(call.key, mini_batch_size, self.options)
+            build_program(interned(key), mini_batch_size, self.options.verify)
         except NotLowerable as error:
             self._refuse(call.key.rpartition("#")[0], mini_batch_size, error)
             return None
         anchor, carry, tokens, shared = call[1:5]
         interval = saving_interval(
-            anchor, carry, tokens, shared, call.key, mini_batch_size, self.options.backend
+            anchor, carry, tokens, shared, key, mini_batch_size, self.options.backend
         )
         out = torch.ops.tttc.fused_scan(
             anchor,
             carry,
             tokens,
             shared,
-            call.key,
+            key,
             mini_batch_size,
             place,
             self.options.backend,
@@ -333,7 +361,9 @@ def compile(
         backend: "triton" (fused kernels), "torch" (the same graphs by torch operations, any device) or
             "auto": Triton for tensors on a GPU, torch elsewhere.
         mini_batch_size: None for exactly what the model says. An int of at least 1 asks every scan for
-            mini-batches of that size, an approximation where the model says another; it warns once.
+            mini-batches of that size, an approximation where the model says another; each step warns once. An
+            online rule (mini-batch size 1) that has an exact form for many tokens at a time keeps it.
+            :func:`tttc.explain` measures how far an approximation is from what the model says.
         strict: raise :class:`NotLowerable` where a TTT layer can't be lowered, instead of running it
             eagerly with one warning.
         verify: after every pass run the graph before and after it in float64, and compare to 1e-9.
@@ -355,11 +385,6 @@ def compile(
     if not callable(model):
         raise TypeError(f"model: expected an nn.Module or a function, got {type(model).__name__}")
     options = check_options(Options(backend, mini_batch_size, strict, verify))
-    if mini_batch_size is not None:
-        warn_once(
-            f"mini_batch_size={mini_batch_size}: every scan is run with mini-batches of that size, "
-            "which approximates a model that says another"
-        )
     if isinstance(model, CompiledModule):
         return CompiledModule(model._tttc_module, options)
     if isinstance(model, nn.Module):

@@ -16,9 +16,11 @@ from tttc.ir.errors import NotLowerable
 from tttc.ir.program import Program
 from tttc.passes.at_anchor import at_anchor, at_carry
 from tttc.passes.batch import batch
+from tttc.passes.chunkwise import chunk_size, chunkwise
 from tttc.passes.dualise import dualise
 from tttc.passes.normalise import normalise
 from tttc.passes.simplify import simplify
+from tttc.passes.update_at_anchor import update_at_anchor
 from tttc.passes.verify import verify_pass
 
 _lock = threading.RLock()
@@ -42,6 +44,11 @@ def build_program(entry: InternedStep, mini_batch_size: int, verify: bool = Fals
         return program
 
 
+def _approximated(body: Body) -> Body:
+    """An online step whose updates are taken at the anchor."""
+    return simplify(update_at_anchor(simplify(at_carry(body))))
+
+
 def _build(entry: InternedStep, mini_batch_size: int, verify: bool) -> Program:
     captured = capture_step(entry.step, entry.trees, entry.shapes, entry.dtypes)
     counts = captured.meta["counts"]
@@ -57,26 +64,66 @@ def _build(entry: InternedStep, mini_batch_size: int, verify: bool) -> Program:
     ) -> Body:
         after = apply(before, *rest)
         if verify:
-            verify_pass(name, before, after, mini_batch_size, at)
+            verify_pass(name, before, after, program.unit if after.batched else 1, at)
         stages[name] = after
         return after
 
     normal = run("normalise", normalise, captured, roles)
     token = run("simplify_step", simplify, normal)
     program = Program(entry.key, mini_batch_size, token, stages=stages, verified=verify)
+    if entry.of is not None:
+        program.token = run("update_at_anchor", _approximated, token)
+        token = program.token
     if mini_batch_size == 1:
-        program.token = run("at_carry", lambda body: simplify(at_carry(body)), token, at=True)
-        program.reason = "mini_batch_size is 1: every token sees the state of the token before it"
-        return program
+        _online(program, token, run)
+    elif not _dual(program, token, run):
+        _solved(program, token, run)
+    return program
+
+
+Run = Callable[..., Body]  # a pass under its name, validated and kept
+
+
+def _online(program: Program, token: Body, run: Run) -> None:
+    """Every token sees the state of the token before it: chunks where that can be solved for."""
+    program.token = run("at_carry", lambda body: simplify(at_carry(body)), token, at=True)
+    program.chunk_size = chunk_size(program.token)
+    try:
+        chunk = run("chunkwise", chunkwise, program.token, program.chunk_size, at=True)
+        program.full = run("simplify", simplify, chunk, at=True)
+    except NotLowerable as error:
+        program.chunk_size = None
+        program.reason = (
+            "mini_batch_size is 1: every token sees the state of the token before it, and "
+            + error.reason
+        )
+
+
+def _dual(program: Program, token: Body, run: Run) -> bool:
+    """The dual form of a mini-batch whose updates are taken at its anchor; False, with the reason, where there is none."""
+    size = program.mini_batch_size
     try:
         primal = run("batch", batch, token)
         started = run("at_anchor", at_anchor, primal, at=True)
-        dual = run("dualise", dualise, started, mini_batch_size, at=True)
+        dual = run("dualise", dualise, started, size, at=True)
         program.full = run("simplify", simplify, dual, at=True)
-        program.continued = run(
-            "continued", lambda body: simplify(dualise(body, mini_batch_size)), primal
-        )
+        program.continued = run("continued", lambda body: simplify(dualise(body, size)), primal)
     except NotLowerable as error:
         program.full = program.continued = None
         program.reason = error.reason
-    return program
+    return program.full is not None
+
+
+def _solved(program: Program, token: Body, run: Run) -> None:
+    """Updates that depend on the carry within a mini-batch, where they can be solved for."""
+    size, stages = program.mini_batch_size, dict(program.stages)
+
+    def continued(body: Body) -> Body:
+        return simplify(chunkwise(body, size, from_anchor=False))
+
+    try:
+        full = run("simplify", simplify, run("chunkwise", chunkwise, token, size, at=True), at=True)
+        program.continued = run("continued", continued, token)
+        program.full, program.reason = full, None
+    except NotLowerable:  # the reason why there is no dual form says more
+        program.stages = stages

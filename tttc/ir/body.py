@@ -18,8 +18,22 @@ from tttc.ir.spec import parse, parse_relation
 TOKEN = "t"  # the dimension of the tokens of a mini-batch
 EARLIER = "s"  # the same tokens, seen from later ones
 
+# Operators whose first argument is a function's name or a relation.
+HEADED = (
+    "elementwise",
+    "reduction",
+    "masked",
+    "masked_contraction",
+    "running_product",
+    "triangular_solve",
+)
 _TORCH = Path(torch.__file__).parent
 _PACKAGE = Path(__file__).parents[1]
+
+
+def is_token(dim: str) -> bool:
+    """Whether a dimension is that of tokens, or a numbered copy of it."""
+    return dim.rstrip("0123456789") in (TOKEN, EARLIER)
 
 
 @dataclass
@@ -39,6 +53,7 @@ class Body:
     constants: list[torch.Tensor] = field(default_factory=list)
     batched: bool = False  # whether it handles a mini-batch (dimension t) or one token
     orders: list[Order] = field(default_factory=list)  # of products, as they were chosen
+    whole: frozenset[str] = frozenset()  # the arguments that are not floating
 
     @classmethod
     def make(cls, graph: fx.Graph, sizes: dict[str, int], **rest) -> Body:
@@ -61,6 +76,7 @@ class Body:
             output_shapes=changes.pop("output_shapes", self.output_shapes),
             constants=self.constants,
             orders=list(self.orders),
+            whole=self.whole,
             batched=changes.pop("batched", self.batched),
         )
         return replace(made, **changes) if changes else made
@@ -133,9 +149,7 @@ def head_of(node: fx.Node) -> str:
 
 def head_length(node: fx.Node) -> int:
     """How many arguments precede the spec: a function's name or a relation."""
-    return int(
-        OPERATORS[node.target] in ("elementwise", "reduction", "masked", "masked_contraction")
-    )
+    return int(OPERATORS[node.target] in HEADED)
 
 
 def operands_of(node: fx.Node) -> tuple:
@@ -174,15 +188,32 @@ def _check_operator(node: fx.Node, body: Body) -> None:
         raise CheckError(f"{node.name}: meta says {node.meta['dims']}, spec {spec}")
     known = {*body.sizes, TOKEN, EARLIER}
     for d in spec.labels:
-        if d not in known and d.rstrip("0123456789") not in (TOKEN, EARLIER):
+        if d not in known and not is_token(d):
             raise CheckError(f"{node.name}: the dimension {d} has no size")
     name = OPERATORS[node.target]
-    if name in ("contraction", "masked_contraction", "elementwise", "broadcast", "at_last"):
+    if name in (
+        "contraction",
+        "masked_contraction",
+        "running_product",
+        "elementwise",
+        "broadcast",
+        "at_last",
+    ):
         allowed = {d for o in spec.operands for d in o}
-        if name == "masked_contraction":
+        if name in ("masked_contraction", "running_product"):
             r = parse_relation(head_of(node))
             allowed |= {r.earlier, r.later}
         if not set(spec.result) <= allowed:
             raise CheckError(f"{node.name}: the result names a dimension no operand has: {spec}")
+    if name == "running_product":
+        r = parse_relation(head_of(node))
+        if set(spec.result) - {r.earlier} != set(spec.operands[0]) or r.later not in spec.result:
+            raise CheckError(f"{node.name}: {r} is no relation of the tokens of {spec}")
+    if name == "triangular_solve":
+        r = parse_relation(head_of(node))
+        pair, given = ({*d} for d in spec.operands)
+        own = {r.earlier, r.later} & given
+        if not r.strict or len(own) != 1 or given != {*spec.result} or not pair <= {*r[:2]}:
+            raise CheckError(f"{node.name}: {spec} is no triangular system of {r}")
     if name == "elementwise" and spec.summed:
         raise CheckError(f"{node.name}: an elementwise operator sums over {spec.summed}")

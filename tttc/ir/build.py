@@ -72,6 +72,14 @@ class Builder:
         """Zero where the relation does not hold."""
         return self.call(ops.masked, (str(relation),), (x,), dims_of(x))
 
+    def running_product(self, relation: str, x: fx.Node, result: Dims) -> fx.Node:
+        """Products over the tokens up to each, or between each two."""
+        return self.call(ops.running_product, (str(relation),), (x,), result)
+
+    def triangular_solve(self, relation: str, system: Any, x: fx.Node) -> fx.Node:
+        """What solves a unit-triangular system over tokens; its axes are those of ``x``."""
+        return self.call(ops.triangular_solve, (str(relation),), (system, x), dims_of(x))
+
     def rename(self, x: Any, names: dict[str, str]) -> Any:
         """The same value under other names."""
         dims = dims_of(x)

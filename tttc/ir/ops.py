@@ -154,6 +154,79 @@ def masked_contraction(relation: str, spec: str, *operands: Tensor) -> Tensor:
     return torch.where(meets, raw, contraction(text, *clean))
 
 
+def running_product(relation: str, spec: str, x: Tensor) -> Tensor:
+    """Products of per-token numbers over runs of tokens; never a quotient, so that zeros are exact.
+
+    ``"s<=t"``, ``"t -> t"``: at t the product over the tokens up to t. ``"s<=t"``, ``"t -> t s"``: the product
+    over the tokens after s and up to t, zero where s comes after t. With ``"s<t"`` token t itself is left out.
+
+    >>> running_product("s<=t", "t -> t s", torch.tensor([2.0, 3.0, 5.0]))
+    tensor([[ 1.,  0.,  0.],
+            [ 3.,  1.,  0.],
+            [15.,  5.,  1.]])
+    """
+    parsed, r = parse(spec), parse_relation(relation)
+    (dims,), result = parsed
+    x = align(x, dims, result)
+    axis = result.index(r.later) - len(result)
+    length = x.shape[axis]
+    if r.strict:
+        one = torch.ones_like(x.narrow(axis, 0, min(length, 1)))
+        x = torch.cat([one, x.narrow(axis, 0, max(length - 1, 0))], axis)
+    if r.earlier not in result:
+        return x.cumprod(axis)
+    pair = (r.later, r.earlier)
+    ones = torch.ones(length, length, dtype=torch.bool, device=x.device)
+    inside = align(ones.tril(-2 if r.strict else -1), pair, result)
+    held = align(ones.tril(-1 if r.strict else 0), pair, result)
+    one, zero = (torch.full((), n, dtype=x.dtype, device=x.device) for n in (1.0, 0.0))
+    return torch.where(held, torch.where(inside, x, one).cumprod(axis), zero)
+
+
+def triangular_solve(relation: str, spec: str, system: Any, x: Tensor) -> Tensor:
+    """What ``y`` is where ``y[t] + sum over s of system[t, s] * y[s] = x[t]``, s those for which the relation holds.
+
+    ``"s<t"``, ``"t s, t j -> t j"``: a unit-lower-triangular system, solved from the first token to the last;
+    ``"t<s"``: from the last to the first. Only the entries the relation names are read. ``system`` may be a number,
+    or lack a token dimension along which it is the same. What is not finite reaches only the tokens that are
+    solved after it, as it does token by token.
+
+    >>> triangular_solve("s<t", "t s, t -> t", torch.full((3, 3), 2.0), torch.ones(3))
+    tensor([ 1., -1.,  1.])
+    """
+    parsed, r = parse(spec), parse_relation(relation)
+    dims, result = parsed.operands[1], parsed.result
+    (own,) = {r.earlier, r.later} & set(result)
+    other = r.earlier if own == r.later else r.later
+    columns = tuple(d for d in dims if d != own)
+    shape = x.shape[x.ndim - len(dims) :]
+    length = shape[dims.index(own)]
+    rows = align(x, dims, (own, *columns))
+    rows = rows.flatten(x.ndim - len(columns)) if columns else rows.unsqueeze(-1)
+    pair = torch.as_tensor(system, dtype=x.dtype, device=x.device)
+    pair = align(pair, parsed.operands[0], (own, other))
+    pair = pair.expand(*pair.shape[: max(pair.ndim - 2, 0)], length, length)
+    upper = own == r.earlier
+    held = torch.ones(length, length, dtype=torch.bool, device=x.device)
+    held = held.triu(1) if upper else held.tril(-1)
+    zero = torch.zeros((), dtype=x.dtype, device=x.device)
+    pair = torch.where(held, pair, zero)
+
+    def solved(pair: Tensor, rows: Tensor) -> Tensor:
+        return torch.linalg.solve_triangular(pair, rows, upper=upper, unitriangular=True)
+
+    if x.device.type == "cpu" and bool(pair.isfinite().all()) and bool(rows.isfinite().all()):
+        y = solved(pair, rows)
+    else:
+        bad = ~rows.isfinite() | ~pair.isfinite().all(-1, keepdim=True)
+        later = bad.flip(-2).cummax(-2).values.flip(-2) if upper else bad.cummax(-2).values
+        clean = solved(pair.nan_to_num(0.0, 0.0, 0.0), rows.nan_to_num(0.0, 0.0, 0.0))
+        y = torch.where(later, torch.full_like(zero, torch.nan), clean)
+    sizes = dict(zip(dims, shape, strict=True))
+    y = y.reshape(*y.shape[:-1], *(sizes[d] for d in columns))
+    return align(y, (own, *columns), result)
+
+
 def elementwise(function: str, spec: str, *operands: Any) -> Tensor:
     """A function of :data:`tttc.ir.functions.FUNCTIONS` on operands aligned by name; numbers have no names.
 
@@ -183,9 +256,14 @@ def rename(spec: str, x: Tensor) -> Tensor:
 
 
 def broadcast(spec: str, x: Any, like: Tensor) -> Tensor:
-    """``x`` repeated along the names it lacks, whose sizes are those of ``like``."""
+    """``x`` repeated along the names it lacks, whose sizes are those of ``like``; other axes of that say nothing."""
     parsed = parse(spec)
-    like = align(like, parsed.operands[1], parsed.result)
+    dims = parsed.operands[1]
+    for d in reversed(dims):
+        if d not in parsed.result:
+            like = like.select(dims.index(d) - len(dims), 0)
+            dims = tuple(e for e in dims if e != d)
+    like = align(like, dims, parsed.result)
     if not isinstance(x, Tensor):
         return torch.full_like(like, x)
     return align(x, parsed.operands[0], parsed.result).expand_as(like)
@@ -216,6 +294,8 @@ OPERATORS: dict[Any, str] = {
         contraction,
         masked_contraction,
         masked,
+        running_product,
+        triangular_solve,
         elementwise,
         reduction,
         rename,

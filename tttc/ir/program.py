@@ -15,7 +15,8 @@ class Program:
 
     ``token`` handles one token; ``continued`` a mini-batch (or part of one) from any carry; ``full`` one that
     starts at its anchor. Where tokens can only run one after another the last two are None and ``reason``
-    says why.
+    says why. At mini-batch size 1 ``full`` handles a chunk of ``chunk_size`` tokens from any carry, which it takes
+    as the anchor; there is no ``continued`` then, as every token ends a mini-batch.
     """
 
     name: str
@@ -24,6 +25,7 @@ class Program:
     continued: Body | None = None
     full: Body | None = None
     reason: str | None = None
+    chunk_size: int | None = None
     stages: dict[str, Body | fx.GraphModule] = field(default_factory=dict)
     verified: bool = False
     splits: dict = field(default_factory=dict)  # the full body split for the torch backend
@@ -33,6 +35,17 @@ class Program:
     save_interval: int | None = None  # mini-batches between saved states; None: chosen by cost
     no_kernels: str | None = None  # why Triton can not express it
     no_backward_kernels: str | None = None  # likewise, of its backward
+
+    @property
+    def unit(self) -> int:
+        """The tokens that ``full`` handles at a time."""
+        return self.chunk_size or self.mini_batch_size
+
+    def parts(self, one_by_one: str) -> list[str]:
+        """What may run of it: ``one_by_one``, or the bodies of mini-batches."""
+        if self.sequential:
+            return [one_by_one]
+        return ["full"] if self.continued is None else ["full", "continued"]
 
     @property
     def sequential(self) -> bool:

@@ -289,7 +289,10 @@ def _scan_report(name: str, sites: list[_recorder.Site], call: running.Call | No
     first = sites[0]
     program = first.program
     captured = first.where is not None or program is not None
-    form = "eager" if program is None else "sequential" if program.sequential else "dual"
+    form = "eager"
+    if program is not None:
+        lowered = "chunkwise" if program.chunk_size is not None else "dual"
+        form = "sequential" if program.sequential else lowered
     report = ScanReport(
         name,
         key=first.key,
@@ -300,6 +303,8 @@ def _scan_report(name: str, sites: list[_recorder.Site], call: running.Call | No
         sites=list(dict.fromkeys(s.where for s in sites if s.where)),
         form=form,
         reason=first.reason if program is None else program.reason,
+        unit=first.mini_batch_size if program is None else program.unit,
+        says=first.said if first.said != first.mini_batch_size else None,
     )
     if call is not None:
         report.batch, report.heads, report.tokens = call.tokens[0].shape[:3]
@@ -326,10 +331,15 @@ def _add_stages(
 ) -> None:
     if site.program is None:
         return
-    groups = running.one_head(call) if call is not None and not call.empty else None
-    expected = None if groups is None or call is None else running.naive_mini_batch(call, groups)
     names = leaf_names(interned(report.key))
     graphs: dict[str, GraphReport] = {}
+    groups = running.one_head(call, report.unit) if call is not None and not call.empty else None
+    expected: list[torch.Tensor] = []
+    rule = "update_at_anchor" in site.program.stages
+    size = site.said if rule and site.said is not None else report.mini_batch_size
+    if groups is not None and call is not None:
+        key = interned(report.key).of if rule else report.key
+        expected = running.naive_mini_batch(groups, key or report.key, size)
     for name, stage in site.program.stages.items():
         title, text, before = about(name, list(graphs))
         graphs[name] = stage_graph(stage, names)
@@ -339,14 +349,17 @@ def _add_stages(
         gm = stage.gm if isinstance(stage, Body) else stage
         explanation.stages[prefix + name] = gm
         error = None
-        if groups is not None and expected is not None:
+        if groups is not None and call is not None:
+            if rule and name == "update_at_anchor":  # from here on it is another rule
+                rule, size = False, report.mini_batch_size
+                expected = running.naive_mini_batch(groups, report.key, size)
             explanation._inputs[prefix + name] = running.stage_inputs(stage, groups)
-            error = running.stage_error(stage, groups, expected)
+            error = running.stage_error(stage, groups, expected, size)
         report.stages.append(
             StageReport(
                 name,
                 sum(n.op.startswith("call_") for n in gm.graph.nodes),
-                stage_cost(stage, report.mini_batch_size) if is_body else None,  # type: ignore[arg-type]
+                stage_cost(stage, report.unit) if is_body else None,  # type: ignore[arg-type]
                 error,
                 graphs[name],
                 title,
@@ -390,6 +403,18 @@ def _add_times(
 def _check(report: ScanReport, call: running.Call, tokens: int | None) -> None:
     report.checked = call.length if tokens is None else min(tokens, call.length)
     got, expected = call.run(report.checked), call.naive(report.checked)
+    leaves = len(call.anchor)
+    report.errors = _errors(got, expected, leaves)
+    if report.says is not None:
+        # Anchors are those of other mini-batches: the carries are compared.
+        rule = call.naive_rule(report.checked, report.says)
+        report.deviation = _errors(got[leaves:], rule[leaves:], leaves, kinds=1)
+
+
+def _errors(
+    got: list[torch.Tensor], expected: list[torch.Tensor], leaves: int, kinds: int = 2
+) -> dict[str, float]:
+    """The largest errors: of outputs, and of what comes before them, ``kinds`` times ``leaves`` of the state."""
     pairs = [running.relative_error(x, y) for x, y in zip(got, expected, strict=True)]
-    states = 2 * len(call.anchor)
-    report.errors = {"outputs": max(pairs[states:], default=0.0), "states": max(pairs[:states])}
+    outputs = max(pairs[kinds * leaves :], default=0.0)
+    return {"outputs": outputs, "states": max(pairs[: kinds * leaves])}

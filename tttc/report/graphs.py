@@ -80,10 +80,23 @@ def operation_of(node: fx.Node) -> tuple[str, str, str]:
         return "reduction", f"{head_of(node)} over {summed}", detail
     if name == "masked":
         return "elementwise", f"mask {head_of(node).replace('<=', '≤')}", detail
+    if name == "triangular_solve":
+        return "contraction", f"solve, {head_of(node)}", detail
+    if name == "running_product":
+        return "elementwise", f"running product, {head_of(node).replace('<=', '≤')}", detail
     return "view", {"last": "last token", "at_last": "at last token"}.get(name, name), detail
 
 
-KNOWN = ("contraction", "masked_contraction", "elementwise", "reduction", "masked", *VIEWS)
+KNOWN = (
+    "contraction",
+    "masked_contraction",
+    "triangular_solve",
+    "running_product",
+    "elementwise",
+    "reduction",
+    "masked",
+    *VIEWS,
+)
 
 
 def aten_graph(

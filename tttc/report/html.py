@@ -23,12 +23,22 @@ if TYPE_CHECKING:
 
 FORMS = {
     "dual": ("Dual form.", "A mini-batch of tokens at a time; no token’s fast weights are made."),
+    "chunkwise": (
+        "Chunkwise.",
+        "An online rule, a chunk of tokens at a time, exactly: what tokens depend on is solved for.",
+    ),
     "sequential": ("Sequential.", "Token after token, fused into one kernel, the state on chip."),
     "eager": ("Eager.", "It runs as the naive loop: the step has no form in the compiler’s IR."),
 }
 KINDS = ("contraction", "elementwise", "reduction", "view", "state", "token", "parameter")
 BRIEF = 60  # lines of source that are shown without asking
-OPENED = ("dualise", "at_carry", "simplify_step", "normalise")  # the first there is stands open
+OPENED = (
+    "dualise",
+    "chunkwise",
+    "at_carry",
+    "simplify_step",
+    "normalise",
+)  # the first there is stands open
 
 
 def page(ex: Explanation) -> str:

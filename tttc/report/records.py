@@ -122,7 +122,7 @@ class PartReport:
 class RecurrenceReport:
     """The state, the critical path from one state to the next, and what runs beside it."""
 
-    unit: str  # "mini-batch" or "token": what runs one after another
+    unit: str  # "mini-batch", "chunk" or "token": what runs one after another
     states: list[str]
     parts: list[PartReport]
 
@@ -162,11 +162,13 @@ class Roofline:
 class ScanReport:
     """One distinct scan of a model: a step, feature shapes and a mini-batch size.
 
-    ``form`` is "dual" (a mini-batch at a time), "sequential" (token by token, fused) or "eager" (the naive
-    loop), and ``reason`` says why it is not dual. ``orders`` are the products whose order of evaluation was
+    ``form`` is "dual" (a mini-batch at a time), "chunkwise" (online, ``unit`` tokens at a time, exactly),
+    "sequential" (token by token, fused) or "eager" (the naive loop), and ``reason`` says why it is neither of
+    the first two. ``orders`` are the products whose order of evaluation was
     chosen, with the cost of those rejected. ``errors`` are those of outputs and states of the compiled
     scan against the naive loop in float64 over the first ``checked`` tokens of the input, relative to the
-    largest value. ``seconds``: of the whole scan, where it was timed, on ``timed_on``.
+    largest value. Where another mini-batch size was asked for than the one the model ``says``, they are those
+    of the approximation, and ``deviation`` is how far it is from the rule of the model. ``seconds``: of the whole scan, where it was timed, on ``timed_on``.
     """
 
     name: str
@@ -178,11 +180,14 @@ class ScanReport:
     sites: list[str]
     form: str
     reason: str | None = None
+    unit: int = 1  # tokens handled at a time
+    says: int | None = None
     sources: list[SourceReport] = field(default_factory=list)
     stages: list[StageReport] = field(default_factory=list)
     orders: list[OrderReport] = field(default_factory=list)
     recurrence: RecurrenceReport | None = None
     errors: dict[str, float] = field(default_factory=dict)
+    deviation: dict[str, float] = field(default_factory=dict)
     checked: int = 0
     batch: int = 0
     heads: int = 0
@@ -210,7 +215,7 @@ class ScanReport:
 
     def total(self, cost: StageCost, what: str) -> float:
         """A field of a cost over the whole input: all sequences, heads and mini-batches."""
-        return self.batch * self.heads * self.tokens / self.mini_batch_size * cost.number(what)
+        return self.batch * self.heads * self.tokens / self.unit * cost.number(what)
 
     @property
     def compared(self) -> Comparison | None:

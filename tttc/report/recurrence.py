@@ -25,10 +25,11 @@ def recurrence_of(program: Program, names: Mapping[str, str]) -> RecurrenceRepor
     # States that only come out at the end (a running sum, say) are beside the recurrence.
     live = live_states(body, () if outputs else range(body.states), range(outputs))
     made = split(body, live)
-    sizes = size_table(body, program.mini_batch_size)
+    sizes = size_table(body, program.unit)
     parts = [_part(name, getattr(made, name), sizes) for name in PARTS]
     said = [names.get(f"carry_{i}", f"carry_{i}") for i in sorted(live)]
-    return RecurrenceReport("token" if program.sequential else "mini-batch", said, parts)
+    unit = "mini-batch" if program.chunk_size is None else "chunk"
+    return RecurrenceReport("token" if program.sequential else unit, said, parts)
 
 
 def _part(name: str, part: Part, sizes: Mapping[object, int]) -> PartReport:

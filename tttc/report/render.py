@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 FORMS = {
     "dual": "dual form: a mini-batch at a time",
+    "chunkwise": "chunkwise: a chunk of tokens at a time, exactly",
     "sequential": "sequential: token by token, fused",
     "eager": "eager: the naive loop",
 }
@@ -81,12 +82,21 @@ def _scan(ex: Explanation, scan: ScanReport) -> Iterator[Any]:
         facts.add_row(
             "input",
             f"batch {scan.batch}, heads {scan.heads}, tokens {scan.tokens}, "
-            f"mini-batches of {scan.mini_batch_size}",
+            f"mini-batches of {scan.mini_batch_size}"
+            + (f", in chunks of {scan.unit}" if scan.unit != scan.mini_batch_size else ""),
+        )
+    if scan.deviation:
+        shown = ", ".join(f"{k} {error(v)}" for k, v in scan.deviation.items())
+        facts.add_row(
+            "approximates",
+            f"a rule with mini-batches of {scan.says}; deviation from it: {shown} (first {scan.checked} tokens)",
         )
     if scan.errors:
         shown = ", ".join(f"{k} {error(v)}" for k, v in scan.errors.items())
         facts.add_row(
-            "error", f"{shown} relative to the naive loop in float64 (first {scan.checked} tokens)"
+            "error",
+            f"{shown} relative to the naive loop{' of the approximation' if scan.deviation else ''} "
+            f"in float64 (first {scan.checked} tokens)",
         )
     yield Padding(facts, (0, 0, 0, 2))
     if scan.stages:
@@ -144,7 +154,7 @@ def _costs(scan: ScanReport) -> Iterator[Any]:
         return
     yield Text("  Before (the naive step, op by op) and after (in one kernel):", style="dim")
     table = _table("", "", "a mini-batch and head", "the whole input", left=2)
-    whole = scan.batch * scan.heads * scan.tokens / scan.mini_batch_size
+    whole = scan.batch * scan.heads * scan.tokens / scan.unit
     for label, formula, number, show in (
         ("FLOPs before", before.flops, compared.flops[0], count),
         ("FLOPs after", after.flops, compared.flops[1], count),

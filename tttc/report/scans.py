@@ -10,8 +10,10 @@ import torch
 from torch import fx
 
 from tttc._scan_op import interned, run_naive
-from tttc.codegen.torch_scan import squeeze_features
+from tttc.codegen.torch_scan import run_program, squeeze_features
 from tttc.ir.body import Body, role
+from tttc.ir.program import Program
+from tttc.pipeline import build_program
 
 Tensor = torch.Tensor
 Groups = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
@@ -80,7 +82,26 @@ class Call:
         given = cast([x[:, :, :tokens] for x in self.tokens], torch.float64)
         with torch.no_grad():
             place = self.arguments["place"]
-            return run_naive(anchor, carry, given, shared, self.key, self.mini_batch_size, place)
+            return reference(anchor, carry, given, shared, self.key, self.mini_batch_size, place)
+
+    def naive_rule(self, tokens: int, mini_batch_size: int) -> list[Tensor]:
+        """The same by the rule that this scan approximates, at its own mini-batch size."""
+        key = interned(self.key).of or self.key
+        own = Call(
+            self.operator, {**self.arguments, "key": key, "mini_batch_size": mini_batch_size}
+        )
+        return own.naive(tokens)
+
+
+def reference(anchor, carry, tokens, shared, key, mini_batch_size, place) -> list[Tensor]:
+    """A scan token by token: the naive loop or, of an approximation, which no Python says, its one-token body."""
+    entry = interned(key)
+    if entry.of is None:
+        return run_naive(anchor, carry, tokens, shared, key, mini_batch_size, place)
+    token = build_program(entry, mini_batch_size).token
+    program = Program(key, mini_batch_size, token)
+    groups = run_program(program, anchor, carry, tokens, shared, place % mini_batch_size)
+    return [x for group in groups for x in group]
 
 
 class _Collect(fx.Interpreter):
@@ -109,14 +130,14 @@ def cast(tensors: Sequence[Tensor], dtype: torch.dtype | None) -> list[Tensor]:
     return [x.to(dtype) if dtype is not None and x.is_floating_point() else x for x in tensors]
 
 
-def one_head(call: Call) -> Groups:
-    """State, tokens of one mini-batch, and parameters of the first head of the first sequence, no such axes left.
+def one_head(call: Call, count: int) -> Groups:
+    """State, ``count`` tokens, and parameters of the first head of the first sequence, no such axes left.
 
-    The mini-batch starts at its anchor: (anchor, carry, tokens, shared) with equal anchor and carry.
+    They start at their anchor: (anchor, carry, tokens, shared) with equal anchor and carry.
     """
     state = [x[0, 0].detach() for x in (call.carry or call.anchor)]
     state = cast(state, torch.promote_types(state[0].dtype, torch.float32))
-    tokens = cast([x[0, 0, : call.mini_batch_size].detach() for x in call.tokens], state[0].dtype)
+    tokens = cast([x[0, 0, :count].detach() for x in call.tokens], state[0].dtype)
     return state, state, tokens, cast([x[0].detach() for x in call.shared], state[0].dtype)
 
 
@@ -136,8 +157,10 @@ def stage_inputs(stage: Body | fx.GraphModule, groups: Groups) -> tuple[Tensor, 
     return tuple(given[kind][i] for kind, i in map(role, stage.placeholders))
 
 
-def stage_error(stage: Body | fx.GraphModule, groups: Groups, expected: Sequence[Tensor]) -> float:
-    """The largest error of a stage's carry and outputs over a mini-batch, relative to the largest value."""
+def stage_error(
+    stage: Body | fx.GraphModule, groups: Groups, expected: Sequence[Tensor], mini_batch_size: int
+) -> float:
+    """The largest error of a stage's carry and outputs over some tokens, relative to the largest value."""
     anchor, carry, tokens, shared = groups
     states, length = len(anchor), tokens[0].shape[0]
     if isinstance(stage, Body) and stage.batched:
@@ -146,6 +169,7 @@ def stage_error(stage: Body | fx.GraphModule, groups: Groups, expected: Sequence
         outputs: list[list[Tensor]] = []
         now = list(carry)
         for t in range(length):
+            anchor = now if t % mini_batch_size == 0 else anchor
             inputs = stage_inputs(stage, (anchor, now, [x[t : t + 1] for x in tokens], shared))
             results = list(_module(stage)(*inputs))
             now = [x.reshape(c.shape) for x, c in zip(results, carry, strict=False)]
@@ -154,13 +178,13 @@ def stage_error(stage: Body | fx.GraphModule, groups: Groups, expected: Sequence
     return max(relative_error(x.reshape(y.shape), y) for x, y in zip(got, expected, strict=True))
 
 
-def naive_mini_batch(call: Call, groups: Groups) -> list[Tensor]:
-    """Carry and outputs of the mini-batch of ``groups`` by the naive loop in float64."""
+def naive_mini_batch(groups: Groups, key: str, mini_batch_size: int) -> list[Tensor]:
+    """Carry and outputs of the tokens of ``groups`` by the naive loop in float64, of the step with this key."""
     anchor, _, tokens, shared = (cast(x, torch.float64) for x in groups)
     leading: list[list[Tensor]] = [[x[None, None] for x in anchor], [x[None, None] for x in tokens]]
     params = [x[None] for x in shared]
     with torch.no_grad():
-        out = run_naive(leading[0], [], leading[1], params, call.key, call.mini_batch_size, 0)
+        out = reference(leading[0], [], leading[1], params, key, mini_batch_size, 0)
     return [x[0, 0] for x in out[len(anchor) :]]
 
 

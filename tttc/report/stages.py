@@ -17,6 +17,8 @@ TITLES = {
     "dualise": "dual form",
     "simplify": "simplified, runs",
     "continued": "from its middle",
+    "chunkwise": "solved for a chunk",
+    "update_at_anchor": "an approximation",
 }
 MODULES = {
     "capture": "tttc.capture.step",

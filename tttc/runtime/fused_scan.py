@@ -54,7 +54,7 @@ def _by_kernels(
         else None
     )
     try:
-        for part in ["tokens"] if program.sequential else ["full", "continued"]:
+        for part in program.parts("tokens"):
             scan_kernels(program, part, states)
         out = run_kernels(
             program,
@@ -95,6 +95,7 @@ def fused_scan(
     """
     info = scan_info(anchor, tokens, shared)
     program = build_program(interned(key), mini_batch_size)
+    place %= mini_batch_size  # which may not be the model's own
     if 0 in tokens[0].shape[:3]:
         now = carry or anchor
         kept = [x.to(info.compute).clone() for x in (*(now if place == 0 else anchor), *now)]
@@ -155,7 +156,7 @@ def saving_interval(
         return program.save_interval
     # Every state is kept where those of a mini-batch are not much larger than its tokens.
     state_bytes = saved_bytes(program, leaves, compute.itemsize)
-    return 1 if state_bytes <= 8 * mini_batch_size * token_bytes else SEGMENT
+    return 1 if state_bytes <= 8 * program.unit * token_bytes else SEGMENT
 
 
 def _empty_saved(program, anchor, tokens, shared, place, interval, info, backend) -> list[Tensor]:
@@ -169,7 +170,7 @@ def _empty_saved(program, anchor, tokens, shared, place, interval, info, backend
         if interval == 1 and runs_by_kernels(backend, tokens[0].device, info.compute)
         else set()
     )
-    b = program.mini_batch_size
+    b = program.unit
     # How often states are saved: every mini-batch but the one that others have begun, if there is one.
     mini_batches = (info.length - (-place) % b + b - 1) // b
     count = (mini_batches + interval - 1) // interval

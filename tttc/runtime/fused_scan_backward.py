@@ -37,6 +37,7 @@ def fused_scan_backward(
     """
     info = scan_info(anchor, tokens, shared)
     program = build_program(interned(key), mini_batch_size)
+    place %= mini_batch_size
     out = _empty_cotangents(anchor, carry, tokens, shared, wanted)
     if 0 in tokens[0].shape[:3]:
         return _of_nothing(out, grads, anchor, carry, wanted, states, place)
@@ -80,7 +81,7 @@ def _has_kernels(program, leaves, backend, token, compute) -> bool:
     if refused is not None or not runs_by_kernels(backend, token.device, compute):
         return False
     try:
-        for part in ["token"] if program.sequential else ["full", "continued"]:
+        for part in program.parts("token"):
             backward_kernels(program, part, leaves)
     except NotLowerable as error:
         program.no_backward_kernels = error.reason

@@ -70,7 +70,7 @@ def _loop(
     return scan_loop(
         f"scan_{part}",
         body,
-        program.mini_batch_size,
+        program.unit,
         live,
         save=set(save),
         interval=interval,
@@ -101,7 +101,7 @@ def run_kernels(
     """
     batch, heads, length = tokens[0].shape[:3]
     shapes = [x.shape for x in anchor]
-    crowd = crowding(batch * heads, -(-length // program.mini_batch_size), anchor[0].device)
+    crowd = crowding(batch * heads, -(-length // program.unit), anchor[0].device)
     named: dict[str, Tensor] = constant_tensors(program.token, anchor[0].device)
     named |= {f"shared_{i}": squeeze_features(x, 1) for i, x in enumerate(shared)}
     now_anchor = [squeeze_features(x, 2) for x in anchor]
@@ -156,10 +156,11 @@ def run_kernels(
     if program.sequential:
         run("tokens", 0, length, place, states)
     else:
-        b = program.mini_batch_size
+        b = program.unit
         start = min((-place) % b, length)
         # A mini-batch that stays unfinished leaves its anchor as state: it is run by itself.
-        whole = (length - start) // b * b if states else length - start
+        alone = states and program.continued is not None
+        whole = (length - start) // b * b if alone else length - start
         rest = length - start - whole
         if start:
             run("continued", 0, start, place, states or whole > 0)

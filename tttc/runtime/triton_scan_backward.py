@@ -60,7 +60,7 @@ def backward_loop_of(
     """The loop of the VJP of a body."""
     made = derive(program, part, leaves, live)
     handed_on = "anchor" if part == "full" else "carry"
-    return backward_loop(f"scan_{part}_backward", made, program.mini_batch_size, handed_on)
+    return backward_loop(f"scan_{part}_backward", made, program.unit, handed_on)
 
 
 def narrow_states(program: Program, leaves: Leaves) -> set[int]:
@@ -100,7 +100,7 @@ def run_backward_kernels(
     ``interval``-th mini-batch, those between are computed again, segment after segment. ``out`` holds the tensors ``[B, H, T, ...]`` for the cotangents of the wanted tokens.
     """
     batch, heads, length = tokens[0].shape[:3]
-    b = program.mini_batch_size
+    b = program.unit
     crowd = crowding(batch * heads, -(-length // b), anchor[0].device)
     named = constant_tensors(program.token, anchor[0].device)
     named |= {f"shared_{i}": squeeze_features(x, 1) for i, x in enumerate(shared)}
@@ -147,7 +147,7 @@ def run_backward_kernels(
                 x = results[f"g{name}"].sum(0)
                 sums[name] = sums[name] + x if name in sums else x
 
-    if (place + length) % b == 0:
+    if (place + length) % program.mini_batch_size == 0:
         refresh()
     kind = "carry" if program.sequential else "anchor"
     first = min((-place) % b, length)

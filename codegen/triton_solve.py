@@ -1,0 +1,122 @@
+"""Unit-triangular systems over the tokens of a tile, in Triton.
+
+The inverse of ``I + L`` is built from the inverses of its diagonal blocks, of 1, 2, 4, ... tokens: of two
+neighbours ``P`` and ``Q`` with ``B`` between them the inverse is ``[[P, 0], [-Q B P, Q]]``, so that all blocks of a
+size take two products. Unlike a product of powers of ``L``, which reaches the same depth, it makes no numbers larger
+than those of inverses: like tokens (whose powers grow like binomial coefficients) lose no digits.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import fx
+
+from tttc.ir.body import operands_of
+from tttc.ir.build import dims_of
+from tttc.ir.errors import NotLowerable
+from tttc.ir.spec import Dims, parse_relation
+
+if TYPE_CHECKING:
+    from tttc.codegen.triton_loop import Renderer, Tile
+
+# Products of the inverse stay close to float32, whatever the tokens are: errors in it are errors of every token.
+INVERSE = """@triton.jit
+def unit_triangular_inverse(L, rows, columns, SIZE: tl.constexpr, FAST: tl.constexpr):
+    EXACT: tl.constexpr = "tf32x3" if FAST else "ieee"
+    apart = rows ^ columns
+    inverse = tl.where(apart == 0, 1.0, 0.0) - tl.where(apart == 1, L, 0.0)
+    for level in tl.static_range(1, 10):
+        if (1 << level) < SIZE:
+            between = tl.where((apart >= (1 << level)) & (apart < (2 << level)), L, 0.0)
+            below = tl.dot(between, inverse, input_precision=EXACT)
+            inverse -= tl.dot(inverse, below, input_precision=EXACT)
+    return inverse
+
+
+"""
+
+
+def triangular_solve(renderer: Renderer, node: fx.Node) -> Tile:
+    """The tile that solves a system, by its inverse.
+
+    Raises:
+        NotLowerable: where more than one feature dimension is solved for.
+    """
+    from tttc.codegen.triton_loop import Tile
+
+    system, x = (renderer.tile(y) for y in operands_of(node))
+    relation = str(node.args[0])
+    r = parse_relation(relation)
+    (own,) = {r.earlier, r.later} & set(dims_of(node))
+    other = r.earlier if own == r.later else r.later
+    columns = [d for d in x.dims if d != own]
+    if len(columns) > 1:
+        raise NotLowerable("a triangular system of tiles has no Triton form")
+    pair = renderer.order((own, other))
+    side = renderer.side(own)
+    whole = f"{renderer.line_up(system, pair)} + tl.zeros(({side}, {side}), tl.float32)"
+    if set(system.dims) == set(pair):
+        whole = system.name
+    held = renderer._causal(Tile(whole, pair), relation)
+    if other == r.later:  # tokens beyond the sequence come first
+        held = renderer.cleared(held, (other,))
+    exact = renderer.schedule.nan != "ignored"
+    if exact:
+        given, right = held, x
+        held = renderer.let("f", _finite(given), pair)
+        x = renderer.let("f", _finite(right), right.dims, right.zero)
+    rows, cols = (f"{d}{renderer.index((d,), pair)}" for d in pair)
+    inverse = renderer.let(
+        "c", f"unit_triangular_inverse({held.name}, {rows}, {cols}, {side}, FAST)", pair
+    )
+    result = renderer.order(dims_of(node))
+    zero = frozenset(d for d in columns if d in x.zero)
+    text = _applied(renderer, inverse, x, result, own, other)
+    made = renderer.let("y", text, result, zero, note=f"solved over {relation}")
+    if exact:
+        _poison(renderer, made, given, right, own, other, own == r.later)
+    return made
+
+
+def _finite(tile: Tile) -> str:
+    return f"tl.where({tile.name} * 0.0 == 0.0, {tile.name}, 0.0)"
+
+
+def _poison(
+    renderer: Renderer, made: Tile, system: Tile, x: Tile, own: str, other: str, forwards: bool
+) -> None:
+    """What is not finite reaches the tokens that are solved after it."""
+    pair, depth = system.dims, renderer.indent
+    if renderer.schedule.nan == "branch":
+        found = " + ".join(_total(f"{t.name} * 0.0", len(t.dims)) for t in (system, x))
+        renderer.write(f"if {found} != 0.0:")
+        renderer.indent += 1
+    bad = "tl.where({0} * 0.0 == 0.0, 0.0, 1.0)".format
+    rows = renderer.let("f", f"tl.sum({bad(system.name)}, {pair.index(other)})", (own,))
+    wrong = renderer.let("f", f"{bad(x.name)} + {renderer.line_up(rows, x.dims)}", x.dims)
+    at = {d: d + renderer.index((d,), pair) for d in pair}
+    order = "<=" if forwards else ">="
+    seen = renderer.let("m", f"tl.where({at[other]} {order} {at[own]}, 1.0, 0.0)", pair)
+    count = _applied(renderer, seen, wrong, made.dims, own, other)
+    renderer.write(f'{made.name} = tl.where({count} > 0, float("nan"), {made.name})')
+    renderer.indent = depth
+
+
+def _applied(renderer: Renderer, pairs: Tile, x: Tile, result: Dims, own: str, other: str) -> str:
+    """A tile over pairs of tokens times rows of tokens."""
+    if len(x.dims) == 1:
+        seen = x.name + renderer.index((other,), pairs.dims)
+        return f"tl.sum({pairs.name} * {seen}, {pairs.dims.index(other)})"
+    # The other token dimension takes the place of the own one in what is summed.
+    from tttc.codegen.triton_loop import Tile
+
+    seen = Tile(x.name, tuple(other if d == own else d for d in x.dims))
+    left, right = (pairs, seen) if result[0] == own else (seen, pairs)
+    return renderer._product(left, right, (*result, other), None)
+
+
+def _total(text: str, axes: int) -> str:
+    for axis in reversed(range(axes)):
+        text = f"tl.sum({text}, {axis})"
+    return text
