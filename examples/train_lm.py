@@ -105,7 +105,12 @@ def train_once(
 ) -> dict[str, Any]:
     """A run in ``out``, its log and its plots; returns the log."""
     name = f"{NAMES[settings.layer]}, {settings.backend}"
-    run = Run(settings, place, texts[0], out)
+    if place.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(place.device)
+    try:
+        run = Run(settings, place, texts[0], out)
+    except ValueError as error:  # sizes that do not fit, the checkpoint of another run
+        sys.exit(f"train_lm.py: error: {error}")
     done = len(run.progress.losses)
     if place.first:
         console.print(

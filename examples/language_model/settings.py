@@ -48,6 +48,11 @@ class Settings:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if self.steps is None and self.minutes is None:
             raise ValueError("steps: expected a number of steps, or minutes, got neither")
+        if self.checkpoint_layers and self.backend == "eager":
+            raise ValueError(
+                "checkpoint_layers: expected a compiled model, got backend eager: torch.func.grad, which the "
+                "naive loop calls, does not run under torch.utils.checkpoint"
+            )
         if self.minutes is not None and self.warmup < 2 * self.log_every:
             # The number of steps is planned from the speed of the first few, before the schedule must know it.
             raise ValueError(

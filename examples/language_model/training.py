@@ -60,7 +60,7 @@ def build_optimizer(model: nn.Module, settings: Settings) -> torch.optim.AdamW:
         {"params": [p for p in model.parameters() if id(p) in decaying], "weight_decay": settings.weight_decay},
         {"params": [p for p in model.parameters() if id(p) not in decaying], "weight_decay": 0.0},
     ]  # fmt: skip
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.95))
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.95), fused=True)
 
 
 def learning_rate(settings: Settings, step: int, steps: int | None) -> float:
