@@ -40,7 +40,7 @@ class Settings:
     fsdp: bool = False
     checkpoint_every: int = 100
     log_every: int = 10
-    windows: int = 32
+    windows: int = 64
 
     def __post_init__(self) -> None:
         for name in ("context", "batch", "accumulate", "checkpoint_every", "log_every", "windows"):
