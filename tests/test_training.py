@@ -32,6 +32,13 @@ F64 = torch.float64
 pytestmark = pytest.mark.usefixtures("constant_floats")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def nothing_compiled_is_left():
+    """Dynamo counts compilations of a function over all models; tests elsewhere count on its limit."""
+    yield
+    torch._dynamo.reset()
+
+
 def tiny(layer="linear", seed=0, dtype=F64, layers=1):
     torch.manual_seed(seed)
     config = TTTConfig(
