@@ -75,7 +75,11 @@ def intern_step(
         if content in _by_content:
             return _by_content[content]
     try:
-        with torch.autocast(device.type, enabled=False), _tracing.abstract_mode():
+        with (
+            torch.autocast(device.type, enabled=False),
+            _tracing.without_saved_tensor_hooks(),
+            _tracing.abstract_mode(),
+        ):
             anchor, tokens, shared = _tracing.one_token(structure, shapes, dtypes, device)
             z = run_tokens(step, anchor, anchor, tokens, shared)[1]
     except Exception:  # whatever a user's step may raise
@@ -119,7 +123,7 @@ def run_naive(anchor, carry, tokens, shared, key, mini_batch_size, place):
     entry = interned(key)
     info = scan_info(anchor, tokens, shared)
     trees = entry.trees(anchor, carry, tokens, shared)
-    with torch._C._ForceDispatchKeyGuard(*EAGER_KEYS):
+    with torch._C._ForceDispatchKeyGuard(*EAGER_KEYS), _tracing.without_saved_tensor_hooks():
         (new_anchor, new_carry), z = naive_loop(
             entry.step, trees[0], trees[1], place, trees[2], mini_batch_size, trees[3], info
         )

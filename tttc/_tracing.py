@@ -59,6 +59,22 @@ def before_each_token(callback: Callable[[], None]) -> Iterator[None]:
         _on_token.reset(token)
 
 
+@contextlib.contextmanager
+def without_saved_tensor_hooks() -> Iterator[None]:
+    """Hooks on saved tensors, those of ``torch.utils.checkpoint`` say, step aside: ``torch.func.grad`` refuses
+    to run under them.
+    """
+    hooks = []
+    while (top := torch._C._autograd._top_saved_tensors_default_hooks(True)) is not None:
+        hooks.append(top)
+        torch._C._autograd._pop_saved_tensors_default_hooks()
+    try:
+        yield
+    finally:
+        for pack, unpack in reversed(hooks):
+            torch._C._autograd._push_saved_tensors_default_hooks(pack, unpack)
+
+
 def is_plain_function(step: Any) -> bool:
     """Whether Dynamo can carry ``step`` as a constant: a function that closes over nothing."""
     return isinstance(step, types.FunctionType) and step.__closure__ is None
@@ -112,11 +128,16 @@ def rebuild(structure: Any, leaves: list[Any]) -> Any:
     return dict(zip(structure[1], children, strict=True))
 
 
+def constant_int(n: int) -> int:
+    """A size as a constant of the captured program."""
+    # len(range()) is how Dynamo is told to guard on a size instead of keeping it a symbol.
+    return len(range(n))
+
+
 def constant_shapes(leaves: list[torch.Tensor], lead: list[int]) -> tuple[tuple[int, ...], ...]:
     """The shapes without their ``lead`` first dimensions, as constants of the captured program."""
-    # len(range()) is how Dynamo is told to guard on a size instead of keeping it a symbol.
     return tuple(
-        tuple(len(range(n)) for n in x.shape[skip:]) for x, skip in zip(leaves, lead, strict=True)
+        tuple(constant_int(n) for n in x.shape[skip:]) for x, skip in zip(leaves, lead, strict=True)
     )
 
 

@@ -70,10 +70,18 @@ def check_options(options: Options) -> Options:
 
 
 def lower_scans(gm: fx.GraphModule, options: Options) -> fx.GraphModule:
-    """Replace each ``tttc::scan`` by its compiled form, in the graph TorchDynamo captured.
+    """Replace each ``tttc::scan`` by its compiled form, in the graph TorchDynamo captured and those inside it.
 
     A scan that can't be lowered stays the naive loop, with one warning; under ``strict`` it raises.
     """
+    # What runs under torch.utils.checkpoint, say, is a graph of its own.
+    for inner in gm.modules():
+        if isinstance(inner, fx.GraphModule):
+            _lower_scans_of(inner, options)
+    return gm
+
+
+def _lower_scans_of(gm: fx.GraphModule, options: Options) -> None:
     for node in list(gm.graph.nodes):
         if node.op != "call_function" or node.target not in (
             torch.ops.tttc.scan,
@@ -94,7 +102,6 @@ def lower_scans(gm: fx.GraphModule, options: Options) -> fx.GraphModule:
             continue
         _replace_scan(gm.graph, node, key, mini_batch_size, options.backend)
     gm.recompile()
-    return gm
 
 
 def requested(key: str, mini_batch_size: int, options: Options) -> tuple[str, int]:
@@ -162,12 +169,21 @@ def _compile_graph(
     gm: fx.GraphModule, example_inputs: list[Any], options: Options
 ) -> Callable[..., Any]:
     """An ATen graph, forward or backward, as AOTAutograd hands it over: what only moves memory is fused."""
+    _keep_saved_tensors()
     before = _recorder.graph("aten", gm)
     fused = fuse(gm)
     # The regions' kernels run on a GPU (or in Triton's interpreter), their torch operations elsewhere.
     _recorder.kernels(lower_regions(fused, "torch" if options.backend == "torch" else "triton"))
     after = _recorder.graph("fused", fused)
     return make_boxed_func(_recorder.watched(before, _recorder.watched(after, fused.forward)))
+
+
+def _keep_saved_tensors() -> None:
+    """Backward graphs write over nothing they are given, so they may run twice (``retain_graph=True``)."""
+    context = torch._guards.TracingContext.try_get()
+    metadata = None if context is None else context.fw_metadata
+    if metadata is not None and metadata.bw_donated_idxs is not None:
+        metadata.bw_donated_idxs = []
 
 
 def compile_graph(

@@ -10,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from tttc._scan_op import EAGER_KEYS, InternedStep
+from tttc._tracing import without_saved_tensor_hooks
 from tttc.capture.step import capture_step
 from tttc.ir.body import Body
 from tttc.ir.errors import NotLowerable
@@ -38,7 +39,11 @@ def build_program(entry: InternedStep, mini_batch_size: int, verify: bool = Fals
         program = _programs.get(key)
         if program is None or (verify and not program.verified):
             # Whoever asks may be tracing: what is built is for real.
-            with _disable_current_modes(), torch._C._ForceDispatchKeyGuard(*EAGER_KEYS):
+            with (
+                _disable_current_modes(),
+                torch._C._ForceDispatchKeyGuard(*EAGER_KEYS),
+                without_saved_tensor_hooks(),
+            ):
                 program = _build(entry, mini_batch_size, verify)
             _programs[key] = program
         return program

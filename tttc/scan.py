@@ -119,8 +119,8 @@ def _scan_beside_capture(step, anchor, carry, place, tokens, mini_batch_size, sh
 
 def _scan_in_capture(step, anchor, carry, place, tokens, mini_batch_size, shared, structure):
     """The same scan as one operator of the captured graph."""
-    # A constant of the captured graph, which int() would not make it: a program is made for one size.
-    mini_batch_size = len([None] * mini_batch_size)
+    # Under capture an int may be a symbol (an attribute of a module that FSDP shards, say); programs are made for one.
+    mini_batch_size = _tracing.constant_int(mini_batch_size)
     given = (step, anchor, carry, place, tokens, mini_batch_size, shared)
     anchor, carry, tokens, info = check_scan_inputs(
         step, anchor, carry, place, tokens, mini_batch_size, shared

@@ -42,7 +42,7 @@ class SwiGLU(nn.Module):
 class TTTBlock(nn.Module):
     """``x + TTT(norm x)``, then ``x + SwiGLU(norm x)``; in the Mamba style ``x + conv(norm x)`` first.
 
-    x and y ``[B, T, hidden_size]``; norms are RMS norms.
+    x and y ``[B, T, hidden_size]``; norms are RMS norms. With ``return_state`` the pair ``(y, BlockState)``.
     """
 
     def __init__(self, config: TTTConfig, **options: Any) -> None:
@@ -68,16 +68,17 @@ class TTTBlock(nn.Module):
         self.mlp = SwiGLU(width, config.intermediate_size, **options)
 
     def forward(
-        self, x: torch.Tensor, state: BlockState | None = None
-    ) -> tuple[torch.Tensor, BlockState]:
-        """``(y, state)``, read on from ``state`` if given."""
+        self, x: torch.Tensor, state: BlockState | None = None, *, return_state: bool = False
+    ) -> Any:
+        """y, read on from ``state`` if given; with ``return_state`` also where the block stands."""
         last = None
         if self.conv is not None and self.conv_norm is not None:
             y, last = self.conv(self.conv_norm(x), None if state is None else state.conv)
             x = x + y
         y, ttt = self.ttt(self.ttt_norm(x), None if state is None else state.ttt, return_state=True)
         x = x + y
-        return x + self.mlp(self.mlp_norm(x)), BlockState(ttt, last)
+        y = x + self.mlp(self.mlp_norm(x))
+        return (y, BlockState(ttt, last)) if return_state else y
 
 
 class TTTLanguageModel(nn.Module):
@@ -134,8 +135,10 @@ class TTTLanguageModel(nn.Module):
         x = self.embedding(ids)
         states = []
         for i, block in enumerate(self.blocks):
-            x, new = block(x, None if state is None else state[i])
-            states.append(new)
+            x = block(x, None if state is None else state[i], return_state=return_state)
+            if return_state:
+                x, new = x
+                states.append(new)
         logits = F.linear(self.norm(x), self.embedding.weight)
         return (logits, tuple(states)) if return_state else logits
 
