@@ -319,7 +319,7 @@ class Normaliser:
                 role = self.roles[len(placeholders)]
                 shape = tuple(int(s) for s in node.meta["val"].shape)
                 new = self.graph.placeholder(role)
-                axes = [() if s == 1 else (Label(s),) for s in shape]
+                axes = self.axes_of(role, shape)
                 own = tuple(x for axis in axes for x in axis)
                 new.meta["labels"] = ((), own, 0)
                 self.labels.separate(own)
@@ -333,6 +333,10 @@ class Normaliser:
             elif node.op == "output":
                 results = [self.env[x] for x in node.args[0]]
         return self.finish(placeholders, shapes, results)
+
+    def axes_of(self, role: str, shape: tuple[int, ...]) -> list[Axis]:
+        """The axes of an argument, under new names."""
+        return [() if s == 1 else (Label(s),) for s in shape]
 
     def constant(self, tensor: torch.Tensor) -> Value:
         """A tensor the step closes over or makes from nothing."""
