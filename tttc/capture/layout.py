@@ -134,3 +134,20 @@ def joined(function: Any, items: Any, *args: Any, **kwargs: Any) -> Any:
             return x
     dim = dim % rank
     return x.movedim(0, dim).flatten(dim, dim + 1)
+
+
+def unbound(x: Tensor, dim: int = 0) -> Tensor:
+    """What ``x.unbind(dim)`` gives one after another: ``x`` with that dimension first."""
+    return x.movedim(dim, 0)
+
+
+def pieces_of(x: Tensor, size: int, dim: int = 0) -> Tensor:
+    """What ``x.split(size, dim)`` gives one after another, where all pieces are as long: a tensor of them."""
+    if not isinstance(size, int) or x.shape[dim] % size:
+        return torch.split(x, size, dim)  # type: ignore[return-value]
+    return x.unflatten(dim, (x.shape[dim] // size, size)).movedim(dim, 0)
+
+
+def chunks_of(x: Tensor, chunks: int, dim: int = 0) -> Tensor:
+    """Likewise for ``x.chunk(chunks, dim)``."""
+    return pieces_of(x, -(-x.shape[dim] // chunks), dim)

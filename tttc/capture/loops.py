@@ -22,7 +22,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from tttc import _tracing
-from tttc.capture import layout
 from tttc.capture.places import Copier
 from tttc.capture.plan import NoTokens, Plan, Planner
 from tttc.capture.source import LoopSource, Rewritten
@@ -101,28 +100,6 @@ def _run_whole(function: Callable[..., Any], values: Any) -> Any:
     return function(*values)
 
 
-class _Joined:
-    """What the rewritten functions call as ``__tttc_joined``."""
-
-    __call__ = staticmethod(layout.joined)
-
-    @staticmethod
-    def from_unbind(x: torch.Tensor, dim: int = 0) -> torch.Tensor:
-        """``x`` with the dimension that is run over first."""
-        return x.movedim(dim, 0)
-
-    @staticmethod
-    def from_split(x: torch.Tensor, split_size: Any, dim: int = 0) -> Any:
-        """Pieces of equal length as one tensor, where they are."""
-        return torch.split(x, split_size, dim)
-
-    @staticmethod
-    def from_chunk(x: torch.Tensor, chunks: int, dim: int = 0) -> Any:
-        """Likewise."""
-        return torch.chunk(x, chunks, dim)
-
-
-_joined = _Joined()
 _lock = threading.RLock()
 _rewritten: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 _classes: weakref.WeakKeyDictionary[type, Any] = weakref.WeakKeyDictionary()
@@ -138,7 +115,7 @@ def rewritten(function: Any) -> types.FunctionType | None:
             made = None
             if found.loops:
                 sites = [Site(loop) for loop in found.loops]
-                made = found.with_sites(sites, _joined)
+                made = found.with_sites(sites)
             _rewritten[function] = made
         return _rewritten[function]
 
@@ -238,7 +215,7 @@ class Loops:
         self._remember(signature, self._state() == before)
 
     def _state(self) -> int:
-        return sum(len(site.plans) + len(site.refused) for site in _sites_of(self))
+        return sum(len(site.plans) + len(site.refused) for site in sites_of(self))
 
     def _remember(self, signature: Any, nothing_new: bool) -> None:
         """Sizes with which nothing new was found may be any."""
@@ -251,7 +228,7 @@ class Loops:
         self.seen.append(signature)
 
 
-def _sites_of(loops: Loops) -> list[Site]:
+def sites_of(loops: Loops) -> list[Site]:
     functions: list[Any] = [loops.target] if loops.module is None else []
     for _, cls in loops._replacements():
         functions += [f for f in vars(cls).values() if isinstance(f, types.FunctionType)]

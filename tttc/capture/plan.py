@@ -19,7 +19,7 @@ from tttc.capture.grid import labelled, pieces
 from tttc.capture.index import Facts, Index
 from tttc.capture.iteration import Env, Iteration, trace
 from tttc.capture.places import scalars_of, tensors_of
-from tttc.capture.reroll import SCATTERS, Rolled, moving_indices, reroll
+from tttc.capture.reroll import SCATTERS, Match, Rolled, moving_indices, reroll, results_of
 from tttc.capture.source import LoopSource, compiled_source
 from tttc.ir.body import Body, operands_of, spec_of
 from tttc.ir.errors import NotLowerable
@@ -79,6 +79,7 @@ class Planner:
     def rolled(self) -> Rolled:
         """The loop re-rolled."""
         first = self.iteration(0, self.env, {})
+        self.before = first.after
         second = self.iteration(1, first.after, {})
         iterations = {0: first, 1: second}
         steady = second.after
@@ -97,9 +98,11 @@ class Planner:
                 for (node, place), (a, b) in moving.items()
             }
         period = self.facts.period if self.facts.moduli else None
-        more = {n for n in self.facts.limits if 0 <= n < self.count} | {self.count - 1}
-        if period is not None:
-            more |= {period - 1, period, period + 1, 2 * period - 1, 2 * period, 2 * period + 1}
+        more = {n for n in self.facts.limits if 0 <= n < self.count}
+        if period is None:
+            more.add(min(self.count - 1, 3))
+        else:
+            more |= {period - 1, period, period + 1, 2 * period}
         longest = max([self.count - 1, *more])
         shapes = self._longer(iterations[base], moving, longest)
         for n in sorted(more - set(iterations)):
@@ -158,14 +161,10 @@ class Planner:
         if self.source.refusal is not None:
             raise NotLowerable(self.source.refusal, self.source.where)
         rolled = self.rolled()
-        free = {p for p, x in self.entry.items() if not x.requires_grad}
         appended = list(rolled.appended)
-        outputs = [rolled.appended[p] for p in appended]
-        outputs += [n.args[1] for n in rolled.written.values()]  # type: ignore[misc]
-        outputs += [rolled.template.outputs[p] for p in rolled.last]
         if not rolled.carries:
             raise NoTokens("no value goes from one token to the next")
-        made = assemble(rolled, outputs, self.gradients, free)
+        made = self._assembled(rolled)
         if not any(x.startswith("token") for x in made.roles):
             raise NoTokens("it reads no tokens")
         for argument in made.arguments.values():
@@ -237,14 +236,12 @@ class Planner:
     ) -> None:
         """Which sizes of the grid may be any: those with which the iteration comes out the same."""
         body = loop.labelled.body
-        before = self._body_with({}, {})
-        if before is None:
-            return
+        self.text = _text(body)
         for name in list(numbers):
             x = numbers[name]
             if name.isidentifier() and type(x) is int and x == self.stop and self.count > 2:
                 # How many tokens there are: does the iteration look at it?
-                if self._body_with({}, {name: x + 13 * self.step}) == before:
+                if self._same_with(rolled, made, {}, {name: x + 13 * self.step}):
                     del numbers[name]
         for name in loop.pieces.grid:
             shapes: dict[str, tuple[int, ...]] = {}
@@ -271,36 +268,55 @@ class Planner:
                     shapes[place] = shapes[carry]
             size = body.sizes[name]
             equal = {k: size + 1 for k, x in numbers.items() if k.isidentifier() and type(x) is int and x == size}
-            if self._body_with(shapes, {}) == before:
+            if self._same_with(rolled, made, shapes, {}):
                 loop.free.add(name)
-            elif equal and self._body_with(shapes, equal) == before:
+            elif equal and self._same_with(rolled, made, shapes, equal):
                 loop.free.add(name)
                 for k in equal:
                     numbers[k] = _Size(name)
 
-    def _body_with(self, shapes: dict[str, tuple[int, ...]], scalars: dict[str, int]) -> str | None:
-        """The text of the iteration with other sizes; None where it does not run."""
-        other = Planner.__new__(Planner)
-        other.__dict__.update(self.__dict__)
-        other.facts = Facts()
-        # The variables before the second iteration, whose shapes are the ones that stay.
+    def _same_with(
+        self,
+        rolled: Rolled,
+        made: Assembled,
+        shapes: dict[str, tuple[int, ...]],
+        scalars: dict[str, int],
+    ) -> bool:
+        """Whether the iteration is the same program with other sizes and numbers."""
+        env = {**self.before, **{k: v for k, v in scalars.items() if k in self.before}}
+        facts, self.facts = self.facts, Facts()
         try:
-            first = self.iteration(0, self.env, {})
-            env = {**first.after, **{k: v for k, v in scalars.items() if k in first.after}}
-            second = other.iteration(1, env, shapes)
-            third = other.iteration(2, env, shapes)
-            moving = moving_indices(second, third, (1, 2))
-            rolled = reroll(
-                {1: second, 2: third}, 1, moving, None, self._wanted(second), self._same
+            other = self.iteration(1, env, shapes)
+            match = Match()
+            for a, b in results_of(rolled.template, other):
+                match.extend(a, b)
+            nodes = match.nodes
+            moving = {(nodes[n], i): x for (n, i), x in rolled.moving.items() if n in nodes}
+            if any(nodes[n].args[i] != x[0] + x[1] for (n, i), x in rolled.moving.items() if n in nodes):
+                return False
+            again = dataclasses.replace(
+                rolled,
+                template=other,
+                moving=moving,
+                written={p: other.outputs[p] for p in rolled.written},
             )
-            outputs = list(rolled.appended.values())
-            outputs += [n.args[1] for n in rolled.written.values()]  # type: ignore[misc]
-            outputs += [rolled.template.outputs[p] for p in rolled.last]
-            free = {p for p, x in self.entry.items() if not x.requires_grad}
-            made = assemble(rolled, outputs, self.gradients, free)
-            return _text(labelled(made.gm, made.roles).body)
-        except NotLowerable:
-            return None
+            text = self._text_of(again)
+        except (NotLowerable, KeyError):
+            return False
+        finally:
+            self.facts = facts
+        return text == self.text
+
+    def _text_of(self, rolled: Rolled) -> str:
+        made = self._assembled(rolled)
+        return _text(labelled(made.gm, made.roles).body)
+
+    def _assembled(self, rolled: Rolled) -> Assembled:
+        outputs = list(rolled.appended.values())
+        outputs += [n.args[1] for n in rolled.written.values()]  # type: ignore[misc]
+        outputs += [rolled.template.outputs[p] for p in rolled.last]
+        free = {p for p, x in self.entry.items() if not x.requires_grad}
+        return assemble(rolled, outputs, self.gradients, free)
 
     # -- writing --------------------------------------------------------------------------------------------
 
@@ -525,10 +541,8 @@ def _reads_tokens(first: Iteration, second: Iteration) -> bool:
 
 def _counterpart(first: Iteration, second: Iteration) -> dict[Any, Any]:
     """The nodes of ``second`` that are those of ``first``."""
-    from tttc.capture.reroll import Match, _results
-
     match = Match()
-    for a, b in _results(first, second):
+    for a, b in results_of(first, second):
         match.extend(a, b)
     return match.nodes
 

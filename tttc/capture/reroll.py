@@ -135,7 +135,7 @@ def moving_indices(
 ) -> dict[tuple[fx.Node, Any], tuple[int, int]]:
     """The indices of ``first`` that move from it to ``second``, iterations ``at``: index at iteration 0, step."""
     match = Match()
-    for a, b in _results(first, second):
+    for a, b in results_of(first, second):
         match.extend(a, b)
     moving = {}
     for key, (a, b) in match.numbers.items():
@@ -147,7 +147,8 @@ def moving_indices(
     return moving
 
 
-def _results(first: Iteration, second: Iteration) -> Iterable[tuple[fx.Node, fx.Node]]:
+def results_of(first: Iteration, second: Iteration) -> Iterable[tuple[fx.Node, fx.Node]]:
+    """What two iterations leave, pair by pair."""
     for path, nodes in first.appended.items():
         others = second.appended.get(path, [])
         if len(nodes) != len(others):

@@ -30,6 +30,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from tttc.capture import layout
+
 JOINS = ("stack", "cat", "concat", "concatenate", "hstack", "vstack")
 _SEQUENCES = ("unbind", "split", "chunk")
 _SHAPES = ("shape", "size")
@@ -328,10 +330,15 @@ class Rewritten:
             made.__defaults__ = None
         return made
 
-    def with_sites(self, sites: Sequence[Any], joined: Callable[..., Any]) -> types.FunctionType:
+    def with_sites(self, sites: Sequence[Any]) -> types.FunctionType:
         """The function with its loops replaced by what became of them."""
         injected = {f"__tttc_site_{loop.index}": s for loop, s in zip(self.loops, sites, strict=True)}
-        injected["__tttc_joined"] = joined
+        injected |= {
+            "__tttc_joined": layout.joined,
+            "__tttc_unbind": layout.unbound,
+            "__tttc_split": layout.pieces_of,
+            "__tttc_chunk": layout.chunks_of,
+        }
         lists = {name for loop in self.loops for name in loop.joined}
         replaced = {id(loop.statement): loop for loop in self.loops}
         tree = _Replace(replaced, lists).visit(_copied(self.tree, replaced))
@@ -349,7 +356,7 @@ def _inner(iterator: Any) -> ast.expr:
 
 
 def _sequence(node: Any) -> ast.expr:
-    """``x.unbind(1)`` as ``__tttc_unbound(x, 1)``: a tensor whose first dimension is run over."""
+    """``x.unbind(1)`` as ``__tttc_unbind(x, 1)``: a tensor whose first dimension is run over."""
     if isinstance(node.func, ast.Attribute) and not (
         isinstance(node.func.value, ast.Name) and node.func.value.id == "torch"
     ):
@@ -357,11 +364,7 @@ def _sequence(node: Any) -> ast.expr:
     else:
         name = node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id
         arguments = list(node.args)
-    return ast.Call(
-        ast.Attribute(ast.Name("__tttc_joined", ast.Load()), f"from_{name}", ast.Load()),
-        arguments,
-        node.keywords,
-    )
+    return ast.Call(ast.Name(f"__tttc_{name}", ast.Load()), arguments, node.keywords)
 
 
 def _call(name: str, *arguments: ast.expr) -> ast.Call:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -82,6 +83,7 @@ def _select_backward(grad: torch.Tensor, sizes: Sequence[int], dim: int, index: 
     return grad.unsqueeze(dim) if sizes[dim] == 1 else _scattered(grad, sizes, dim, index)
 
 
+@functools.cache
 def decomposition_table() -> dict[Any, Callable[..., Any]]:
     """What is taken apart while user code is traced."""
     return {
