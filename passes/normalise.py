@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import fx
@@ -50,10 +50,11 @@ class Value:
 
 
 class _Clash(Exception):
-    """Two axes that must stay apart would get one name; ``culprit`` is the operand to rename."""
+    """Two axes that must stay apart would get one name: ``labels`` of the operand ``culprit`` need new ones."""
 
-    def __init__(self, culprit: int) -> None:
+    def __init__(self, culprit: int, labels: Iterable[Label]) -> None:
         self.culprit = culprit
+        self.labels = frozenset(x.root for x in labels)
 
 
 POINTWISE: dict[Any, str] = {
@@ -138,12 +139,11 @@ class Normaliser:
             return ()
         return value.node.meta["labels"][1]
 
-    def freshen(self, value: Value) -> Value:
-        """The value under new names."""
+    def freshen(self, value: Value, labels: Iterable[Label]) -> Value:
+        """The value, some of its axes under new names."""
         own = self.own(value)
-        new = {x.root: Label(x.size) for axis in value.axes for x in axis}
-        for x in own:
-            new.setdefault(x.root, Label(x.size))
+        new = {x.root: x.root for x in (*own, *(x for axis in value.axes for x in axis))}
+        new |= {x.root: Label(x.size) for x in labels}
         node = value.node
         if isinstance(node, fx.Node):
             node = self.emit(ops.rename, (), (node,), (own,), [new[x.root] for x in own])
@@ -156,7 +156,7 @@ class Normaliser:
             try:
                 return build(values)
             except _Clash as clash:
-                values[clash.culprit] = self.freshen(values[clash.culprit])
+                values[clash.culprit] = self.freshen(values[clash.culprit], clash.labels)
         raise NotLowerable("could not name the axes of an operation", self.where)
 
     # -- operators ------------------------------------------------------------------------------
@@ -191,22 +191,25 @@ class Normaliser:
                 if not axes[position]:
                     others = {x.root for a in axes for x in a}
                     if any(x.root in others for x in axis):
-                        raise _Clash(index)
+                        raise _Clash(index, axis)
                     axes[position] = axis
                     setter[position] = index
                     continue
                 if [x.size for x in axis] != [x.size for x in axes[position]]:
-                    raise NotLowerable("merged axes are aligned with other axes", self.where)
+                    self.mismatch(axis, axes[position], "aligned")
                 for x, y in zip(axis, axes[position], strict=True):
                     if not self.labels.unify(x, y):
                         # Renaming an argument keeps what is computed from it under one name.
-                        raise _Clash(
-                            setter[position] if _is_argument(values[setter[position]]) else index
-                        )
+                        argument = _is_argument(values[setter[position]])
+                        raise _Clash(setter[position] if argument else index, [y if argument else x])
             seen = [x.root for a in axes for x in a]
             if len(set(seen)) != len(seen):
-                raise _Clash(index)
+                raise _Clash(index, _repeated_in(seen))
         return axes
+
+    def mismatch(self, axis: Axis, other: Axis, meeting: str) -> NoReturn:
+        """Two axes meet that are not made of the same."""
+        raise NotLowerable(f"merged axes are {meeting} with other axes", self.where)
 
     def contract(self, operands: Sequence[Value], names: Sequence[str], result: str) -> Value:
         """An einsum of values, one letter an axis."""
@@ -218,18 +221,18 @@ class Normaliser:
                     if letter not in axis_of:
                         others = {x.root for a in axis_of.values() for x in a}
                         if any(x.root in others for x in axis):
-                            raise _Clash(index)
+                            raise _Clash(index, axis)
                         axis_of[letter] = axis
                         continue
                     known = axis_of[letter]
                     if [x.size for x in axis] != [x.size for x in known]:
-                        raise NotLowerable("merged axes are contracted with other axes", self.where)
+                        self.mismatch(axis, known, "contracted")
                     for x, y in zip(axis, known, strict=True):
                         if not self.labels.unify(x, y):
-                            raise _Clash(index)
+                            raise _Clash(index, [x])
                 seen = [x.root for a in axis_of.values() for x in a]
                 if len(set(seen)) != len(seen):
-                    raise _Clash(index)
+                    raise _Clash(index, _repeated_in(seen))
             owned = [self.own(v) for v in vs]
             present = {x.root for o in owned for x in o}
             axes = [axis_of[letter] for letter in result]
@@ -465,7 +468,7 @@ class Normaliser:
         for _ in range(2):
             if all(self.labels.unify(x, y) for x, y in zip(flat, want, strict=True)):
                 return value
-            value = self.freshen(value)
+            value = self.freshen(value, flat)
             flat = [x for axis in value.axes for x in axis]
         raise NotLowerable("a state is returned with its axes exchanged")
 
@@ -482,6 +485,10 @@ class Normaliser:
         return self.emit(
             ops.broadcast, (), (value.node, like), (own, like.meta["labels"][1]), target
         )
+
+
+def _repeated_in(labels: Sequence[Label]) -> list[Label]:
+    return [x for i, x in enumerate(labels) if x in labels[:i]]
 
 
 def _is_argument(value: Value) -> bool:

@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import fx
 from tttc.passes.labels import Label
@@ -60,6 +60,12 @@ class _Loop(Normaliser):
             axes.append(tuple(Label(s) for s in sizes if s != 1))
         self.arguments[role] = axes
         return axes
+
+    def mismatch(self, axis: Axis, other: Axis, meeting: str) -> NoReturn:
+        for one, parts in ((axis, other), (other, axis)):
+            if len(one) == 1 and math.prod(x.size for x in parts) == one[0].size:
+                raise _Split(one[0].root, tuple(x.size for x in parts))
+        super().mismatch(axis, other, meeting)
 
     def view(self, value: Value, shape: Sequence[int]) -> Value:
         flat = [x for axis in value.axes for x in axis]

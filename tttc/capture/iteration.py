@@ -151,7 +151,8 @@ def trace(
 
         collect = Copier(keep)
         left["after"] = {name: collect.copy(value, name) for name, value in out.items()}
-        left["scalars"] = collect.scalars
+        left["scalars"] = collect.everywhere(collect.scalars)
+        left["collect"] = collect
         left["places"] = list(found)
         left["in_place"] = {p for p, x in found.items() if x is now.get(p)}
         left["appended"] = {}
@@ -186,7 +187,8 @@ def trace(
     for node in gm.graph.nodes:
         if node.op == "get_attr":
             node.meta["constant"] = getattr(gm, node.target)
-    before_nodes = dict(zip(paths, nodes, strict=True))
+    before_nodes = noting.everywhere(dict(zip(paths, nodes, strict=True)))
+    outputs = left["collect"].everywhere(outputs)
     return Iteration(
         gm.graph,
         before_nodes,
@@ -194,7 +196,7 @@ def trace(
         lists,
         left["after"],
         left["scalars"],
-        given,
+        noting.everywhere(given),
         {p for p in left["in_place"] if outputs[p] is not before_nodes[p]},
     )
 

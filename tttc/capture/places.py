@@ -25,6 +25,8 @@ class Copier:
     def __init__(self, change: Change) -> None:
         self.change = change
         self.memo: dict[int, Any] = {}
+        self.first: dict[int, str] = {}  # where a container was met first
+        self.aliases: dict[str, str] = {}
         self.kept: list[Any] = []  # an id names an object only while the object lives
         self.scalars: dict[str, Any] = {}
         self.lists: dict[str, list[Any]] = {}
@@ -38,19 +40,20 @@ class Copier:
             return value
         if isinstance(value, _OPAQUE) or depth > 12:
             return value
+        if isinstance(value, tuple):
+            parts = [self.copy(x, f"{path}[{i}]", depth + 1) for i, x in enumerate(value)]
+            return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
         if id(value) in self.memo:
+            if not path.startswith(self.first[id(value)]):  # a cycle has no end
+                self.aliases[path] = self.first[id(value)]
             return self.memo[id(value)]
         self.kept.append(value)
+        self.first[id(value)] = path
         if isinstance(value, list):
             made: Any = []
             self.memo[id(value)] = made
             self.lists[path] = made
             made += [self.copy(x, f"{path}[{i}]", depth + 1) for i, x in enumerate(value)]
-            return made
-        if isinstance(value, tuple):
-            parts = [self.copy(x, f"{path}[{i}]", depth + 1) for i, x in enumerate(value)]
-            made = type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
-            self.memo[id(value)] = made
             return made
         if isinstance(value, dict):
             made = copy.copy(value)
@@ -66,6 +69,15 @@ class Copier:
         if dataclasses.is_dataclass(value) or hasattr(value, "__dict__"):
             return self._object(value, path, depth)
         return value
+
+    def everywhere(self, found: dict[str, Any]) -> dict[str, Any]:
+        """What was found by place, under every name that the places have."""
+        out = dict(found)
+        for alias, first in self.aliases.items():
+            for path, x in found.items():
+                if path.startswith(first) and path[len(first) : len(first) + 1] in ("", ".", "["):
+                    out.setdefault(alias + path[len(first) :], x)
+        return out
 
     def _object(self, value: Any, path: str, depth: int) -> Any:
         made = object.__new__(type(value))
@@ -102,7 +114,7 @@ def tensors_of(env: dict[str, Any]) -> dict[str, torch.Tensor]:
     copier = Copier(note)
     for name, value in env.items():
         copier.copy(value, name)
-    return found
+    return copier.everywhere(found)
 
 
 def scalars_of(env: dict[str, Any]) -> dict[str, Any]:

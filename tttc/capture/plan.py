@@ -301,10 +301,12 @@ class Planner:
                 written={p: other.outputs[p] for p in rolled.written},
             )
             text = self._text_of(again)
-        except (NotLowerable, KeyError):
+        except (NotLowerable, KeyError) as e:
+            print("PROBE", type(e), e, shapes, scalars)
             return False
         finally:
             self.facts = facts
+        if text!=self.text: print('DIFF',shapes); print(text); print(self.text)
         return text == self.text
 
     def _text_of(self, rolled: Rolled) -> str:
