@@ -130,10 +130,10 @@ class Writer:
         self.loop = loop
         self.lines: list[str] = []
         self.scope: dict[str, Any] = {
-            "torch": torch,
-            "step": step,
+            "_torch": torch,
+            "_step_function": step,
             **constants,
-            **{f: getattr(layout, f) for f in (
+            **{f"_{f}": getattr(layout, f) for f in (
                 "moving", "apart", "scanned", "per_head", "unscanned", "together", "expanded", "Joined"
             )},
         }  # fmt: skip
@@ -146,9 +146,9 @@ class Writer:
 
     def begin(self) -> None:
         """Unpack the variables, count the iterations, find the sizes."""
-        self.line(f"{_tuple(self.loop.inputs)} = values")
-        self.line("start, stop, step_ = bounds")
-        self.line("count = (stop - start + step_ - 1) // step_")
+        self.line(f"{_tuple(self.loop.inputs)} = _values")
+        self.line("_start, _stop, _step = _bounds")
+        self.line("_count = (_stop - _start + _step - 1) // _step")
         entries = []
         known: set[str] = set()
         for g in self.loop.given.values():
@@ -167,7 +167,7 @@ class Writer:
         for name, size in self.loop.labelled.body.sizes.items():
             if name not in known:
                 entries.append(f"{name!r}: {size}")
-        self.line(f"sizes = {{{', '.join(entries)}}}")
+        self.line(f"_sizes = {{{', '.join(entries)}}}")
 
     def arguments(self) -> None:
         """What tokens and parameters are made of, and what is hoisted out of the iterations."""
@@ -180,18 +180,18 @@ class Writer:
             if node not in used or kind in ("anchor", "carry"):
                 continue
             if kind == "constant":
-                self.scope[f"constant_{i}"] = body.constants[i]
+                self.scope[f"_constant_{i}"] = body.constants[i]
                 like = next(iter(self.loop.given.values())).expression
-                self.line(f"{node.name} = constant_{i}.to({like}.device)")
-                self.names[node] = (node.name, dims_of(node))
+                self.line(f"_{node.name} = _constant_{i}.to({like}.device)")
+                self.names[node] = (f"_{node.name}", dims_of(node))
                 continue
             g = self.loop.given[str(node.target)]
             text, lead, names = g.expression, 0, tuple(n for axis in g.axes for n in axis)
             if g.dim is not None:
-                text = f"moving({text}, {g.dim}, {g.start}, count, {g.step})"
+                text = f"_moving({text}, {g.dim}, {g.start}, _count, {g.step})"
                 lead, names = 1, (TIME, *names)
-            self.line(f"{node.name} = apart({text}, {tuple(g.axes)!r}, sizes, {lead})")
-            self.names[node] = (node.name, names)
+            self.line(f"_{node.name} = _apart({text}, {tuple(g.axes)!r}, _sizes, {lead})")
+            self.names[node] = (f"_{node.name}", names)
         for node in self.loop.pieces.hoisted:
             self.outside(node)
 
@@ -211,28 +211,28 @@ class Writer:
             letters = {d: chr(ord("a") + i) for i, d in enumerate((TIME, *spec.labels))}
             equation = ",".join("".join(letters[d] for d in n) for _, n in inputs)
             equation += "->" + "".join(letters[d] for d in names)
-            self.line(f"{node.name} = torch.einsum({equation!r}, {', '.join(t for t, _ in inputs)})")
+            self.line(f"_{node.name} = _torch.einsum({equation!r}, {', '.join(t for t, _ in inputs)})")
         elif node.target is ops.elementwise:
             function = head_of(node)
-            self.scope[f"f_{function}"] = FUNCTIONS[function].torch
+            self.scope[f"_f_{function}"] = FUNCTIONS[function].torch
             aligned = [self._aligned(t, n, names) if n else t for t, n in inputs]
-            self.line(f"{node.name} = f_{function}({', '.join(aligned)})")
+            self.line(f"_{node.name} = _f_{function}({', '.join(aligned)})")
         elif node.target is ops.reduction:
             (text, have) = inputs[0]
             axes = [i for i, n in enumerate(have) if n not in names]
             for i in reversed(axes):
-                text = f"torch.{head_of(node)}({text}, {i})"
+                text = f"_torch.{head_of(node)}({text}, {i})"
             rest = tuple(n for n in have if n in names)
-            self.line(f"{node.name} = {self._aligned(text, rest, names)}")
+            self.line(f"_{node.name} = {self._aligned(text, rest, names)}")
         elif node.target is ops.broadcast:
             (text, have), (like, like_names) = inputs
             shape = f"{self._aligned(like, like_names, names)}"
             one = self._aligned(text, have, names) if have else text
-            self.line(f"{node.name} = {one} + torch.zeros_like({shape})")
+            self.line(f"_{node.name} = {one} + _torch.zeros_like({shape})")
         else:  # a rename
-            self.line(f"{node.name} = {inputs[0][0]}")
+            self.line(f"_{node.name} = {inputs[0][0]}")
             names = (*lead, *spec.result)
-        self.names[node] = (node.name, names)
+        self.names[node] = (f"_{node.name}", names)
 
     @staticmethod
     def _aligned(text: str, have: Names, want: Names) -> str:
@@ -251,9 +251,9 @@ class Writer:
         for i, node in enumerate(parts.tokens):
             text, names = self.names[node]
             self.line(
-                f"t_{i} = scanned({text}, {names!r}, {self.grid!r}, {self._features(node)!r}, sizes)"
+                f"_t_{i} = _scanned({text}, {names!r}, {self.grid!r}, {self._features(node)!r}, _sizes)"
             )
-            tokens.append(f"t_{i}")
+            tokens.append(f"_t_{i}")
         if not tokens:
             raise AssertionError("a loop without tokens")
         for i, node in enumerate(parts.shared):
@@ -261,19 +261,19 @@ class Writer:
             if any(n in self.grid[0] for n in names):
                 raise AssertionError("a parameter with a batch dimension")
             self.line(
-                f"p_{i} = per_head({text}, {names!r}, {self.grid[1]!r}, {self._features(node)!r}, sizes)"
+                f"_p_{i} = _per_head({text}, {names!r}, {self.grid[1]!r}, {self._features(node)!r}, _sizes)"
             )
-            shared.append(f"p_{i}")
+            shared.append(f"_p_{i}")
         for i in range(body.states):
-            inits.append(self._state(f"i_{i}", f"carry_{i}"))
+            inits.append(self._state(f"_i_{i}", f"carry_{i}"))
         init = _tuple(inits)
         if self.loop.offset:
             for i in range(body.states):
                 given = f"anchor_{i}" if f"anchor_{i}" in self.loop.given else f"carry_{i}"
-                anchors.append(self._state(f"a_{i}", given))
-            init = f"ScanState({_tuple(anchors)}, {init}, {self.loop.offset})"
+                anchors.append(self._state(f"_a_{i}", given))
+            init = f"_ScanState({_tuple(anchors)}, {init}, {self.loop.offset})"
         self.line(
-            f"state, z = scan(step, {init}, {_tuple(tokens)}, {self.loop.mini_batch_size}, "
+            f"_state, _z = _scan(_step_function, {init}, {_tuple(tokens)}, {self.loop.mini_batch_size}, "
             f"shared={_tuple(shared)})"
         )
 
@@ -284,8 +284,8 @@ class Writer:
         g = self.loop.given[given]
         node = next(p for p in self.loop.labelled.body.placeholders if p.target == given.replace("anchor", "carry"))
         names = tuple(n for axis in g.axes for n in axis)
-        self.line(f"{variable} = apart(expanded({g.expression}, {tuple(g.axes)!r}, sizes), {tuple(g.axes)!r}, sizes, 0)")
-        self.line(f"{variable} = scanned({variable}, {names!r}, {self.grid!r}, {self._features(node)!r}, sizes)")
+        self.line(f"{variable} = _apart(_expanded({g.expression}, {tuple(g.axes)!r}, _sizes), {tuple(g.axes)!r}, _sizes, 0)")
+        self.line(f"{variable} = _scanned({variable}, {names!r}, {self.grid!r}, {self._features(node)!r}, _sizes)")
         return variable
 
     def final(self, i: int, which: str, dtype: torch.dtype) -> str:
@@ -293,17 +293,17 @@ class Writer:
         axes = self.loop.given[f"carry_{i}"].axes
         node = next(p for p in self.loop.labelled.body.placeholders if p.target == f"carry_{i}")
         names = tuple(n for axis in axes for n in axis)
-        text = f"unscanned(state.{which}[{i}], {names!r}, {self.grid!r}, {self._features(node)!r}, False, sizes)"
-        return f"together({text}, {tuple(axes)!r}, sizes, 0).to({dtype})"
+        text = f"_unscanned(_state.{which}[{i}], {names!r}, {self.grid!r}, {self._features(node)!r}, False, _sizes)"
+        return f"_together({text}, {tuple(axes)!r}, _sizes, 0).to(_{dtype})"
 
     def results(self) -> None:
         """Outputs of the step for all tokens, and what is sunk below the scan."""
         for i, node in enumerate(self.loop.pieces.outputs):
             dims = dims_of(node)
             self.line(
-                f"{node.name} = unscanned(z[{i}], {dims!r}, {self.grid!r}, {self._features(node)!r}, True, sizes)"
+                f"_{node.name} = _unscanned(_z[{i}], {dims!r}, {self.grid!r}, {self._features(node)!r}, True, _sizes)"
             )
-            self.names[node] = (node.name, (TIME, *dims))
+            self.names[node] = (f"_{node.name}", (TIME, *dims))
         for node in self.loop.pieces.sunk:
             self.outside(node)
 
@@ -316,9 +316,9 @@ class Writer:
         want = (TIME, *(n for axis in axes for n in axis))
         if TIME not in names:
             raise AssertionError("an output that is the same for every token")
-        return f"together({self._aligned(text, names, want)}, {tuple(axes)!r}, sizes, 1).to({dtype})"
+        return f"_together({self._aligned(text, names, want)}, {tuple(axes)!r}, _sizes, 1).to(_{dtype})"
 
     def function(self, name: str) -> Callable[..., Any]:
         """What was written, as a function of the loop's bounds and variables."""
-        text = "\n".join([f"def {name}(bounds, values):", *self.lines]) + "\n"
+        text = "\n".join([f"def {name}(_bounds, _values):", *self.lines]) + "\n"
         return compiled_source(name, text, self.scope)

@@ -198,7 +198,7 @@ class Planner:
         numbers = self._numbers(rolled)
         self._find_free(loop, rolled, made, numbers)
         step = write_step(loop)
-        writer = Writer(loop, step, {"scan": self.scan, **_scan_names()})
+        writer = Writer(loop, step, {"_scan": self.scan, **_scan_names()})
         run = self._write(loop, writer, rolled, made, appended)
         fits = self._guard(loop, rolled, made, numbers, appended)
         return Plan(fits, run, step, None)
@@ -206,7 +206,7 @@ class Planner:
     def _given(self, role: str, argument: Argument, axes: list[Any]) -> Given:
         place = argument.place
         if place is None:
-            expression = f"constant_{role}"
+            expression = f"_constant_{role}"
         else:
             expression = place
         if argument.stopped:
@@ -301,12 +301,10 @@ class Planner:
                 written={p: other.outputs[p] for p in rolled.written},
             )
             text = self._text_of(again)
-        except (NotLowerable, KeyError) as e:
-            print("PROBE", type(e), e, shapes, scalars)
+        except (NotLowerable, KeyError):
             return False
         finally:
             self.facts = facts
-        if text!=self.text: print('DIFF',shapes); print(text); print(self.text)
         return text == self.text
 
     def _text_of(self, rolled: Rolled) -> str:
@@ -327,7 +325,7 @@ class Planner:
     ) -> Callable[..., Any]:
         for role, argument in made.arguments.items():
             if argument.place is None:
-                writer.scope[f"constant_{role}"] = argument.tensor
+                writer.scope[f"_constant_{role}"] = argument.tensor
         writer.begin()
         writer.arguments()
         writer.scan()
@@ -342,21 +340,21 @@ class Planner:
         lists = {}
         at = 0
         for path in appended:
-            writer.line(f"items_{at} = {writer.output(at, made.dtypes[at])}")
-            lists[path] = f"items_{at}"
+            writer.line(f"_items_{at} = {writer.output(at, made.dtypes[at])}")
+            lists[path] = f"_items_{at}"
             at += 1
         for path, node in rolled.written.items():
-            writer.line(f"items_{at} = {writer.output(at, made.dtypes[at])}")
+            writer.line(f"_items_{at} = {writer.output(at, made.dtypes[at])}")
             dim = int(node.args[2])  # type: ignore[arg-type]
             start, step = rolled.moving[node, 3]
             rank = rolled.template.shapes[path].dim()
             picks = ", ".join([":"] * (dim % rank))
-            stop = f"{start} + (count - 1) * {step} + 1"
+            stop = f"{start} + (_count - 1) * {step} + 1"
             where = f"{start}:{stop}:{step}"
             if node.target is not torch.ops.aten.select_scatter.default:
                 raise NotLowerable("it writes several tokens at a time", self.source.where)
             writer.line(
-                f"{path}[{picks + ', ' if picks else ''}{where}] = items_{at}.movedim(0, {dim})"
+                f"{path}[{picks + ', ' if picks else ''}{where}] = _items_{at}.movedim(0, {dim})"
             )
             at += 1
         for path in rolled.last:
@@ -373,9 +371,12 @@ class Planner:
         stored = _stored(source)
         # All values first: writing one may change what another is read from.
         fresh = {}
+        wanted = self._wanted(template) | {p for p in values if _root(p) in source.results}
         for i, (place, text) in enumerate(values.items()):
-            fresh[place] = f"v_{i}"
-            writer.line(f"v_{i} = {text}")
+            if place not in wanted:
+                continue
+            fresh[place] = f"_v_{i}"
+            writer.line(f"_v_{i} = {text}")
         for place, variable in fresh.items():
             root = _root(place)
             if place in template.in_place and place in self.entry:
@@ -394,7 +395,7 @@ class Planner:
         out = []
         for name in source.results:
             if name in lists:
-                out.append(f"Joined({lists[name]})" if name in source.joined else name)
+                out.append(f"_Joined({lists[name]})" if name in source.joined else name)
             else:
                 out.append(self._rebuilt(writer, template.after[name], name, fresh, rolled))
         writer.line(f"return ({', '.join(out)}{',' if len(out) == 1 else ''})")
@@ -411,7 +412,7 @@ class Planner:
                 return path
             raise NotLowerable(f"{path} after the loop is not a value of its last iteration")
         if isinstance(value, Index):
-            return f"start + (count - 1) * step_ + {value.offset - self.start}" if value.scale == self.step else self._lost(path)
+            return f"_start + (_count - 1) * _step + {value.offset - self.start}" if value.scale == self.step else self._lost(path)
         if isinstance(value, (int, float, bool, str, type(None))):
             if path in scalars_of(self.env) or path in template.scalars:
                 return repr(value)
@@ -422,7 +423,7 @@ class Planner:
         def inner(x: Any, where: str) -> str:
             return self._rebuilt(writer, x, where, fresh, rolled)
 
-        kind = f"type_{len(writer.scope)}"
+        kind = f"_type_{len(writer.scope)}"
         if isinstance(value, tuple):
             items = [inner(x, f"{path}[{i}]") for i, x in enumerate(value)]
             if hasattr(value, "_fields"):
@@ -453,9 +454,9 @@ class Planner:
         appended: list[str],
     ) -> Callable[..., Any]:
         """Whether a plan holds for other variables: same ranks, dtypes, features and numbers."""
-        conditions = [f"bounds[0] == {self.start}", f"bounds[2] == {self.step}", "bounds[1] - bounds[0] >= bounds[2]"]
+        conditions = [f"_bounds[0] == {self.start}", f"_bounds[2] == {self.step}", "_bounds[1] - _bounds[0] >= _bounds[2]"]
         if made.stops:
-            conditions.append(f"torch.is_grad_enabled() is {self.gradients}")
+            conditions.append(f"_torch.is_grad_enabled() is {self.gradients}")
         names: dict[str, str] = {}
         body = loop.labelled.body
         for g in loop.given.values():
@@ -463,7 +464,7 @@ class Planner:
             if place not in self.entry:
                 continue
             x = self.entry[place]
-            conditions += [f"{place}.dim() == {x.dim()}", f"{place}.dtype == {x.dtype}"]
+            conditions += [f"{place}.dim() == {x.dim()}", f"{place}.dtype == _{x.dtype}"]
             if made.stops and not x.requires_grad and place in rolled.carries and self.gradients:
                 conditions.append(f"not {place}.requires_grad")
             offset = x.dim() - len(g.axes) - (g.dim is not None)
@@ -494,10 +495,10 @@ class Planner:
                 conditions.append(f"{path} == {x!r}")
         conditions += [f"len({p}) == 0" for p in appended if p in self.source.joined]
         unpack = f"({', '.join(self.source.inputs)}{',' if len(self.source.inputs) == 1 else ''})"
-        lines = ["def fits(bounds, values):", f"    {unpack} = values" if self.source.inputs else "    pass"]
+        lines = ["def fits(_bounds, _values):", f"    {unpack} = _values" if self.source.inputs else "    pass"]
         lines += [f"    if not ({c}):\n        return False" for c in dict.fromkeys(conditions)]
         lines.append("    return True")
-        return compiled_source("fits", "\n".join(lines) + "\n", {"torch": torch})
+        return compiled_source("fits", "\n".join(lines) + "\n", {"_torch": torch})
 
 
 @dataclass(frozen=True)
@@ -510,7 +511,7 @@ class _Size:
 def _scan_names() -> dict[str, Any]:
     from tttc.scan import ScanState
 
-    return {"ScanState": ScanState}
+    return {"_ScanState": ScanState}
 
 
 def _root(path: str) -> str:

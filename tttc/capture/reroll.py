@@ -198,8 +198,8 @@ def reroll(
     roots = _roots(template, carries, written, wanted)
     used_paths = {p for p, n in template.inputs.items() if n in used}
     anchors: dict[str, str] = {}
-    starts: set[int] = set()
-    plain: set[int] = set()
+    renewing: set[int] = set()
+    late = 0  # 1 where anchors are renewed after the update, for the next iteration
     for n, other in sorted(iterations.items()):
         match = Match()
         for path in roots:
@@ -217,26 +217,24 @@ def reroll(
         for p, q in refreshed.items():
             if anchors.setdefault(p, q[0]) != q[0]:
                 raise NotLowerable(f"{p} takes its value from {q[0]} and from {anchors[p]}")
-        if starting and ending:
-            raise NotLowerable("variables are renewed before and after the update of one token")
-        (starts if starting else plain).add(n)
-        if ending:
-            starts.add(n + 1)
+        if starting and ending or (renewing and refreshed and late != bool(ending)):
+            raise NotLowerable("variables are renewed before and after the update of a token")
+        if refreshed:
+            renewing.add(n)
+            late = int(bool(ending))
     if not anchors:
         last = [p for p in wanted if p in changed and p not in carries and p not in written]
         return Rolled(template, carries, {}, last, None, 0, moving, written)
     if period is None or period < 1:
         raise NotLowerable("when its anchor is renewed does not follow from the loop variable")
-    plain -= starts
-    first = min(starts)
-    offset = -first % period
-    for n in starts | plain:
-        if ((n + offset) % period == 0) != (n in starts):
-            # The anchor at the entry may be the carry without being made so.
-            if n == 0 and all(same_at_entry(p, q) for p, q in anchors.items()):
-                continue
+    offset = -(min(renewing) + late) % period
+    # The anchor at the entry may be the carry without being made so.
+    same = all(same_at_entry(p, q) for p, q in anchors.items())
+    for n in iterations:
+        due = (n + late + offset) % period == 0
+        if due != (n in renewing) and not (due and n + late == 0 and same):
             raise NotLowerable("its anchor is not renewed at regular intervals")
-    if offset == 0 and 0 not in starts and not all(same_at_entry(p, q) for p, q in anchors.items()):
+    if offset == 0 and (late or 0 not in renewing) and not same:
         raise NotLowerable("its anchor starts from another value than its carry")
     for p in [p for p in anchors if p in carries]:
         raise NotLowerable(f"{p} is renewed by every token and by every mini-batch")
