@@ -201,7 +201,9 @@ class Normaliser:
                     if not self.labels.unify(x, y):
                         # Renaming an argument keeps what is computed from it under one name.
                         argument = _is_argument(values[setter[position]])
-                        raise _Clash(setter[position] if argument else index, [y if argument else x])
+                        raise _Clash(
+                            setter[position] if argument else index, [y if argument else x]
+                        )
             seen = [x.root for a in axes for x in a]
             if len(set(seen)) != len(seen):
                 raise _Clash(index, _repeated_in(seen))

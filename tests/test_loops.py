@@ -322,7 +322,7 @@ class AttributeState(nn.Module):
     def forward(self, q, k, v):
         self.cell.start(q.shape[0])
         outs = []
-        for q_t, k_t, v_t in zip(q.unbind(1), k.unbind(1), v.unbind(1)):
+        for q_t, k_t, v_t in zip(q.unbind(1), k.unbind(1), v.unbind(1), strict=True):
             outs.append(self.cell.step(q_t, k_t, v_t))
         return torch.stack(outs, 1), self.cell.W
 
@@ -348,7 +348,9 @@ class TwoLayers(nn.Module):
             return times(F.gelu(times(x, weights[0])), weights[1])
 
         for t in range(q.shape[2]):
-            grads = torch.func.grad(lambda w: (f(w, k[:, :, t]) - v[:, :, t]).square().sum())(anchor)  # noqa: B023
+            grads = torch.func.grad(lambda w, t=t: (f(w, k[:, :, t]) - v[:, :, t]).square().sum())(
+                anchor
+            )
             weights = tuple(w - 0.1 * g for w, g in zip(weights, grads, strict=True))
             outs.append(f(weights, q[:, :, t]))
             if (t + 1) % self.b == 0:
@@ -369,7 +371,9 @@ class LayersInside(nn.Module):
     def __init__(self):
         super().__init__()
         width = D * H
-        self.q, self.k, self.v, self.o = (nn.Linear(width, width, dtype=torch.float64) for _ in range(4))
+        self.q, self.k, self.v, self.o = (
+            nn.Linear(width, width, dtype=torch.float64) for _ in range(4)
+        )
         self.norm = nn.LayerNorm(width, dtype=torch.float64)
 
     def forward(self, x):
@@ -406,7 +410,7 @@ class Enumerated(nn.Module):
     def forward(self, q, k, v):
         S = q.new_zeros(q.shape[0], D, D)
         outs = []
-        for i, (q_t, k_t) in enumerate(zip(q.unbind(1), k.unbind(1))):
+        for i, (q_t, k_t) in enumerate(zip(q.unbind(1), k.unbind(1), strict=True)):
             S = S + outer(k_t, v[:, i])
             outs.append(times(q_t, S)[:, None])
         return torch.cat(outs, dim=1)
@@ -489,3 +493,31 @@ def test_unsupported_loops_raise_under_strict():
     compiled = tttc.compile(Unsupported(), backend="torch", strict=True)
     with pytest.raises(NotLowerable, match=r"test_loops\.py:\d+"):
         compiled(*qkv(2, 9))
+
+
+# --- the examples, and kernels -----------------------------------------------------------------------------
+
+
+def test_example_ttt_linear():
+    from examples.loops.ttt_linear import TTTLinearLoop
+
+    torch.manual_seed(0)
+    check(TTTLinearLoop(8, 2, 4).double(), wide)
+
+
+def test_example_delta_memory():
+    from examples.loops.delta_memory import DeltaMemory
+
+    torch.manual_seed(0)
+    check(DeltaMemory(8).double(), wide)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for Triton's interpreter")
+@pytest.mark.parametrize("style", [FuncGrad, AutogradGrad, DataclassState])
+def test_kernels_in_the_interpreter(style):
+    model = style()
+    inputs = [x.float() for x in (wide if style is FuncGrad else qkv)(2, 9)]
+    expected = leaves(model(*(x.double() for x in inputs)))
+    got = leaves(tttc.compile(model.float(), backend="triton", strict=True)(*inputs))
+    for x, y in zip(got, expected, strict=True):
+        torch.testing.assert_close(x.double(), y, rtol=1e-3, atol=1e-3)

@@ -165,7 +165,10 @@ class _Assembler:
         source: Any = node.args[0]
         start, step = self.rolled.moving[node, 2]
         dim = int(node.args[1])  # type: ignore[arg-type]
-        if source.op != "placeholder" or self.places[source] in (*self.rolled.carries, *self.rolled.anchors):
+        if source.op != "placeholder" or self.places[source] in (
+            *self.rolled.carries,
+            *self.rolled.anchors,
+        ):
             raise NotLowerable("it picks from a value made inside the loop", source_line(node))
         place = self.places[source]
         whole = self.rolled.template.shapes[place]
@@ -192,7 +195,7 @@ class _Assembler:
 
     def copy(self, node: fx.Node, stopped: bool) -> Any:
         """The node in the new graph; under ``stopped`` from detached arguments."""
-        stack = [(node, stopped)]
+        stack: list[Any] = [(node, stopped)]
         while stack:
             now, stop = stack[-1]
             if (now, stop) in self.made:
@@ -215,7 +218,10 @@ class _Assembler:
                 self.made[now, stop] = self.leaf(
                     (now.target, id(x), stop), "shared", Argument(None, x, stopped=stop), x
                 )
-            elif (now, 2) in self.rolled.moving and now.target in (aten.select.int, aten.slice.Tensor):
+            elif (now, 2) in self.rolled.moving and now.target in (
+                aten.select.int,
+                aten.slice.Tensor,
+            ):
                 self.made[now, stop] = self.token(now, stop)
             else:
                 todo = [(x, stop) for x in now.all_input_nodes if (x, stop) not in self.made]
@@ -227,10 +233,13 @@ class _Assembler:
                 if now.target is aten.copy.default:
                     made = self.copied(now, self.made[now.args[1], stop])
                 else:
-                    made = self.graph.node_copy(now, lambda x, s=stop: self.made[x, s])
+                    made = self._again(now, stop)
                 self.made[now, stop] = made
             stack.pop()
         return self.made[node, stopped]
+
+    def _again(self, node: fx.Node, stopped: bool) -> fx.Node:
+        return self.graph.node_copy(node, lambda x: self.made[x, stopped])
 
     def copied(self, node: fx.Node, value: Any) -> Any:
         """What is written: the value in the shape of what it goes into."""

@@ -98,7 +98,9 @@ def write_step(loop: Loop) -> Callable[..., Any]:
         head = [repr(head_of(node))] if head_length(node) else []
         spec = repr(_without(spec_of(node), parts.grid))
         names[node] = f"x_{len(lines)}"
-        lines.append(f"    {names[node]} = {_OPERATORS[node.target]}({', '.join([*head, spec, *operands])})")
+        lines.append(
+            f"    {names[node]} = {_OPERATORS[node.target]}({', '.join([*head, spec, *operands])})"
+        )
     states = [names[x] for x in body.results[: body.states]]
     outputs = [names[x] for x in parts.outputs]
     lines.append(f"    return ({_tuple(states)}, {_tuple(outputs)})")
@@ -109,7 +111,10 @@ def write_step(loop: Loop) -> Callable[..., Any]:
     return step
 
 
-_OPERATORS = {f: f.__name__ for f in (ops.contraction, ops.elementwise, ops.reduction, ops.rename, ops.broadcast)}
+_OPERATORS: dict[Any, str] = {
+    f: f.__name__
+    for f in (ops.contraction, ops.elementwise, ops.reduction, ops.rename, ops.broadcast)
+}
 
 
 def _without(spec: str, grid: Names) -> str:
@@ -138,7 +143,9 @@ class Writer:
             )},
         }  # fmt: skip
         self.grid = grid_of(loop)
-        self.names: dict[Any, tuple[str, Names]] = {}  # nodes made outside the step: variable, names of axes
+        self.names: dict[
+            Any, tuple[str, Names]
+        ] = {}  # nodes made outside the step: variable, names of axes
 
     def line(self, text: str) -> None:
         """One statement."""
@@ -159,10 +166,15 @@ class Writer:
                 # A state may come in smaller than iterations leave it: the axis says nothing then.
                 offset = g.tensor.dim() - len(g.axes) - (g.dim is not None)
                 axis = at + offset
-                if len(names) == 1 and names[0] in self.loop.free and names[0] not in known and axis >= 0:
-                    if g.tensor.shape[axis] != 1:
-                        known.add(names[0])
-                        entries.append(f"{names[0]!r}: {g.expression}.shape[{axis}]")
+                if (
+                    len(names) == 1
+                    and names[0] in self.loop.free
+                    and names[0] not in known
+                    and axis >= 0
+                    and g.tensor.shape[axis] != 1
+                ):
+                    known.add(names[0])
+                    entries.append(f"{names[0]!r}: {g.expression}.shape[{axis}]")
                 at += 1
         for name, size in self.loop.labelled.body.sizes.items():
             if name not in known:
@@ -198,9 +210,7 @@ class Writer:
     def outside(self, node: fx.Node) -> None:
         """One operator for all tokens at once."""
         operands, spec = operands_of(node), parse(spec_of(node))
-        timed = [
-            isinstance(x, fx.Node) and TIME in self.names[x][1] for x in operands
-        ]
+        timed = [isinstance(x, fx.Node) and TIME in self.names[x][1] for x in operands]
         lead = (TIME,) if any(timed) else ()
         names = (*lead, *spec.result)
         inputs: list[tuple[str, Names]] = [
@@ -211,7 +221,9 @@ class Writer:
             letters = {d: chr(ord("a") + i) for i, d in enumerate((TIME, *spec.labels))}
             equation = ",".join("".join(letters[d] for d in n) for _, n in inputs)
             equation += "->" + "".join(letters[d] for d in names)
-            self.line(f"_{node.name} = _torch.einsum({equation!r}, {', '.join(t for t, _ in inputs)})")
+            self.line(
+                f"_{node.name} = _torch.einsum({equation!r}, {', '.join(t for t, _ in inputs)})"
+            )
         elif node.target is ops.elementwise:
             function = head_of(node)
             self.scope[f"_f_{function}"] = FUNCTIONS[function].torch
@@ -282,10 +294,18 @@ class Writer:
 
     def _state(self, variable: str, given: str) -> str:
         g = self.loop.given[given]
-        node = next(p for p in self.loop.labelled.body.placeholders if p.target == given.replace("anchor", "carry"))
+        node = next(
+            p
+            for p in self.loop.labelled.body.placeholders
+            if p.target == given.replace("anchor", "carry")
+        )
         names = tuple(n for axis in g.axes for n in axis)
-        self.line(f"{variable} = _apart(_expanded({g.expression}, {tuple(g.axes)!r}, _sizes), {tuple(g.axes)!r}, _sizes, 0)")
-        self.line(f"{variable} = _scanned({variable}, {names!r}, {self.grid!r}, {self._features(node)!r}, _sizes)")
+        self.line(
+            f"{variable} = _apart(_expanded({g.expression}, {tuple(g.axes)!r}, _sizes), {tuple(g.axes)!r}, _sizes, 0)"
+        )
+        self.line(
+            f"{variable} = _scanned({variable}, {names!r}, {self.grid!r}, {self._features(node)!r}, _sizes)"
+        )
         return variable
 
     def final(self, i: int, which: str, dtype: torch.dtype) -> str:

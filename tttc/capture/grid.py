@@ -24,15 +24,15 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from torch import fx
-from tttc.passes.labels import Label
-from tttc.passes.normalise import Axis, Normaliser, Value
-from tttc.passes.simplify import simplify
 
 from tttc.ir import ops
 from tttc.ir.body import Body, operands_of, role, spec_of
 from tttc.ir.build import ancestors, dims_of
 from tttc.ir.errors import NotLowerable
 from tttc.ir.spec import parse
+from tttc.passes.labels import Label
+from tttc.passes.normalise import Axis, Normaliser, Value
+from tttc.passes.simplify import simplify
 
 Names = tuple[str, ...]
 
@@ -48,7 +48,9 @@ class _Split(Exception):
 class _Loop(Normaliser):
     """Normalises an iteration; axes of arguments may be taken apart as reshapes ask for."""
 
-    def __init__(self, captured: fx.GraphModule, roles: Sequence[str], parts: dict[Any, Any]) -> None:
+    def __init__(
+        self, captured: fx.GraphModule, roles: Sequence[str], parts: dict[Any, Any]
+    ) -> None:
         super().__init__(captured, roles)
         self.parts = parts
         self.arguments: dict[str, list[Axis]] = {}
@@ -65,7 +67,7 @@ class _Loop(Normaliser):
         for one, parts in ((axis, other), (other, axis)):
             if len(one) == 1 and math.prod(x.size for x in parts) == one[0].size:
                 raise _Split(one[0].root, tuple(x.size for x in parts))
-        super().mismatch(axis, other, meeting)
+        raise NotLowerable(f"merged axes are {meeting} with other axes", self.where)
 
     def view(self, value: Value, shape: Sequence[int]) -> Value:
         flat = [x for axis in value.axes for x in axis]
@@ -183,7 +185,9 @@ def pieces(body: Body) -> Pieces:
         NotLowerable: where no state depends on tokens.
     """
     nodes = body.nodes
-    varies: set[fx.Node] = {p for p in body.placeholders if role(p)[0] in ("token", "anchor", "carry")}
+    varies: set[fx.Node] = {
+        p for p in body.placeholders if role(p)[0] in ("token", "anchor", "carry")
+    }
     on_state: set[fx.Node] = {p for p in body.placeholders if role(p)[0] in ("anchor", "carry")}
     for node in nodes:
         if any(x in varies for x in node.all_input_nodes):
@@ -191,18 +195,12 @@ def pieces(body: Body) -> Pieces:
         if any(x in on_state for x in node.all_input_nodes):
             on_state.add(node)
     states, results = body.results[: body.states], body.results[body.states :]
-    layers = [
-        n
-        for n in nodes
-        if n not in on_state and n in varies and _is_layer(n, varies)
-    ]
+    layers = [n for n in nodes if n not in on_state and n in varies and _is_layer(n, varies)]
     hoisted = (ancestors(layers) & set(nodes)) | {n for n in nodes if n not in varies}
     feeding = ancestors(states)
     inside = [n for n in nodes if n not in hoisted]
     grid = _grid(body, [n for n in inside if n in feeding], hoisted, varies)
-    largest = max(
-        [math.prod(body.sizes[d] for d in dims_of(n)) for n in varies - on_state] or [1]
-    )
+    largest = max([math.prod(body.sizes[d] for d in dims_of(n)) for n in varies - on_state] or [1])
     sunk: set[fx.Node] = set()
     for node in inside:
         if node in feeding or node not in on_state:
@@ -224,10 +222,7 @@ def pieces(body: Body) -> Pieces:
     needed = ancestors([*states, *outputs])
     out.inside = [n for n in inside if n in needed]
     taken = dict.fromkeys(
-        x
-        for n in [*out.inside]
-        for x in n.all_input_nodes
-        if x not in made and x not in on_state
+        x for n in [*out.inside] for x in n.all_input_nodes if x not in made and x not in on_state
     )
     for x in states:
         if x not in made and x not in on_state:

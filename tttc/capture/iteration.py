@@ -44,7 +44,9 @@ class Iteration:
     after: Env
     scalars: dict[str, Any]
     shapes: dict[str, torch.Tensor] = field(default_factory=dict)  # of the inputs
-    in_place: set[str] = field(default_factory=set)  # places whose tensors are written to, if anything
+    in_place: set[str] = field(
+        default_factory=set
+    )  # places whose tensors are written to, if anything
 
 
 class _Marks(TorchFunctionMode):
@@ -69,7 +71,7 @@ class _Marks(TorchFunctionMode):
         return out
 
 
-_DETACHES = (torch.Tensor.detach, torch.detach, torch.Tensor.data.__get__)
+_DETACHES = (torch.Tensor.detach, torch.detach, torch.Tensor.data.__get__)  # type: ignore[attr-defined]
 
 
 def _differentiable(x: Any) -> bool:
@@ -228,12 +230,19 @@ def _functional(
         return _WithLines(gm).run(*xs)
 
     with mode, torch.no_grad(), torch.fx.traceback.preserve_node_meta():
-        made = make_fx(torch.func.functionalize(run, remove="mutations"), tracing_mode="real")(*leaves)
+        made = make_fx(torch.func.functionalize(run, remove="mutations"), tracing_mode="real")(
+            *leaves
+        )
     made.graph.eliminate_dead_code()
     return made
 
 
-_COPIES = {aten.clone.default, aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default}
+_COPIES = {
+    aten.clone.default,
+    aten.detach.default,
+    aten.alias.default,
+    aten.lift_fresh_copy.default,
+}
 
 
 def _drop_copies(graph: fx.Graph) -> None:

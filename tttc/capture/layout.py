@@ -21,7 +21,9 @@ def moving(x: Tensor, dim: int, start: Any, count: Any, step: int) -> Tensor:
     if start < 0:
         # A slice never reaches before the start of a tensor as an index of Python does.
         raise IndexError(f"expected indices of at least 0, got {start}")
-    return x.narrow(dim, start, (count - 1) * step + 1)[(slice(None),) * dim + (slice(None, None, step),)].movedim(dim, 0)
+    return x.narrow(dim, start, (count - 1) * step + 1)[
+        (slice(None),) * dim + (slice(None, None, step),)
+    ].movedim(dim, 0)
 
 
 def apart(x: Tensor, axes: tuple[Names, ...], sizes: dict[str, Any], lead: int) -> Tensor:
@@ -53,7 +55,9 @@ def scanned(
     return _merged(x, 1, len(heads))
 
 
-def per_head(x: Tensor, names: Names, heads: Names, features: Names, sizes: dict[str, Any]) -> Tensor:
+def per_head(
+    x: Tensor, names: Names, heads: Names, features: Names, sizes: dict[str, Any]
+) -> Tensor:
     """A parameter as ``[H, features]``."""
     order = [n for n in (*heads, *features) if n in names]
     x = x.permute([names.index(n) for n in order])
@@ -71,7 +75,12 @@ def _merged(x: Tensor, at: int, count: int) -> Tensor:
 
 
 def unscanned(
-    x: Tensor, names: Names, grid: tuple[Names, Names], features: Names, time: bool, sizes: dict[str, Any]
+    x: Tensor,
+    names: Names,
+    grid: tuple[Names, Names],
+    features: Names,
+    time: bool,
+    sizes: dict[str, Any],
 ) -> Tensor:
     """``[B, H, (T,) features]`` with one axis for each of ``names``, time first."""
     batch, heads = grid

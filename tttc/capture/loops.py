@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
-import os
+import logging
 import threading
 import types
 import weakref
@@ -70,11 +70,9 @@ class Site:
         return found
 
     def _find(self, bounds: Any, values: Any) -> int:
-        i = 0
-        for plan in self.plans:
+        for i, plan in enumerate(self.plans):
             if plan.fits(bounds, values):
                 return i
-            i += 1
         return EAGER
 
     def _plan(self, bounds: Any, values: Any, mode: FakeTensorMode, report: Report) -> int:
@@ -85,7 +83,9 @@ class Site:
             return INLINE
         except NotLowerable as error:
             where = error.where or self.source.where
-            refused = NotLowerable(f"the loop at {self.source.where} can't be re-rolled: {error.reason}", where)
+            refused = NotLowerable(
+                f"the loop at {self.source.where} can't be re-rolled: {error.reason}", where
+            )
             self.refused.append(refused)
             report(refused)
             raise _Stop from None
@@ -96,7 +96,7 @@ class _Stop(Exception):
     """A loop that runs as it is: what comes after it can't be looked at without values."""
 
 
-def _run_whole(function: Callable[..., Any], values: Any) -> Any:
+def _run_whole(function: Any, values: Any) -> Any:
     return function(*values)
 
 
@@ -207,9 +207,10 @@ class Loops:
         except (_Stop, NotLowerable) as error:
             if isinstance(error, NotLowerable):
                 raise
-        except Exception:  # whatever the model raises, it raises again where it is run for real
-            if os.environ.get("TTTC_DEBUG_LOOPS"):
-                raise
+        except (
+            Exception
+        ) as error:  # whatever the model raises, it raises again where it is run for real
+            logging.getLogger(__name__).info("the model does not run without values: %r", error)
         finally:
             _planning.reset(token)
         self._remember(signature, self._state() == before)
@@ -242,7 +243,7 @@ def sites_of(loops: Loops) -> list[Site]:
 
 def _signature(args: Any, kwargs: Any) -> Any:
     leaves, spec = pytree.tree_flatten((args, kwargs))
-    described = []
+    described: list[Any] = []
     for x in leaves:
         if isinstance(x, torch.Tensor):
             described.append((x.dtype, x.device, x.requires_grad, tuple(x.shape)))

@@ -178,7 +178,8 @@ class Planner:
             {
                 role: self._given(role, argument, marked.axes[role])
                 for role, argument in sorted(
-                    made.arguments.items(), key=lambda x: ("token", "shared", "carry").index(x[0].rpartition("_")[0])
+                    made.arguments.items(),
+                    key=lambda x: ("token", "shared", "carry").index(x[0].rpartition("_")[0]),
                 )
             },
             self.source.inputs,
@@ -205,18 +206,13 @@ class Planner:
 
     def _given(self, role: str, argument: Argument, axes: list[Any]) -> Given:
         place = argument.place
-        if place is None:
-            expression = f"_constant_{role}"
-        else:
-            expression = place
+        expression = f"_constant_{role}" if place is None else place
         if argument.stopped:
             expression = f"{expression}.detach()"
         tensor = argument.tensor
         if role.startswith("carry") and place in self.entry:
             tensor = self.entry[place]
-        return Given(
-            expression, axes, tensor, argument.dim, argument.start, argument.step or 1
-        )
+        return Given(expression, axes, tensor, argument.dim, argument.start, argument.step or 1)
 
     def _numbers(self, rolled: Rolled) -> dict[str, Any]:
         """The numbers and flags among the variables; a plan holds for their values."""
@@ -224,7 +220,9 @@ class Planner:
         for path, x in scalars_of(self.env).items():
             root = self.env[_root(path)]
             inside = path.count(".") + path.count("[") > 1
-            if isinstance(root, nn.Module) and (inside or "._" in path or path.endswith(".training")):
+            if isinstance(root, nn.Module) and (
+                inside or "._" in path or path.endswith(".training")
+            ):
                 continue
             if "__self__" in path:
                 continue
@@ -239,21 +237,26 @@ class Planner:
         self.text = _text(body)
         for name in list(numbers):
             x = numbers[name]
-            if name.isidentifier() and type(x) is int and x == self.stop and self.count > 2:
-                # How many tokens there are: does the iteration look at it?
-                if self._same_with(rolled, made, {}, {name: x + 13 * self.step}):
-                    del numbers[name]
+            length = name.isidentifier() and type(x) is int and x == self.stop and self.count > 2
+            # How many tokens there are: does the iteration look at it?
+            if length and self._same_with(rolled, made, {}, {name: x + 13 * self.step}):
+                del numbers[name]
         for name in loop.pieces.grid:
             shapes: dict[str, tuple[int, ...]] = {}
-            for g in loop.given.values():
-                place = g.expression.removesuffix(".detach()")
+            tensors = [
+                (g.expression.removesuffix(".detach()"), g.axes, g.dim) for g in loop.given.values()
+            ]
+            first = body.states + len(rolled.appended)
+            for i, (path, node) in enumerate(rolled.written.items()):
+                tensors.append((path, loop.labelled.results[first + i], int(node.args[2])))  # type: ignore[arg-type]
+            for place, axes, dim in tensors:
                 if place not in rolled.template.shapes:
                     continue
                 old = rolled.template.shapes[place].shape
                 shape = list(shapes.get(place, old))
                 at = 0
-                for names in g.axes:
-                    if at == g.dim:
+                for names in axes:
+                    if at == dim:
                         at += 1
                     if name in names:
                         size = 1
@@ -267,7 +270,11 @@ class Planner:
                 if carry in shapes:
                     shapes[place] = shapes[carry]
             size = body.sizes[name]
-            equal = {k: size + 1 for k, x in numbers.items() if k.isidentifier() and type(x) is int and x == size}
+            equal = {
+                k: size + 1
+                for k, x in numbers.items()
+                if k.isidentifier() and type(x) is int and x == size
+            }
             if self._same_with(rolled, made, shapes, {}):
                 loop.free.add(name)
             elif equal and self._same_with(rolled, made, shapes, equal):
@@ -292,7 +299,9 @@ class Planner:
                 match.extend(a, b)
             nodes = match.nodes
             moving = {(nodes[n], i): x for (n, i), x in rolled.moving.items() if n in nodes}
-            if any(nodes[n].args[i] != x[0] + x[1] for (n, i), x in rolled.moving.items() if n in nodes):
+            if any(
+                nodes[n].args[i] != x[0] + x[1] for (n, i), x in rolled.moving.items() if n in nodes
+            ):
                 return False
             again = dataclasses.replace(
                 rolled,
@@ -412,7 +421,11 @@ class Planner:
                 return path
             raise NotLowerable(f"{path} after the loop is not a value of its last iteration")
         if isinstance(value, Index):
-            return f"_start + (_count - 1) * _step + {value.offset - self.start}" if value.scale == self.step else self._lost(path)
+            return (
+                f"_start + (_count - 1) * _step + {value.offset - self.start}"
+                if value.scale == self.step
+                else self._lost(path)
+            )
         if isinstance(value, (int, float, bool, str, type(None))):
             if path in scalars_of(self.env) or path in template.scalars:
                 return repr(value)
@@ -454,7 +467,11 @@ class Planner:
         appended: list[str],
     ) -> Callable[..., Any]:
         """Whether a plan holds for other variables: same ranks, dtypes, features and numbers."""
-        conditions = [f"_bounds[0] == {self.start}", f"_bounds[2] == {self.step}", "_bounds[1] - _bounds[0] >= _bounds[2]"]
+        conditions = [
+            f"_bounds[0] == {self.start}",
+            f"_bounds[2] == {self.step}",
+            "_bounds[1] - _bounds[0] >= _bounds[2]",
+        ]
         if made.stops:
             conditions.append(f"_torch.is_grad_enabled() is {self.gradients}")
         names: dict[str, str] = {}
@@ -476,13 +493,14 @@ class Planner:
                 at += 1
                 if axis < 0:
                     continue
-                if x.shape[axis] == 1 or not of_axis:
-                    conditions.append(f"{place}.shape[{axis}] == {x.shape[axis]}")
-                elif not any(n in loop.free for n in of_axis):
+                if x.shape[axis] == 1 or not of_axis or not any(n in loop.free for n in of_axis):
                     conditions.append(f"{place}.shape[{axis}] == {x.shape[axis]}")
                 elif len(of_axis) == 1:
                     known = names.setdefault(of_axis[0], f"{place}.shape[{axis}]")
-                    conditions.append(f"{place}.shape[{axis}] " + (f"== {known}" if known != f"{place}.shape[{axis}]" else "!= 1"))
+                    conditions.append(
+                        f"{place}.shape[{axis}] "
+                        + (f"== {known}" if known != f"{place}.shape[{axis}]" else "!= 1")
+                    )
                 else:
                     size = " * ".join(names.get(n, str(body.sizes[n])) for n in of_axis)
                     conditions.append(f"{place}.shape[{axis}] == {size}")
@@ -490,12 +508,17 @@ class Planner:
             if isinstance(x, _Size):
                 conditions.append(f"{path} == {names[x.name]}")
             elif isinstance(x, (bool, str, type(None))):
-                conditions.append(f"{path} is {x!r}" if not isinstance(x, str) else f"{path} == {x!r}")
+                conditions.append(
+                    f"{path} is {x!r}" if not isinstance(x, str) else f"{path} == {x!r}"
+                )
             elif isinstance(x, (int, float)):
                 conditions.append(f"{path} == {x!r}")
         conditions += [f"len({p}) == 0" for p in appended if p in self.source.joined]
         unpack = f"({', '.join(self.source.inputs)}{',' if len(self.source.inputs) == 1 else ''})"
-        lines = ["def fits(_bounds, _values):", f"    {unpack} = _values" if self.source.inputs else "    pass"]
+        lines = [
+            "def fits(_bounds, _values):",
+            f"    {unpack} = _values" if self.source.inputs else "    pass",
+        ]
         lines += [f"    if not ({c}):\n        return False" for c in dict.fromkeys(conditions)]
         lines.append("    return True")
         return compiled_source("fits", "\n".join(lines) + "\n", {"_torch": torch})
@@ -553,7 +576,10 @@ def _counterpart(first: Iteration, second: Iteration) -> dict[Any, Any]:
 def _text(body: Body) -> str:
     """What a body computes, sizes apart."""
     lines = [f"{p.target} {p.meta['dims']}" for p in body.placeholders]
-    lines += [f"{n.name} = {n.target.__name__} {spec_of(n)} {operands_of(n)} {n.args[:1]}" for n in body.nodes]  # type: ignore[union-attr]
+    lines += [
+        f"{n.name} = {getattr(n.target, '__name__', n.target)} {spec_of(n)} {operands_of(n)} {n.args[:1]}"
+        for n in body.nodes
+    ]  # type: ignore[union-attr]
     return "\n".join([*lines, str(body.results)])
 
 
@@ -566,4 +592,3 @@ def _mini_batch_size(body: Body) -> int:
     except NotLowerable:
         return 1
     return FREE_MINI_BATCH
-

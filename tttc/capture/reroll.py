@@ -49,7 +49,7 @@ class Match:
         Raises:
             NotLowerable: where they are not made in the same way.
         """
-        todo = [(first, second, None, None)]
+        todo: list[tuple[Any, Any, Any, Any]] = [(first, second, None, None)]
         while todo:
             a, b, owner, where = todo.pop()
             if isinstance(a, fx.Node) and a.op == "placeholder" and isinstance(b, fx.Node):
@@ -66,7 +66,11 @@ class Match:
                     x, y = a.meta["constant"], b.meta["constant"]
                     if x is not y and not _same(x, y):
                         raise _differ(b)
-                elif a.target != b.target or len(a.args) != len(b.args) or set(a.kwargs) != set(b.kwargs):
+                elif (
+                    a.target != b.target
+                    or len(a.args) != len(b.args)
+                    or set(a.kwargs) != set(b.kwargs)
+                ):
                     raise _differ(b)
                 self.nodes[a] = b
                 for i, (x, y) in enumerate(zip(a.args, b.args, strict=True)):
@@ -74,7 +78,9 @@ class Match:
                 for k in a.kwargs:
                     todo.append((a.kwargs[k], b.kwargs[k], a, k))
             elif isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and len(a) == len(b):
-                todo += [(x, y, owner, (where, i)) for i, (x, y) in enumerate(zip(a, b, strict=True))]
+                todo += [
+                    (x, y, owner, (where, i)) for i, (x, y) in enumerate(zip(a, b, strict=True))
+                ]
             elif isinstance(a, fx.Node) or isinstance(b, fx.Node):
                 raise _differ(a if isinstance(a, fx.Node) else b)
             elif isinstance(a, (int, float)) and isinstance(b, (int, float)) and owner is not None:
@@ -217,7 +223,7 @@ def reroll(
         for p, q in refreshed.items():
             if anchors.setdefault(p, q[0]) != q[0]:
                 raise NotLowerable(f"{p} takes its value from {q[0]} and from {anchors[p]}")
-        if starting and ending or (renewing and refreshed and late != bool(ending)):
+        if (starting and ending) or (renewing and refreshed and late != bool(ending)):
             raise NotLowerable("variables are renewed before and after the update of a token")
         if refreshed:
             renewing.add(n)
@@ -270,9 +276,7 @@ def _carried(
         if not more:
             for p in written:
                 if template.inputs[p] in _reads(template, used, written):
-                    raise NotLowerable(
-                        f"{p} is written to and read from", source_line(written[p])
-                    )
+                    raise NotLowerable(f"{p} is written to and read from", source_line(written[p]))
             return used, [p for p in changed if p in carries]
         carries += more
 

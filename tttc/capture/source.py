@@ -217,9 +217,10 @@ class Rewritten:
         appended = {
             n.func.value.id
             for n in ast.walk(node)
-            if _is_method(n, ("append",))
-            and isinstance(n.func, ast.Attribute)  # type: ignore[attr-defined]
-            and isinstance(n.func.value, ast.Name)  # type: ignore[attr-defined]
+            if isinstance(n, ast.Call)
+            and isinstance(n.func, ast.Attribute)
+            and n.func.attr == "append"
+            and isinstance(n.func.value, ast.Name)
         } & local
         self._iterate(loop, known)
         sources = [name for name, _, _ in loop.sources]
@@ -269,9 +270,7 @@ class Rewritten:
                 target = ast.Tuple([ast.Name(variable, ast.Load()), target], ast.Load())
         once = ast.For(node.target, ast.Tuple([target], ast.Load()), node.body, [])
         ast.copy_location(once, node)
-        unbound = [
-            _if_unbound(name) for name in names if name not in loop.inputs
-        ]
+        unbound = [_if_unbound(name) for name in names if name not in loop.inputs]
         body = [*unbound, *helpers, once, ast.Return(_call("locals"))]
         arguments = [variable, *names, *sources]
         loop.body = self._function("__tttc_body", arguments, body, {"__tttc_item": item})
@@ -289,7 +288,7 @@ class Rewritten:
         body: Sequence[ast.stmt],
         injected: dict[str, Any],
     ) -> types.FunctionType:
-        made = ast.FunctionDef(name, _arguments(arguments), list(body), [], type_params=[])
+        made = _definition(name, arguments, body)
         return self._compiled(ast.copy_location(made, self.tree), name, injected)
 
     def _compiled(
@@ -297,19 +296,12 @@ class Rewritten:
     ) -> types.FunctionType:
         """A function in the place of the original: its globals, its closure, its file and lines."""
         free = list(self.function.__code__.co_freevars)
-        factory = ast.FunctionDef(
-            "__tttc_factory",
-            _arguments([*injected, *free]),
-            [tree, ast.Return(ast.Name(tree.name, ast.Load()))],
-            [],
-            type_params=[],
-        )
+        body = [tree, ast.Return(ast.Name(tree.name, ast.Load()))]
+        factory = _definition("__tttc_factory", [*injected, *free], body)
         ast.copy_location(factory, self.tree)
         module = ast.fix_missing_locations(ast.Module([factory], []))
         outer = next(
-            c
-            for c in compile(module, self.file, "exec").co_consts
-            if isinstance(c, types.CodeType)
+            c for c in compile(module, self.file, "exec").co_consts if isinstance(c, types.CodeType)
         )
         code = next(
             c for c in outer.co_consts if isinstance(c, types.CodeType) and c.co_name == tree.name
@@ -332,7 +324,9 @@ class Rewritten:
 
     def with_sites(self, sites: Sequence[Any]) -> types.FunctionType:
         """The function with its loops replaced by what became of them."""
-        injected = {f"__tttc_site_{loop.index}": s for loop, s in zip(self.loops, sites, strict=True)}
+        injected = {
+            f"__tttc_site_{loop.index}": s for loop, s in zip(self.loops, sites, strict=True)
+        }
         injected |= {
             "__tttc_joined": layout.joined,
             "__tttc_unbind": layout.unbound,
@@ -369,6 +363,12 @@ def _sequence(node: Any) -> ast.expr:
 
 def _call(name: str, *arguments: ast.expr) -> ast.Call:
     return ast.Call(ast.Name(name, ast.Load()), list(arguments), [])
+
+
+def _definition(name: str, arguments: list[str], body: Sequence[ast.stmt]) -> ast.FunctionDef:
+    made = ast.FunctionDef(name, _arguments(arguments), list(body), [])
+    made.type_params = []  # type: ignore[attr-defined]  # asked for by Python 3.12
+    return made
 
 
 def _if_unbound(name: str) -> ast.stmt:
@@ -427,7 +427,9 @@ def _leaves(statements: Sequence[ast.stmt], nested: bool = False) -> bool:
 def _repeats(tree: ast.AST, node: ast.For) -> bool:
     """Whether the loop is itself inside another."""
     return any(
-        isinstance(n, (ast.For, ast.While)) and n is not node and any(m is node for m in ast.walk(n))
+        isinstance(n, (ast.For, ast.While))
+        and n is not node
+        and any(m is node for m in ast.walk(n))
         for n in ast.walk(tree)
     )
 
@@ -437,7 +439,10 @@ def _joins(tree: ast.AST) -> set[int]:
     return {
         id(n.args[0])
         for n in ast.walk(tree)
-        if isinstance(n, ast.Call) and _is_method(n, JOINS) and n.args and isinstance(n.args[0], ast.Name)
+        if isinstance(n, ast.Call)
+        and _is_method(n, JOINS)
+        and n.args
+        and isinstance(n.args[0], ast.Name)
     }
 
 
@@ -468,7 +473,9 @@ class _Replace(ast.NodeTransformer):
         first = node.args[0] if node.args else None
         if _is_method(node, JOINS) and isinstance(first, ast.Name) and first.id in self.lists:
             return ast.copy_location(
-                ast.Call(ast.Name("__tttc_joined", ast.Load()), [node.func, *node.args], node.keywords),
+                ast.Call(
+                    ast.Name("__tttc_joined", ast.Load()), [node.func, *node.args], node.keywords
+                ),
                 node,
             )
         return node
@@ -505,7 +512,9 @@ class _Replace(ast.NodeTransformer):
         statements.append(
             ast.Assign(
                 [ast.Name(chosen, ast.Store())],
-                ast.Call(ast.Attribute(load(site), "choose", ast.Load()), [load(given), values], []),
+                ast.Call(
+                    ast.Attribute(load(site), "choose", ast.Load()), [load(given), values], []
+                ),
             )
         )
         plan = ast.Subscript(
