@@ -15,7 +15,7 @@ class DeltaMemory(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.q, self.k, self.v = (nn.Linear(width, width, bias=False) for _ in range(3))
-        self.gates = nn.Linear(width, 3)
+        self.alpha, self.beta, self.theta = (nn.Linear(width, 1) for _ in range(3))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         B, T, width = x.shape
@@ -23,7 +23,10 @@ class DeltaMemory(nn.Module):
         out = torch.empty_like(x)
         for t in range(T):
             q, k, v = self.q(x[:, t]), self.k(x[:, t]), self.v(x[:, t])
-            alpha, beta, theta = torch.sigmoid(self.gates(x[:, t]))[..., None, None].unbind(1)
+            alpha, beta, theta = (
+                torch.sigmoid(gate(x[:, t])).unsqueeze(-1)
+                for gate in (self.alpha, self.beta, self.theta)
+            )
             error = torch.einsum("bi,bij->bj", k, state["W"]) - v
             gradient = torch.einsum("bi,bj->bij", k, error) / width
             state["S"] = beta * state["S"] - theta * gradient
