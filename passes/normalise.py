@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import fx
@@ -50,10 +50,11 @@ class Value:
 
 
 class _Clash(Exception):
-    """Two axes that must stay apart would get one name; ``culprit`` is the operand to rename."""
+    """Two axes that must stay apart would get one name: ``labels`` of the operand ``culprit`` need new ones."""
 
-    def __init__(self, culprit: int) -> None:
+    def __init__(self, culprit: int, labels: Iterable[Label]) -> None:
         self.culprit = culprit
+        self.labels = frozenset(x.root for x in labels)
 
 
 POINTWISE: dict[Any, str] = {
@@ -143,12 +144,11 @@ class Normaliser:
             return ()
         return value.node.meta["labels"][1]
 
-    def freshen(self, value: Value) -> Value:
-        """The value under new names."""
+    def freshen(self, value: Value, labels: Iterable[Label]) -> Value:
+        """The value, some of its axes under new names."""
         own = self.own(value)
-        new = {x.root: Label(x.size) for axis in value.axes for x in axis}
-        for x in own:
-            new.setdefault(x.root, Label(x.size))
+        new = {x.root: x.root for x in (*own, *(x for axis in value.axes for x in axis))}
+        new |= {x.root: Label(x.size) for x in labels}
         node = value.node
         if isinstance(node, fx.Node):
             node = self.emit(ops.rename, (), (node,), (own,), [new[x.root] for x in own])
@@ -161,7 +161,7 @@ class Normaliser:
             try:
                 return build(values)
             except _Clash as clash:
-                values[clash.culprit] = self.freshen(values[clash.culprit])
+                values[clash.culprit] = self.freshen(values[clash.culprit], clash.labels)
         raise NotLowerable("could not name the axes of an operation", self.where)
 
     # -- operators ------------------------------------------------------------------------------
@@ -195,22 +195,28 @@ class Normaliser:
                     continue
                 if not axes[position]:
                     others = {x.root: setter[i] for i, a in enumerate(axes) for x in a}
-                    clashes = [others[x.root] for x in axis if x.root in others]
+                    clashes = [x for x in axis if x.root in others]
                     if clashes:
-                        smaller = _rank(values[clashes[0]]) < _rank(value)
-                        raise _Clash(clashes[0] if smaller else index)
+                        owner = others[clashes[0].root]
+                        smaller = _rank(values[owner]) < _rank(value)
+                        raise _Clash(owner if smaller else index, clashes)
                     axes[position] = axis
                     setter[position] = index
                     continue
                 if [x.size for x in axis] != [x.size for x in axes[position]]:
-                    raise NotLowerable("merged axes are aligned with other axes", self.where)
+                    self.mismatch(axis, axes[position], "aligned")
                 for x, y in zip(axis, axes[position], strict=True):
                     if not self.labels.unify(x, y):
-                        raise _Clash(_culprit(values, setter[position], index))
+                        culprit = _culprit(values, setter[position], index)
+                        raise _Clash(culprit, [y if culprit == setter[position] else x])
             seen = [x.root for a in axes for x in a]
             if len(set(seen)) != len(seen):
-                raise _Clash(index)
+                raise _Clash(index, _repeated_in(seen))
         return axes
+
+    def mismatch(self, axis: Axis, other: Axis, meeting: str) -> NoReturn:
+        """Two axes meet that are not made of the same."""
+        raise NotLowerable(f"merged axes are {meeting} with other axes", self.where)
 
     def contract(self, operands: Sequence[Value], names: Sequence[str], result: str) -> Value:
         """An einsum of values, one letter an axis."""
@@ -223,20 +229,20 @@ class Normaliser:
                     if letter not in axis_of:
                         others = {x.root for a in axis_of.values() for x in a}
                         if any(x.root in others for x in axis):
-                            raise _Clash(index)
+                            raise _Clash(index, axis)
                         axis_of[letter] = axis
                         setter[letter] = index
                         continue
                     known = axis_of[letter]
                     if [x.size for x in axis] != [x.size for x in known]:
-                        raise NotLowerable("merged axes are contracted with other axes", self.where)
+                        self.mismatch(axis, known, "contracted")
                     for x, y in zip(axis, known, strict=True):
                         if not self.labels.unify(x, y):
                             small = _rank(vs[setter[letter]]) < _rank(value)
-                            raise _Clash(setter[letter] if small else index)
+                            raise _Clash(setter[letter] if small else index, [y if small else x])
                 seen = [x.root for a in axis_of.values() for x in a]
                 if len(set(seen)) != len(seen):
-                    raise _Clash(index)
+                    raise _Clash(index, _repeated_in(seen))
             owned = [self.own(v) for v in vs]
             present = {x.root for o in owned for x in o}
             axes = [axis_of[letter] for letter in result]
@@ -327,7 +333,7 @@ class Normaliser:
                 role = self.roles[len(placeholders)]
                 shape = tuple(int(s) for s in node.meta["val"].shape)
                 new = self.graph.placeholder(role)
-                axes = [() if s == 1 else (Label(s),) for s in shape]
+                axes = self.axes_of(role, shape)
                 if role.startswith("carry"):  # the same leaf, so the same axes
                     axes = list(self.env[leaf[role.replace("carry", "anchor")]].axes)
                 leaf[role] = node
@@ -346,6 +352,10 @@ class Normaliser:
             elif node.op == "output":
                 results = [self.env[x] for x in node.args[0]]
         return self.finish(placeholders, shapes, results)
+
+    def axes_of(self, role: str, shape: tuple[int, ...]) -> list[Axis]:
+        """The axes of an argument, under new names."""
+        return [() if s == 1 else (Label(s),) for s in shape]
 
     def constant(self, tensor: torch.Tensor) -> Value:
         """A tensor the step closes over or makes from nothing."""
@@ -472,7 +482,7 @@ class Normaliser:
         for _ in range(2):
             if all(self.labels.unify(x, y) for x, y in zip(flat, want, strict=True)):
                 return value
-            value = self.freshen(value)
+            value = self.freshen(value, flat)
             flat = [x for axis in value.axes for x in axis]
         raise NotLowerable("a state is returned with its axes exchanged")
 
@@ -504,6 +514,8 @@ def _culprit(values: Sequence[Value], first: int, second: int) -> int:
     if one != two:
         return first if one < two else second
     return first if _is_argument(values[first]) else second
+def _repeated_in(labels: Sequence[Label]) -> list[Label]:
+    return [x for i, x in enumerate(labels) if x in labels[:i]]
 
 
 def _is_argument(value: Value) -> bool:

@@ -21,6 +21,7 @@ import tttc.runtime.fused_scan_backward  # noqa: F401  (registers the operators)
 from tttc import _recorder, _tracing
 from tttc._checks import check_mini_batch_size
 from tttc._scan_op import approximation, interned
+from tttc.capture.loops import Loops
 from tttc.codegen.rowwise_launch import lower_regions
 from tttc.ir.errors import CheckError, NotLowerable
 from tttc.passes.fuse import decompositions, fuse
@@ -340,7 +341,8 @@ def _compiled_call(target: Callable[..., Any], options: Options) -> Callable[...
     backend = _shared_backend(options)
     if _recorder.recording():  # who looks on wants to see it compiled
         backend = functools.partial(compile_graph, options=options)
-    compiled = torch.compile(target, backend=backend, dynamic=True)
+    loops = Loops(target)
+    compiled = torch.compile(loops.target, backend=backend, dynamic=True)
     direct = _DirectScans(options)
     config = {
         # Under dynamic=True Dynamo makes symbols of floats (an eps, a base), can't keep them and starts over.
@@ -349,8 +351,16 @@ def _compiled_call(target: Callable[..., Any], options: Options) -> Callable[...
         "accumulated_recompile_limit": 8 * COMPILATIONS,
     }
 
+    def refuse(error: NotLowerable) -> None:
+        if options.strict:
+            raise error
+        warn_once(f"{error.reason}: it runs eagerly")
+        _recorder.eager_site(error.where or "", 1, error.reason)
+
     def call(*args: Any, **kwargs: Any) -> Any:
-        with _tracing.use_backend(direct), torch._dynamo.config.patch(config):
+        if loops.any:
+            loops.prepare(args, kwargs, refuse)
+        with loops.replaced(), _tracing.use_backend(direct), torch._dynamo.config.patch(config):
             try:
                 return compiled(*args, **kwargs)
             except torch._dynamo.exc.BackendCompilerFailed as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -70,7 +71,30 @@ _FURTHER = [
 ]
 
 
-class _SourceLines(TorchDispatchMode):
+_scattered = get_decompositions([aten.select_backward])[aten.select_backward.default]
+
+
+def _select(x: torch.Tensor, dim: int, index: int) -> Any:
+    """The only entry of an axis is the tensor without that axis."""
+    return x.squeeze(dim) if x.shape[dim] == 1 else NotImplemented
+
+
+def _select_backward(grad: torch.Tensor, sizes: Sequence[int], dim: int, index: int) -> Any:
+    return grad.unsqueeze(dim) if sizes[dim] == 1 else _scattered(grad, sizes, dim, index)
+
+
+@functools.cache
+def decomposition_table() -> dict[Any, Callable[..., Any]]:
+    """What is taken apart while user code is traced."""
+    return {
+        **core_aten_decompositions(),
+        **get_decompositions(_FURTHER),
+        aten.select.int: _select,
+        aten.select_backward.default: _select_backward,
+    }
+
+
+class SourceLines(TorchDispatchMode):
     """Leaves on every captured node which line of the step it comes from; make_fx looks at modules only."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -113,12 +137,12 @@ def capture_step(
     def flat(*leaves):
         it = iter(leaves)
         groups = [[next(it) for _ in range(n)] for n in counts]
-        with _SourceLines():
+        with SourceLines():
             new, z = run_one_token(step, *trees(*groups))
         return (*pytree.tree_leaves(new), *pytree.tree_leaves(z))
 
     # Floating casts say nothing to the compiler: the dtype computed in is the caller's.
-    table = {**core_aten_decompositions(), **get_decompositions(_FURTHER)}
+    table = decomposition_table()
     # Inside a capture of TorchDynamo, make_fx would take up its symbolic sizes: features have none.
     plain = torch._guards.tracing(None)
     lines = torch.fx.traceback.preserve_node_meta()

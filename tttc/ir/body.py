@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -120,6 +121,7 @@ def _sort_placeholders(graph: fx.Graph) -> None:
             anchor = anchor.next
 
 
+@functools.cache
 def is_users(file: str) -> bool:
     """Whether a source file may hold steps: it is neither torch's nor the compiler's."""
     path = Path(file)

@@ -1,0 +1,594 @@
+"""From a loop in a running program to what runs in its place."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from tttc.capture.assemble import Argument, Assembled, assemble
+from tttc.capture.emit import Given, Loop, Writer, write_step
+from tttc.capture.grid import labelled, pieces
+from tttc.capture.index import Facts, Index
+from tttc.capture.iteration import Env, Iteration, trace
+from tttc.capture.places import scalars_of, tensors_of
+from tttc.capture.reroll import SCATTERS, Match, Rolled, moving_indices, reroll, results_of
+from tttc.capture.source import LoopSource, compiled_source
+from tttc.ir.body import Body, operands_of, spec_of
+from tttc.ir.errors import NotLowerable
+
+FREE_MINI_BATCH = 16  # of a state that no update looks at: any size gives the same
+
+
+class NoTokens(NotLowerable):
+    """A loop that does not run over tokens: no business of this compiler."""
+
+
+@dataclass
+class Plan:
+    """What runs in the place of a loop, and for which variables it was made."""
+
+    fits: Callable[[Any, Any], bool]
+    run: Callable[[Any, Any], Any]
+    step: Callable[..., Any]
+    key: Any
+
+
+class Planner:
+    """Makes a plan for one loop and the variables it starts from."""
+
+    def __init__(
+        self,
+        source: LoopSource,
+        bounds: tuple[int, int, int],
+        values: Sequence[Any],
+        mode: FakeTensorMode,
+        scan: Callable[..., Any],
+    ) -> None:
+        self.source = source
+        self.start, self.stop, self.step = (int(x) for x in bounds)
+        self.count = len(range(self.start, self.stop, self.step))
+        self.env: Env = dict(zip(source.inputs, values, strict=True))
+        self.mode = mode
+        self.scan = scan
+        self.facts = Facts()
+        code = source.body.__code__  # type: ignore[union-attr]
+        self.names = list(code.co_varnames[1 : code.co_argcount])
+        self.entry = tensors_of(self.env)
+        self.gradients = torch.is_grad_enabled()
+
+    # -- the iterations --------------------------------------------------------------------------------
+
+    def iteration(self, n: int, env: Env, shapes: dict[str, tuple[int, ...]]) -> Iteration:
+        """Iteration n, from variables like ``env``."""
+        variable = Index.of(self.facts, n, self.step, self.start)
+        try:
+            return trace(self.source.body, variable, env, self.names, self.mode, shapes)  # type: ignore[arg-type]
+        except NotLowerable:
+            raise
+        except Exception as error:  # whatever a user's program may raise where it is only traced
+            raise NotLowerable(f"it can't be traced: {type(error).__name__}: {error}") from error
+
+    def rolled(self) -> Rolled:
+        """The loop re-rolled."""
+        first = self.iteration(0, self.env, {})
+        self.before = first.after
+        second = self.iteration(1, first.after, {})
+        iterations = {0: first, 1: second}
+        steady = second.after
+        if self.count > 2:
+            iterations[2] = self.iteration(2, second.after, {})
+            steady = iterations[2].after
+        base = 1
+        pair = (1, 2) if self.count > 2 else (0, 1)
+        if not _reads_tokens(iterations[pair[0]], iterations[pair[1]]):
+            raise NoTokens("it does not run over tokens")
+        self._check_scalars(iterations[pair[0]], iterations[pair[1]])
+        moving = moving_indices(iterations[pair[0]], iterations[pair[1]], pair)
+        if pair[0] != base:
+            moving = {
+                (_counterpart(iterations[0], iterations[1])[node], place): (a, b)
+                for (node, place), (a, b) in moving.items()
+            }
+        period = self.facts.period if self.facts.moduli else None
+        more = {n for n in self.facts.limits if 0 <= n < self.count}
+        if period is None:
+            more.add(min(self.count - 1, 3))
+        else:
+            more |= {period - 1, period, period + 1, 2 * period}
+        longest = max([self.count - 1, *more])
+        shapes = self._longer(iterations[base], moving, longest)
+        for n in sorted(more - set(iterations)):
+            iterations[n] = self.iteration(n, steady, shapes)
+        return reroll(iterations, base, moving, period, self._wanted(iterations[base]), self._same)
+
+    def _longer(self, iteration: Iteration, moving: Any, last: int) -> dict[str, tuple[int, ...]]:
+        """Shapes in which every tensor has as many tokens as iterations up to ``last`` read."""
+        if last < self.count:
+            return {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        by_node = {n: p for p, n in iteration.inputs.items()}
+        for (node, _), (start, step) in moving.items():
+            place = by_node.get(node.args[0])
+            if place is None:
+                continue
+            old = iteration.shapes[place].shape
+            dim = node.args[2 if node.target in SCATTERS else 1] % len(old)
+            size = max(old[dim], start + step * last + abs(step))
+            shape = list(shapes.get(place, old))
+            shape[dim] = max(shape[dim], size)
+            shapes[place] = tuple(shape)
+        return shapes
+
+    def _same(self, p: str, q: str) -> bool:
+        return p in self.entry and self.entry[p] is self.entry.get(q)
+
+    def _check_scalars(self, first: Iteration, second: Iteration) -> None:
+        for path, x in second.scalars.items():
+            root = _root(path)
+            carried = root in self.env or root in self.source.results
+            if carried and not isinstance(x, Index) and first.scalars.get(path, x) != x:
+                raise NotLowerable(f"{path} counts along with the loop")
+
+    def _wanted(self, iteration: Iteration) -> set[str]:
+        """Places whose values are seen after the loop."""
+        stored = _stored(self.source)
+        wanted = set()
+        for path, node in iteration.outputs.items():
+            root = _root(path)
+            inside = root in self.env and root not in stored
+            if root in self.source.results or inside or path in iteration.in_place:
+                if node is iteration.inputs.get(path) and path not in self.source.results:
+                    continue
+                wanted.add(path)
+        return wanted
+
+    # -- the plan ------------------------------------------------------------------------------------------
+
+    def plan(self) -> Plan:
+        """What runs in the place of the loop.
+
+        Raises:
+            NotLowerable: where it can't be re-rolled, with the reason and the line.
+        """
+        if self.source.refusal is not None:
+            raise NotLowerable(self.source.refusal, self.source.where)
+        rolled = self.rolled()
+        appended = list(rolled.appended)
+        if not rolled.carries:
+            raise NoTokens("no value goes from one token to the next")
+        made = self._assembled(rolled)
+        if not any(x.startswith("token") for x in made.roles):
+            raise NoTokens("it reads no tokens")
+        for argument in made.arguments.values():
+            if argument.place is not None and argument.place not in self.entry:
+                raise NotLowerable(f"{argument.place} is first bound inside the loop")
+        marked = labelled(made.gm, made.roles)
+        parts = pieces(marked.body)
+        loop = Loop(
+            marked,
+            parts,
+            {
+                role: self._given(role, argument, marked.axes[role])
+                for role, argument in sorted(
+                    made.arguments.items(),
+                    key=lambda x: ("token", "shared", "carry").index(x[0].rpartition("_")[0]),
+                )
+            },
+            self.source.inputs,
+            rolled.mini_batch_size or _mini_batch_size(marked.body),
+            rolled.offset,
+            names=f"{self.source.function}:{self.source.statement.lineno}",
+        )
+        for place, carry in rolled.anchors.items():
+            if rolled.offset:
+                for i, (p, stopped) in enumerate(made.states):
+                    if p == carry:
+                        like = rolled.template.shapes[place]
+                        argument = Argument(place, like, stopped=stopped)
+                        loop.given[f"anchor_{i}"] = self._given(
+                            f"anchor_{i}", argument, marked.axes[f"carry_{i}"]
+                        )
+        numbers = self._numbers(rolled)
+        self._find_free(loop, rolled, made, numbers)
+        step = write_step(loop)
+        writer = Writer(loop, step, {"_scan": self.scan, **_scan_names()})
+        run = self._write(loop, writer, rolled, made, appended)
+        fits = self._guard(loop, rolled, made, numbers, appended)
+        return Plan(fits, run, step, None)
+
+    def _given(self, role: str, argument: Argument, axes: list[Any]) -> Given:
+        place = argument.place
+        expression = f"_constant_{role}" if place is None else place
+        if argument.stopped:
+            expression = f"{expression}.detach()"
+        tensor = argument.tensor
+        if role.startswith("carry") and place in self.entry:
+            tensor = self.entry[place]
+        return Given(expression, axes, tensor, argument.dim, argument.start, argument.step or 1)
+
+    def _numbers(self, rolled: Rolled) -> dict[str, Any]:
+        """The numbers and flags among the variables; a plan holds for their values."""
+        found = {}
+        for path, x in scalars_of(self.env).items():
+            root = self.env[_root(path)]
+            inside = path.count(".") + path.count("[") > 1
+            if isinstance(root, nn.Module) and (
+                inside or "._" in path or path.endswith(".training")
+            ):
+                continue
+            if "__self__" in path:
+                continue
+            found[path] = x
+        return found
+
+    def _find_free(
+        self, loop: Loop, rolled: Rolled, made: Assembled, numbers: dict[str, Any]
+    ) -> None:
+        """Which sizes of the grid may be any: those with which the iteration comes out the same."""
+        body = loop.labelled.body
+        self.text = _text(body)
+        for name in list(numbers):
+            x = numbers[name]
+            length = name.isidentifier() and type(x) is int and x == self.stop and self.count > 2
+            # How many tokens there are: does the iteration look at it?
+            if length and self._same_with(rolled, made, {}, {name: x + 13 * self.step}):
+                del numbers[name]
+        for name in loop.pieces.grid:
+            shapes: dict[str, tuple[int, ...]] = {}
+            tensors = [
+                (g.expression.removesuffix(".detach()"), g.axes, g.dim) for g in loop.given.values()
+            ]
+            first = body.states + len(rolled.appended)
+            for i, (path, node) in enumerate(rolled.written.items()):
+                tensors.append((path, loop.labelled.results[first + i], int(node.args[2])))  # type: ignore[arg-type]
+            for place, axes, dim in tensors:
+                if place not in rolled.template.shapes:
+                    continue
+                old = rolled.template.shapes[place].shape
+                shape = list(shapes.get(place, old))
+                at = 0
+                for names in axes:
+                    if at == dim:
+                        at += 1
+                    if name in names:
+                        size = 1
+                        for n in names:
+                            size *= body.sizes[n] + (n == name)
+                        shape[at] = size
+                    at += 1
+                if tuple(shape) != tuple(old):
+                    shapes[place] = tuple(shape)
+            for place, carry in rolled.anchors.items():
+                if carry in shapes:
+                    shapes[place] = shapes[carry]
+            size = body.sizes[name]
+            equal = {
+                k: size + 1
+                for k, x in numbers.items()
+                if k.isidentifier() and type(x) is int and x == size
+            }
+            if self._same_with(rolled, made, shapes, {}):
+                loop.free.add(name)
+            elif equal and self._same_with(rolled, made, shapes, equal):
+                loop.free.add(name)
+                for k in equal:
+                    numbers[k] = _Size(name)
+
+    def _same_with(
+        self,
+        rolled: Rolled,
+        made: Assembled,
+        shapes: dict[str, tuple[int, ...]],
+        scalars: dict[str, int],
+    ) -> bool:
+        """Whether the iteration is the same program with other sizes and numbers."""
+        env = {**self.before, **{k: v for k, v in scalars.items() if k in self.before}}
+        facts, self.facts = self.facts, Facts()
+        try:
+            other = self.iteration(1, env, shapes)
+            match = Match()
+            for a, b in results_of(rolled.template, other):
+                match.extend(a, b)
+            nodes = match.nodes
+            moving = {(nodes[n], i): x for (n, i), x in rolled.moving.items() if n in nodes}
+            if any(
+                nodes[n].args[i] != x[0] + x[1] for (n, i), x in rolled.moving.items() if n in nodes
+            ):
+                return False
+            again = dataclasses.replace(
+                rolled,
+                template=other,
+                moving=moving,
+                written={p: other.outputs[p] for p in rolled.written},
+            )
+            text = self._text_of(again)
+        except (NotLowerable, KeyError):
+            return False
+        finally:
+            self.facts = facts
+        return text == self.text
+
+    def _text_of(self, rolled: Rolled) -> str:
+        made = self._assembled(rolled)
+        return _text(labelled(made.gm, made.roles).body)
+
+    def _assembled(self, rolled: Rolled) -> Assembled:
+        outputs = list(rolled.appended.values())
+        outputs += [n.args[1] for n in rolled.written.values()]  # type: ignore[misc]
+        outputs += [rolled.template.outputs[p] for p in rolled.last]
+        free = {p for p, x in self.entry.items() if not x.requires_grad}
+        return assemble(rolled, outputs, self.gradients, free)
+
+    # -- writing --------------------------------------------------------------------------------------------
+
+    def _write(
+        self, loop: Loop, writer: Writer, rolled: Rolled, made: Assembled, appended: list[str]
+    ) -> Callable[..., Any]:
+        for role, argument in made.arguments.items():
+            if argument.place is None:
+                writer.scope[f"_constant_{role}"] = argument.tensor
+        writer.begin()
+        writer.arguments()
+        writer.scan()
+        writer.results()
+        values: dict[str, str] = {}  # by place
+        dtypes = {p: x.dtype for p, x in rolled.template.shapes.items()}
+        index = {place: i for i, (place, _) in reversed(list(enumerate(made.states)))}
+        for place in rolled.carries:
+            values[place] = writer.final(index[place], "carry", dtypes[place])
+        for place, carry in rolled.anchors.items():
+            values[place] = writer.final(index[carry], "anchor", dtypes[place])
+        lists = {}
+        at = 0
+        for path in appended:
+            writer.line(f"_items_{at} = {writer.output(at, made.dtypes[at])}")
+            lists[path] = f"_items_{at}"
+            at += 1
+        for path, node in rolled.written.items():
+            writer.line(f"_items_{at} = {writer.output(at, made.dtypes[at])}")
+            dim = int(node.args[2])  # type: ignore[arg-type]
+            start, step = rolled.moving[node, 3]
+            rank = rolled.template.shapes[path].dim()
+            picks = ", ".join([":"] * (dim % rank))
+            stop = f"{start} + (_count - 1) * {step} + 1"
+            where = f"{start}:{stop}:{step}"
+            if node.target is not torch.ops.aten.select_scatter.default:
+                raise NotLowerable("it writes several tokens at a time", self.source.where)
+            writer.line(
+                f"{path}[{picks + ', ' if picks else ''}{where}] = _items_{at}.movedim(0, {dim})"
+            )
+            at += 1
+        for path in rolled.last:
+            values[path] = f"({writer.output(at, made.dtypes[at])})[-1]"
+            at += 1
+        self._store(writer, rolled, values, lists)
+        return writer.function("run")
+
+    def _store(
+        self, writer: Writer, rolled: Rolled, values: dict[str, str], lists: dict[str, str]
+    ) -> None:
+        """Bind the results, write to what the program writes to."""
+        template, source = rolled.template, self.source
+        stored = _stored(source)
+        # All values first: writing one may change what another is read from.
+        fresh = {}
+        wanted = self._wanted(template) | {p for p in values if _root(p) in source.results}
+        for i, (place, text) in enumerate(values.items()):
+            if place not in wanted:
+                continue
+            fresh[place] = f"_v_{i}"
+            writer.line(f"_v_{i} = {text}")
+        for place, variable in fresh.items():
+            root = _root(place)
+            if place in template.in_place and place in self.entry:
+                writer.line(f"{place}.copy_({variable})")
+                fresh[place] = place
+            elif root in self.env and root not in stored and place != root:
+                getter = re.fullmatch(r"getattr\((.*), ('[^']*')\)", place)
+                if getter:
+                    writer.line(f"setattr({getter[1]}, {getter[2]}, {variable})")
+                else:
+                    writer.line(f"{place} = {variable}")
+        for path, variable in lists.items():
+            if path in source.joined and path in source.results:
+                continue
+            writer.line(f"{path}.extend({variable}.unbind(0))")
+        out = []
+        for name in source.results:
+            if name in lists:
+                out.append(f"_Joined({lists[name]})" if name in source.joined else name)
+            else:
+                out.append(self._rebuilt(writer, template.after[name], name, fresh, rolled))
+        writer.line(f"return ({', '.join(out)}{',' if len(out) == 1 else ''})")
+
+    def _rebuilt(
+        self, writer: Writer, value: Any, path: str, fresh: dict[str, str], rolled: Rolled
+    ) -> str:
+        """An expression for a variable after the loop."""
+        template = rolled.template
+        if isinstance(value, torch.Tensor):
+            if path in fresh:
+                return fresh[path]
+            if template.outputs[path] is template.inputs.get(path) or path in rolled.written:
+                return path
+            raise NotLowerable(f"{path} after the loop is not a value of its last iteration")
+        if isinstance(value, Index):
+            return (
+                f"_start + (_count - 1) * _step + {value.offset - self.start}"
+                if value.scale == self.step
+                else self._lost(path)
+            )
+        if isinstance(value, (int, float, bool, str, type(None))):
+            if path in scalars_of(self.env) or path in template.scalars:
+                return repr(value)
+            return self._lost(path)
+        if path in self.env and path not in _stored(self.source):
+            return path
+
+        def inner(x: Any, where: str) -> str:
+            return self._rebuilt(writer, x, where, fresh, rolled)
+
+        kind = f"_type_{len(writer.scope)}"
+        if isinstance(value, tuple):
+            items = [inner(x, f"{path}[{i}]") for i, x in enumerate(value)]
+            if hasattr(value, "_fields"):
+                writer.scope[kind] = type(value)
+                return f"{kind}({', '.join(items)})"
+            return f"({', '.join(items)}{',' if len(items) == 1 else ''})"
+        if isinstance(value, list):
+            return f"[{', '.join(inner(x, f'{path}[{i}]') for i, x in enumerate(value))}]"
+        if type(value) is dict:
+            return f"{{{', '.join(f'{k!r}: ' + inner(x, f'{path}[{k!r}]') for k, x in value.items())}}}"
+        if dataclasses.is_dataclass(value):
+            writer.scope[kind] = type(value)
+            fields = [f for f in dataclasses.fields(value) if f.init]
+            return f"{kind}({', '.join(f'{f.name}=' + inner(getattr(value, f.name), f'{path}.{f.name}') for f in fields)})"
+        if path in self.env:
+            return path
+        raise self._lost(path)
+
+    def _lost(self, path: str) -> Any:
+        raise NotLowerable(f"{path} is used after the loop, and is no tensor of its last iteration")
+
+    def _guard(
+        self,
+        loop: Loop,
+        rolled: Rolled,
+        made: Assembled,
+        numbers: dict[str, Any],
+        appended: list[str],
+    ) -> Callable[..., Any]:
+        """Whether a plan holds for other variables: same ranks, dtypes, features and numbers."""
+        conditions = [
+            f"_bounds[0] == {self.start}",
+            f"_bounds[2] == {self.step}",
+            "_bounds[1] - _bounds[0] >= _bounds[2]",
+        ]
+        if made.stops:
+            conditions.append(f"_torch.is_grad_enabled() is {self.gradients}")
+        names: dict[str, str] = {}
+        body = loop.labelled.body
+        for g in loop.given.values():
+            place = g.expression.removesuffix(".detach()")
+            if place not in self.entry:
+                continue
+            x = self.entry[place]
+            conditions += [f"{place}.dim() == {x.dim()}", f"{place}.dtype == _{x.dtype}"]
+            if made.stops and not x.requires_grad and place in rolled.carries and self.gradients:
+                conditions.append(f"not {place}.requires_grad")
+            offset = x.dim() - len(g.axes) - (g.dim is not None)
+            at = 0
+            for of_axis in g.axes:
+                if at == g.dim:
+                    at += 1
+                axis = at + offset
+                at += 1
+                if axis < 0:
+                    continue
+                if x.shape[axis] == 1 or not of_axis or not any(n in loop.free for n in of_axis):
+                    conditions.append(f"{place}.shape[{axis}] == {x.shape[axis]}")
+                elif len(of_axis) == 1:
+                    known = names.setdefault(of_axis[0], f"{place}.shape[{axis}]")
+                    conditions.append(
+                        f"{place}.shape[{axis}] "
+                        + (f"== {known}" if known != f"{place}.shape[{axis}]" else "!= 1")
+                    )
+                else:
+                    size = " * ".join(names.get(n, str(body.sizes[n])) for n in of_axis)
+                    conditions.append(f"{place}.shape[{axis}] == {size}")
+        for path, x in numbers.items():
+            if isinstance(x, _Size):
+                conditions.append(f"{path} == {names[x.name]}")
+            elif isinstance(x, (bool, str, type(None))):
+                conditions.append(
+                    f"{path} is {x!r}" if not isinstance(x, str) else f"{path} == {x!r}"
+                )
+            elif isinstance(x, (int, float)):
+                conditions.append(f"{path} == {x!r}")
+        conditions += [f"len({p}) == 0" for p in appended if p in self.source.joined]
+        unpack = f"({', '.join(self.source.inputs)}{',' if len(self.source.inputs) == 1 else ''})"
+        lines = [
+            "def fits(_bounds, _values):",
+            f"    {unpack} = _values" if self.source.inputs else "    pass",
+        ]
+        lines += [f"    if not ({c}):\n        return False" for c in dict.fromkeys(conditions)]
+        lines.append("    return True")
+        return compiled_source("fits", "\n".join(lines) + "\n", {"_torch": torch})
+
+
+@dataclass(frozen=True)
+class _Size:
+    """A number that is the size of a dimension."""
+
+    name: str
+
+
+def _scan_names() -> dict[str, Any]:
+    from tttc.scan import ScanState
+
+    return {"_ScanState": ScanState}
+
+
+def _root(path: str) -> str:
+    match = re.match(r"(?:getattr\()*([A-Za-z_]\w*)", path)
+    assert match is not None
+    return match[1]
+
+
+def _stored(source: LoopSource) -> set[str]:
+    return {
+        n.id
+        for n in ast.walk(source.statement)
+        if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
+    }
+
+
+def _reads_tokens(first: Iteration, second: Iteration) -> bool:
+    """Whether iterations pick from the same tensors at different places."""
+
+    def picks(iteration: Iteration) -> set[Any]:
+        places = {n: p for p, n in iteration.inputs.items()}
+        return {
+            (places.get(n.args[0]), n.target, *n.args[1:])
+            for n in iteration.graph.nodes
+            if n.target in (torch.ops.aten.select.int, torch.ops.aten.slice.Tensor)
+        }
+
+    return bool(picks(first) - picks(second))
+
+
+def _counterpart(first: Iteration, second: Iteration) -> dict[Any, Any]:
+    """The nodes of ``second`` that are those of ``first``."""
+    match = Match()
+    for a, b in results_of(first, second):
+        match.extend(a, b)
+    return match.nodes
+
+
+def _text(body: Body) -> str:
+    """What a body computes, sizes apart."""
+    lines = [f"{p.target} {p.meta['dims']}" for p in body.placeholders]
+    lines += [
+        f"{n.name} = {getattr(n.target, '__name__', n.target)} {spec_of(n)} {operands_of(n)} {n.args[:1]}"
+        for n in body.nodes
+    ]  # type: ignore[union-attr]
+    return "\n".join([*lines, str(body.results)])
+
+
+def _mini_batch_size(body: Body) -> int:
+    """For a loop without an anchor: 1 where updates look at the state, any where they do not."""
+    from tttc.passes.batch import batch
+
+    try:
+        batch(body)
+    except NotLowerable:
+        return 1
+    return FREE_MINI_BATCH
