@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from tttc.ir.errors import NotLowerable
 from tttc.ir.functions import FUNCTIONS as IR_FUNCTIONS
 from tttc.ir.spec import Dims, parse, parse_relation
 
+log = logging.getLogger("tttc.schedule")
 LARGEST_BROADCAST = 1 << 17  # elements of a broadcast product that registers can hold for a moment
 
 
@@ -1105,6 +1107,7 @@ def render(loop: Loop, schedule: Schedule) -> Kernel:
     Raises:
         NotLowerable: where an operator has no Triton form.
     """
+    log.info("%s: %s", loop.name, schedule)
     renderer = Renderer(loop, schedule)
     source = renderer.render()
 

@@ -153,7 +153,7 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
 def _explain(options: argparse.Namespace) -> int:
     model, inputs = _prepare(options)
     from tttc.report.explain import explain
-    from tttc.report.text import console, progress
+    from tttc.report.text import console
 
     with progress(f"compiling {options.model}"):
         found = explain(

@@ -20,6 +20,7 @@ from tttc.passes.dualise import dualise
 from tttc.passes.normalise import normalise
 from tttc.passes.simplify import simplify
 from tttc.passes.verify import verify_pass
+from tttc.progress import phase
 
 _lock = threading.RLock()
 _programs: dict[Any, Program] = {}
@@ -43,7 +44,10 @@ def build_program(entry: InternedStep, mini_batch_size: int, verify: bool = Fals
 
 
 def _build(entry: InternedStep, mini_batch_size: int, verify: bool) -> Program:
-    captured = capture_step(entry.step, entry.trees, entry.shapes, entry.dtypes)
+    step = entry.key.rpartition("#")[0].rpartition(".")[2]
+    with phase("capture", step) as made:
+        captured = capture_step(entry.step, entry.trees, entry.shapes, entry.dtypes)
+        made(captured)
     counts = captured.meta["counts"]
     roles = [
         f"{kind}_{i}"
@@ -55,9 +59,11 @@ def _build(entry: InternedStep, mini_batch_size: int, verify: bool) -> Program:
     def run(
         name: str, apply: Callable[..., Body], before: Any, *rest: Any, at: bool = False
     ) -> Body:
-        after = apply(before, *rest)
-        if verify:
-            verify_pass(name, before, after, mini_batch_size, at)
+        with phase("passes", f"{step}: {name}") as made:
+            after = apply(before, *rest)
+            made(after)
+            if verify:
+                verify_pass(name, before, after, mini_batch_size, at)
         stages[name] = after
         return after
 

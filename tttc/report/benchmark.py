@@ -9,10 +9,8 @@ import os
 import platform
 import shutil
 import statistics
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from torch.utils import _pytree as pytree
 from tttc import _tracing
 from tttc._checks import check_positive
 from tttc.compiler import CompiledModule, compile
+from tttc.progress import doing
 from tttc.report.limits import without_recompile_limit
 from tttc.report.scans import relative_error
 
@@ -275,7 +274,7 @@ class _Run:
     def all(self, names: list[str], repeats: int, check: bool) -> BenchmarkResult:
         rows = {name: Row(name) for name in names}
         ready: dict[str, tuple[Any, int]] = {}
-        with _progress() as step:
+        with doing("benchmark") as step:
             for name, row in rows.items():
                 step(f"{name}: first call")
                 model = self.prepare(name, row, rows.get("eager"))
@@ -393,15 +392,3 @@ def _triton() -> str:
     import triton
 
     return triton.__version__
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str], None]]:
-    """A spinner that says what is being measured, on a terminal; elsewhere nothing."""
-    if not sys.stderr.isatty():
-        yield lambda _: None
-        return
-    from rich.console import Console
-
-    with Console(stderr=True).status("benchmark") as status:
-        yield status.update

@@ -13,10 +13,11 @@ from torch.utils import _pytree as pytree
 
 from tttc.compiler import compile
 from tttc.models import TTTConfig, TTTLanguageModel
+from tttc.progress import doing
 from tttc.report.benchmark import benchmark
 from tttc.report.explain import explain
 from tttc.report.limits import without_recompile_limit
-from tttc.report.text import console, count, error, progress, seconds
+from tttc.report.text import console, count, error, seconds
 
 TOLERANCE = 1e-9  # of the torch backend in float64 against the naive loop
 LOW_PRECISION = 1e-2  # of bfloat16, relative
@@ -77,9 +78,9 @@ def _one(layer: str, ids: torch.Tensor, gpu: bool) -> bool:
     name = {"linear": "TTT-Linear", "mlp": "TTT-MLP"}[layer]
     out.rule(f"{name}, {config.num_layers} layers, {count(parameters)} parameters", align="left")
     working = copy.deepcopy(model).to(torch.bfloat16) if gpu else model
-    with progress(f"{name}: compiling and explaining"):
+    with doing(f"{name}: compiling and explaining"):
         out.print(explain(working, ids, check_tokens=128))
-    with progress(f"{name}: checking {CHECKED} tokens against the naive loop in float64") as step:
+    with doing(f"{name}: checking {CHECKED} tokens against the naive loop in float64") as step:
         agrees = _check(model, ids[:, :CHECKED])
         if gpu:
             step(f"{name}: checking bfloat16")
