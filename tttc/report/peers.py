@@ -81,7 +81,8 @@ def applicable(model: Any, device: torch.device) -> list[str]:
 
 def make(name: str, model: nn.Module) -> nn.Module:
     """A copy of the model with a peer in the place of each of its TTT layers."""
-    mix = {ATTENTION: _attend, FLA: _chunk_ttt_linear}[name]
+    mixes: dict[str, Callable[..., torch.Tensor]] = {ATTENTION: _attend, FLA: _chunk_ttt_linear}
+    mix = mixes[name]
     copied = copy.deepcopy(model)
     if isinstance(copied, TTTLayer):
         return InPlaceOf(copied, mix)

@@ -178,7 +178,7 @@ def plot(sweep: SweepResult, path: str | os.PathLike[str]) -> None:
         from matplotlib.figure import Figure
     except ImportError as missing:
         raise ImportError(
-            "plots need matplotlib, which is not installed: pip install 'tttc[plot]'"
+            "plots need matplotlib, which is not installed: pip install matplotlib, or the extra tttc[plot]"
         ) from missing
     # The size along the axis: the first that has several values; the others tell lines apart.
     along = next((n for n, values in sweep.sizes.items() if len(values) > 1), None)
