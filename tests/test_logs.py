@@ -113,8 +113,8 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.fixture
-def terminal(monkeypatch):
+def on_terminal(monkeypatch):
+    """Called within a test, since pytest gives each phase of one its own stderr."""
     monkeypatch.delenv("TTTC_PROGRESS", raising=False)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys, "stderr", Terminal())
@@ -127,27 +127,27 @@ def nested():
             pass
         with progress.doing("inner") as change:
             change("changed")
-    return progress._status
+    return progress._live
 
 
-def test_progress_is_shown_on_a_terminal_and_goes(terminal, monkeypatch):
-    texts = []
-    monkeypatch.setattr(
-        "rich.status.Status.update", lambda self, text, **rest: texts.append(str(text))
-    )
+def test_progress_is_shown_on_a_terminal_and_goes(monkeypatch, capsys):
+    terminal, texts = on_terminal(monkeypatch), []
+    monkeypatch.setattr("rich.live.Live.update", lambda self, shown: texts.append(str(shown.text)))
     assert nested() is None and not progress._texts
     assert texts == [
-        "outer",
         "outer: a pass [with brackets]",
         "outer",
         "outer: inner",
         "outer: changed",
         "outer",
     ]
-    assert terminal.getvalue()
+    shown = terminal.getvalue()
+    assert "outer" in shown and shown.endswith("\x1b[2K")  # the line is cleared
+    assert not capsys.readouterr().out
 
 
-def test_progress_is_quiet_where_there_is_no_terminal_or_it_is_unwanted(terminal, monkeypatch):
+def test_progress_is_quiet_where_there_is_no_terminal_or_it_is_unwanted(monkeypatch):
+    terminal = on_terminal(monkeypatch)
     monkeypatch.setenv("TTTC_PROGRESS", "0")
     nested()
     assert not terminal.getvalue()
@@ -155,15 +155,6 @@ def test_progress_is_quiet_where_there_is_no_terminal_or_it_is_unwanted(terminal
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     nested()
     assert not sys.stderr.getvalue()
-
-
-def test_progress_gives_way_to_what_the_program_shows(terminal):
-    from rich.console import Console
-    from rich.live import Live
-
-    with Live("mine", console=Console(stderr=True)):
-        nested()
-    assert not progress._texts and progress._status is None
 
 
 # -- names in the profiler ----------------------------------------------------------------------------------

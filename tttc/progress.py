@@ -13,7 +13,7 @@ from typing import Any
 
 _lock = threading.RLock()
 _texts: list[str] = []  # outermost first
-_status: Any = None
+_live: Any = None
 
 
 def wanted() -> bool:
@@ -47,27 +47,26 @@ def doing(what: str) -> Iterator[Callable[[str], None]]:
 
 
 def _show() -> None:
-    global _status
+    global _live
     if not _texts:
-        if _status is not None:
-            _status.stop()
-            _status = None
+        if _live is not None:
+            _live.stop()
+            _live = None
         return
-    if _status is None:
-        if not wanted():
-            return
-        from rich.console import Console
-        from rich.errors import LiveError
-
-        status = Console(stderr=True).status("")
-        try:
-            status.start()
-        except LiveError:  # the program shows something of its own
-            return
-        _status = status
+    if _live is None and not wanted():
+        return
+    from rich.console import Console
+    from rich.live import Live
+    from rich.spinner import Spinner
     from rich.text import Text
 
-    _status.update(Text(": ".join(_texts)))
+    shown = Spinner("dots", Text(": ".join(_texts)), style="green")
+    if _live is not None:
+        _live.update(shown)
+        return
+    # What the program prints meanwhile goes where it would have gone.
+    _live = Live(shown, console=Console(stderr=True), transient=True, redirect_stdout=False)
+    _live.start()
 
 
 @contextmanager
