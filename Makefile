@@ -3,6 +3,7 @@
 #   make demo                 compile two TTT language models, show what the compiler did, compare
 #   make test                 lint and tests
 #   make speed                the torch backend against the naive loop on an idle CPU
+#   make docs                 the documentation as a site, in build/docs
 #   make bench                what benchmarks/results records, on the GPU at hand
 #   make CONSTRAINTS= demo    with the newest torch instead of the tested one (a CUDA build, say)
 #   make PYTHON=python3.12    another interpreter
@@ -12,7 +13,7 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test speed lint format bench clean
+.PHONY: demo test speed lint format bench docs clean
 
 demo: $(VENV)/installed
 	$(RUN) -m tttc demo
@@ -27,6 +28,10 @@ speed: $(VENV)/installed
 bench: $(VENV)/installed
 	$(RUN) -m pip install $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[bench]'
 	$(RUN) benchmarks/scan_forward.py benchmarks/results/$(shell date +%F)-scans.json
+
+docs: $(VENV)/installed
+	$(RUN) -m pip install $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[docs]'
+	$(RUN) -m sphinx -W --keep-going -b html docs build/docs
 
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import logging
 import os
 import sys
 import tempfile
@@ -13,6 +14,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+log = logging.getLogger("tttc.kernels")
+KINDS = ("kernels",)  # the folders of the cache: what `tttc cache` shows and clears
 _lock = threading.Lock()
 _modules: dict[str, ModuleType] = {}
 
@@ -68,6 +71,8 @@ class Kernel:
                 module = importlib.util.module_from_spec(spec)
                 sys.modules[spec.name] = module
                 spec.loader.exec_module(module)
+                log.info("%s: %s", self.name, path)
+                log.debug("%s is\n%s", self.name, self.source)
                 _modules[str(path)] = module
             return _modules[str(path)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from tttc.ir.functions import FUNCTIONS as IR_FUNCTIONS
 from tttc.ir.spec import Dims, parse, parse_relation
 
 RELATED = (ops.masked_contraction, ops.masked, ops.running_product, ops.triangular_solve)
+log = logging.getLogger("tttc.schedule")
 LARGEST_BROADCAST = 1 << 17  # elements of a broadcast product that registers can hold for a moment
 
 
@@ -1168,6 +1170,7 @@ def render(loop: Loop, schedule: Schedule) -> Kernel:
     Raises:
         NotLowerable: where an operator has no Triton form.
     """
+    log.info("%s: %s", loop.name, schedule)
     renderer = Renderer(loop, schedule)
     source = renderer.render()
 

@@ -514,6 +514,8 @@ def _culprit(values: Sequence[Value], first: int, second: int) -> int:
     if one != two:
         return first if one < two else second
     return first if _is_argument(values[first]) else second
+
+
 def _repeated_in(labels: Sequence[Label]) -> list[Label]:
     return [x for i, x in enumerate(labels) if x in labels[:i]]
 

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import pytest
 import torch
 from torch import fx, nn
 
 import tttc
-from tttc import cli
-from tttc.models import TTTConfig, TTTLanguageModel
 from tttc.report import text
 from tttc.report.benchmark import Row
 from tttc.report.demo import library_text
@@ -227,109 +224,7 @@ def test_numbers():
     assert [text.seconds(x) for x in (2.5, 0.0123, 4.2e-6)] == ["2.5 s", "12.3 ms", "4.2 µs"]
 
 
-# -- command line ---------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def module(tmp_path, monkeypatch):
-    (tmp_path / "mymodel.py").write_text(
-        "import tttc, torch\n"
-        "def build():\n"
-        "    return tttc.nn.TTTLinear(16, 2, mini_batch_size=4)\n"
-        "def broken():\n"
-        "    return torch.nn.Linear(3, 3)\n"
-        "number = 3\n"
-        "def needs(size):\n"
-        "    return None\n"
-    )
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    yield "mymodel"
-    sys.modules.pop("mymodel", None)
-
-
-def test_explain_command(module, capsys):
-    arguments = [
-        "explain",
-        "mymodel:build",
-        "--input",
-        "1x6x16",
-        "--backend",
-        "torch",
-        "--target",
-        "",
-    ]
-    assert cli.main(arguments) == 0
-    assert "dualise" in capsys.readouterr().out
-
-
-def test_bench_command(module, capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr("tttc.report.benchmark._has_compiler", lambda: False)
-    arguments = [
-        "bench",
-        "mymodel:build",
-        "--input",
-        "1x6x16",
-        "--repeats",
-        "2",
-        "--json",
-        "r.json",
-    ]
-    assert cli.main(arguments) == 0
-    assert "times eager" in capsys.readouterr().out
-    assert len(json.loads((tmp_path / "r.json").read_text())["rows"]) == 3
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["mymodel", "--input", "2x3"], "expected package.module:name"),
-        (["nowhere:build", "--input", "2x3"], "there is no module 'nowhere'"),
-        (["mymodel:nothing", "--input", "2x3"], "has no 'nothing'"),
-        (["mymodel:number", "--input", "2x3"], "is a int"),
-        (["mymodel:needs", "--input", "2x3"], "can't be called without arguments"),
-        (["mymodel:build", "--input", "2y3"], "expected a shape like 4x2048"),
-        (["mymodel:build", "--input", "2x3:floats"], "expected ids=N or one of"),
-        (["mymodel:build", "--input", "2x3:int64"], "integers need a bound"),
-        (["mymodel:build", "--input", "2x3", "--dtype", "int64"], "expected a floating dtype"),
-        (["mymodel:build", "--input", "2x3", "--device", "nowhere"], "--device"),
-    ],
-)
-def test_mistakes_get_a_line_and_exit_code_2(module, capsys, arguments, message):
-    assert cli.main(["explain", *arguments]) == 2
-    shown = capsys.readouterr().err
-    assert message in shown and "Traceback" not in shown
-
-
-def test_a_failing_model_gets_a_line_and_debug_a_trace(module, capsys):
-    arguments = ["explain", "mymodel:broken", "--input", "2x4"]
-    assert cli.main(arguments) == 1
-    shown = capsys.readouterr().err
-    assert "--debug shows where" in shown and "Traceback" not in shown
-    assert cli.main([*arguments, "--debug"]) == 1
-    assert "Traceback" in capsys.readouterr().err
-
-
-def test_help_has_examples(capsys):
-    for command in ("explain", "bench", "demo"):
-        with pytest.raises(SystemExit) as stopped:
-            cli.main([command, "--help"])
-        assert stopped.value.code == 0
-        assert f"  tttc {command}" in capsys.readouterr().out
-
-
-def test_plain_shapes_are_ids_for_a_model_with_an_embedding():
-    config = TTTConfig(vocab_size=7, hidden_size=8, intermediate_size=16, num_layers=1, num_heads=2)
-    model, cpu = TTTLanguageModel(config), torch.device("cpu")
-    ids = cli.make_input("2x50", model, cpu, None)
-    assert (
-        ids.shape == (2, 50)
-        and ids.dtype == torch.int64
-        and set(ids.unique().tolist()) <= set(range(7))
-    )
-    assert cli.make_input("2x5:ids=3", None, cpu, None).max() < 3
-    assert cli.make_input("2x5x8:bf16", model, cpu, None).dtype == torch.bfloat16
-    assert cli.make_input("2x5x8", model, cpu, torch.float64).dtype == torch.float64
+# -- the demo --------------------------------------------------------------------------------------------------
 
 
 def test_the_demo_reads_real_text():

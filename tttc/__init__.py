@@ -1,6 +1,6 @@
 """tttc: a compiler for test-time-training layers."""
 
-from tttc import models, nn
+from tttc import logs, models, nn
 from tttc.compiler import CompiledModule, TTTCWarning, compile
 from tttc.ir.errors import NotLowerable
 from tttc.report.benchmark import BenchmarkResult, benchmark
@@ -17,6 +17,7 @@ __all__ = [
     "benchmark",
     "compile",
     "explain",
+    "logs",
     "models",
     "nn",
     "scan",

@@ -115,6 +115,13 @@ def watched(stage: Stage | None, run: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def layer_of(node: fx.Node) -> str:
+    """The name of the module a captured node belongs to, as ``named_modules`` has it; "" for the model itself."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    layer = str(stack[-1][0]) if stack else ""
+    return re.sub(r"^L\['\w+'\]\.?", "", layer)
+
+
 def site(
     node: fx.Node,
     key: str,
@@ -126,12 +133,10 @@ def site(
     recording = _current.get()
     if recording is not None:
         said: Any = node.args[5]
-        stack = list((node.meta.get("nn_module_stack") or {}).values())
-        layer = str(stack[-1][0]) if stack else ""
-        layer = layer.replace("L['self'].", "").replace("L['self']", "")
         frames = re.findall(r'File "([^"]+)", line (\d+)', node.stack_trace or "")
         outside = [f"{f}:{n}" for f, n in frames if not f.endswith(_OWN_FRAMES)]
         where = outside[-1] if outside else None
+        layer = layer_of(node)
         recording.sites.append(Site(key, mini_batch_size, layer, where, program, reason, said))
 
 

@@ -1,36 +1,45 @@
-"""The command line: ``tttc explain``, ``tttc bench``, ``tttc demo``."""
+"""The command line: ``tttc explain``, ``bench``, ``demo``, ``doctor``, ``cache``."""
 
 from __future__ import annotations
 
 import argparse
-import importlib
+import json
 import os
-import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from typing import Any
 
-import torch
-from torch import nn
+from tttc import logs
+from tttc.commands.model import (
+    DTYPES,
+    MODEL_HELP,
+    UsageError,
+    device_of,
+    make_inputs,
+    parse_sweep,
+    prepare,
+)
+from tttc.compiler import BACKENDS
+from tttc.progress import doing
+from tttc.report.text import console
 
-DTYPES = {
-    "float64": torch.float64,
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "bf16": torch.bfloat16,
-    "int64": torch.int64,
-}
-MODEL_HELP = "package.module:name of a model, of a class, or of a function without arguments that returns one"
 INPUT_HELP = (
     "shape of an argument, 4x2048x64; once for each. With a dtype: 4x2048x64:bfloat16. Integer ids below n: "
     "4x2048:ids=256; a plain 4x2048 means ids where the model has an embedding"
 )
-
-
-class UsageError(Exception):
-    """What the user asked for can't be done; the message says what was expected."""
+EXIT_CODES = """exit codes:
+  0    done
+  1    a check failed, or the model did
+  2    a mistake in what was asked for; the message says what was expected
+  130  interrupted
+"""
+ENVIRONMENT = """environment:
+  TTTC_LOGS       what to log, in the manner of TORCH_LOGS: TTTC_LOGS="+passes,schedule,kernels"
+  TTTC_CACHE_DIR  where emitted kernels are kept (default ~/.cache/tttc)
+  TTTC_PROGRESS   0: show no progress on a terminal
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,6 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     try:
+        try:
+            logs.configure()
+        except ValueError as error:
+            raise UsageError(str(error)) from None
         return options.run(options)
     except KeyboardInterrupt:
         return 130
@@ -57,59 +70,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
+# -- what may be asked for ----------------------------------------------------------------------------------
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="tttc", description="A compiler for test-time-training layers."
+        prog="tttc",
+        description="A compiler for test-time-training layers.",
+        epilog="tttc COMMAND --help has the options of a command, and examples.\n\n"
+        f"{EXIT_CODES}\n{ENVIRONMENT}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"tttc {metadata.version('tttc')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-
-    explain = _command(
-        commands,
-        "explain",
-        _explain,
-        "say what the compiler does to a model",
-        "tttc explain mymodels.lm:build --input 4x2048\n"
-        "tttc explain mymodels.layer:layer --input 2x512x256:bfloat16 --target sm_100",
-    )
-    _model_options(explain)
-    explain.add_argument(
-        "--target", help="GPU the kernels' resources are given for: sm_90, gfx942, ..."
-    )
-    explain.add_argument(
-        "--check-tokens", type=int, default=256, metavar="N",
-        help="tokens of each scan that are compared with the naive loop (default 256)",
-    )  # fmt: skip
-
-    bench = _command(
-        commands,
-        "bench",
-        _bench,
-        "time a model run eagerly, by torch.compile and by tttc",
-        "tttc bench mymodels.lm:build --input 4x2048\n"
-        "tttc bench mymodels.lm:build --input 4x2048 --backward --json result.json",
-    )
-    _model_options(bench)
-    bench.add_argument("--backward", action="store_true", help="gradients too")
-    bench.add_argument("--repeats", type=int, default=10, metavar="N", help="samples (default 10)")
-    bench.add_argument(
-        "--budget",
-        type=float,
-        default=20.0,
-        metavar="S",
-        help="seconds for each contender (default 20)",
-    )
-    bench.add_argument("--json", metavar="FILE", help="also write the result there")
-
-    demo = _command(
-        commands,
-        "demo",
-        _demo,
-        "compile two language models, show what the compiler did, check and time them",
-        "tttc demo\ntttc demo --layer mlp --tokens 1024",
-    )
-    demo.add_argument("--layer", choices=("linear", "mlp"), help="only this layer (default both)")
-    demo.add_argument("--tokens", type=int, metavar="T", help="length of the text read")
-    demo.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    _add_explain(commands)
+    _add_bench(commands)
+    _add_demo(commands)
+    _add_doctor(commands)
+    _add_cache(commands)
     return parser
 
 
@@ -120,10 +98,13 @@ def _command(
         name,
         help=what,
         description=what[0].upper() + what[1:] + ".",
-        epilog="examples:\n" + "".join(f"  {line}\n" for line in examples.splitlines()),
+        epilog="examples:\n"
+        + "".join(f"  {line}\n" for line in examples.splitlines())
+        + f"\n{EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=run)
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     parser.add_argument("--debug", action="store_true", help="show stack traces")
     return parser
 
@@ -137,25 +118,74 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)"
     )
-    parser.add_argument("--backend", default="auto", help="auto, triton or torch (default auto)")
+    parser.add_argument(
+        "--backend",
+        default="auto",
+        choices=BACKENDS,
+        metavar="NAME",
+        help="auto, triton or torch (default auto)",
+    )
     parser.add_argument(
         "--mini-batch-size",
-        type=int,
+        type=_positive,
         metavar="B",
         help="run every scan with mini-batches of that size",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the random inputs (default 0)")
 
 
-# -- commands -------------------------------------------------------------------------------------------
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        if (value := float(text)) > 0:
+            return value
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+
+
+# -- tttc explain -------------------------------------------------------------------------------------------
+
+
+def _add_explain(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "explain",
+        _explain,
+        "say what the compiler does to a model",
+        "tttc explain mymodels.lm:build --input 4x2048\n"
+        "tttc explain mymodels.lm:build --input 4x2048 --html report.html\n"
+        "tttc explain mymodels.layer:layer --input 2x512x256:bfloat16 --target sm_100\n"
+        "tttc explain mymodels.lm:build --input 4x2048 --strict --json > report.json",
+    )
+    _model_options(parser)
+    parser.add_argument("--html", metavar="FILE", help="also write a report to look at, one file")
+    parser.add_argument(
+        "--target", help="GPU the kernels' resources are given for: sm_90, gfx942, ..."
+    )
+    parser.add_argument(
+        "--check-tokens",
+        type=int,
+        default=256,
+        metavar="N",
+        help="tokens of each scan that are compared with the naive loop (default 256)",
+    )
+    parser.add_argument(
+        "--strict", action="store_true", help="exit with 1 where a scan runs as the naive loop"
+    )
 
 
 def _explain(options: argparse.Namespace) -> int:
-    model, inputs = _prepare(options)
+    model, device, dtype = prepare(options)
+    inputs = make_inputs(options.input, model, device, dtype)
     from tttc.report.explain import explain
-    from tttc.report.text import console, progress
 
-    with progress(f"compiling {options.model}"):
+    with doing(f"explaining {options.model}"):
         found = explain(
             model,
             *inputs,
@@ -164,122 +194,211 @@ def _explain(options: argparse.Namespace) -> int:
             check_tokens=options.check_tokens,
             target=options.target,
         )
-    console().print(found)
+    if options.html:
+        _written(found.to_html, options.html)
+    if options.json:
+        print(found.to_json())
+    else:
+        console().print(found)
+    eager = [s for s in found.scans if s.form == "eager"]
+    if options.strict and eager:
+        for scan in eager:
+            print(f"tttc: {scan.step} runs as the naive loop: {scan.reason}", file=sys.stderr)
+        return 1
     return 0
+
+
+def _written(write: Callable[[str], Any], path: str) -> None:
+    """Write a file the user named."""
+    try:
+        write(path)
+    except OSError as error:
+        raise UsageError(f"{path}: can't be written: {error.strerror or error}") from None
+    except ImportError as error:
+        raise UsageError(str(error)) from None
+    print(f"tttc: wrote {path}", file=sys.stderr)
+
+
+# -- tttc bench ---------------------------------------------------------------------------------------------
+
+
+def _add_bench(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "bench",
+        _bench,
+        "time a model run eagerly, by torch.compile, by tttc and by its peers",
+        "tttc bench mymodels.lm:build --input 4x2048\n"
+        "tttc bench mymodels.lm:build --input 4x2048 --backward --save result.json\n"
+        "tttc bench mymodels.lm:build --input 4xT --sweep T=512,1024,2048 --plot length.png\n"
+        "tttc bench mymodels.lm:build --input 4x2048 --sweep mini-batch-size=16,32,64 --only tttc",
+    )
+    _model_options(parser)
+    parser.add_argument("--backward", action="store_true", help="gradients too")
+    parser.add_argument(
+        "--sweep",
+        action="append",
+        default=[],
+        metavar="NAME=N,N,...",
+        help="measure at several sizes: of a letter in --input, or mini-batch-size",
+    )
+    parser.add_argument(
+        "--only",
+        metavar="NAMES",
+        help="eager, torch.compile, tttc, attention, flash-linear-attention",
+    )
+    parser.add_argument(
+        "--repeats", type=_positive, default=10, metavar="N", help="samples (default 10)"
+    )
+    parser.add_argument(
+        "--budget",
+        type=_seconds,
+        default=20.0,
+        metavar="S",
+        help="seconds for each contender (default 20)",
+    )
+    parser.add_argument("--save", metavar="FILE", help="also write the result there, as JSON")
+    parser.add_argument(
+        "--plot", metavar="FILE", help="also draw a sweep there, as .png, .svg or .pdf"
+    )
 
 
 def _bench(options: argparse.Namespace) -> int:
-    model, inputs = _prepare(options)
-    from tttc.report.benchmark import benchmark
-    from tttc.report.text import console
+    from tttc.report.benchmark import EVERYONE, benchmark, tokens_of
+    from tttc.report.sweep import AXES, MINI_BATCH, run_sweep
 
-    result = benchmark(
-        model,
-        *inputs,
-        backward=options.backward,
-        backend=options.backend,
-        mini_batch_size=options.mini_batch_size,
-        repeats=options.repeats,
-        budget=options.budget,
-    )
-    console().print(result)
+    sweep = parse_sweep(options.sweep, options.input)
+    if options.plot and not sweep:
+        raise UsageError("--plot: expected a --sweep to draw")
+    only = options.only.split(",") if options.only else None
+    if unknown := [n for n in only or () if n not in EVERYONE]:
+        raise UsageError(f"--only: expected some of {', '.join(EVERYONE)}, got {unknown[0]!r}")
+    model, device, dtype = prepare(options)
+
+    def measure(sizes: dict[str, int]) -> tuple[int, Any]:
+        inputs = make_inputs(options.input, model, device, dtype, sizes)
+        letters = options.input[0].partition(":")[0].split("x")
+        axes = {n: letters.index(n) if n in letters else i for n, i in AXES.items()}
+        found = benchmark(
+            model,
+            *inputs,
+            backward=options.backward,
+            backend=options.backend,
+            mini_batch_size=sizes.get(MINI_BATCH, options.mini_batch_size),
+            contenders=only,
+            repeats=options.repeats,
+            budget=options.budget,
+        )
+        return tokens_of(inputs, axes), found
+
+    result: Any = run_sweep(sweep, measure) if sweep else measure({})[1]
+    if options.save:
+        _written(result.to_json, options.save)
+    if options.plot:
+        _written(result.to_png, options.plot)
     if options.json:
-        result.to_json(options.json)
+        print(result.to_json())
+    else:
+        console().print(result)
     return 0
+
+
+# -- tttc demo ----------------------------------------------------------------------------------------------
+
+
+def _add_demo(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "demo",
+        _demo,
+        "compile two language models, show what the compiler did, check and time them",
+        "tttc demo\ntttc demo --layer mlp --tokens 1024",
+    )
+    parser.add_argument("--layer", choices=("linear", "mlp"), help="only this layer (default both)")
+    parser.add_argument("--tokens", type=_positive, metavar="T", help="length of the text read")
+    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
 
 
 def _demo(options: argparse.Namespace) -> int:
     from tttc.report.demo import demo
 
     layers = (options.layer,) if options.layer else ("linear", "mlp")
-    return 0 if demo(layers, _device(options.device), options.tokens) else 1
+    found = demo(layers, device_of(options.device), options.tokens, show=not options.json)
+    if options.json:
+        print(json.dumps(found, indent=1))
+    return 0 if found["passed"] else 1
 
 
-# -- what was asked for -----------------------------------------------------------------------------------
+# -- tttc doctor --------------------------------------------------------------------------------------------
 
 
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def _add_doctor(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "doctor",
+        _doctor,
+        "say what is here, what will and won't work, and how to mend it",
+        "tttc doctor\ntttc doctor --json",
+    )
+    parser.add_argument("--no-trial", action="store_true", help="only look, compile nothing")
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from tttc.commands import doctor
+
+    with doing("looking"):
+        findings = doctor.examine(trial=not options.no_trial)
+    if options.json:
+        lines = doctor.verdict(findings)
+        print(json.dumps({"findings": [vars(f) for f in findings], "verdict": lines}, indent=1))
+    else:
+        for part in doctor.shown(findings):
+            console().print(part)
+    return 1 if any(f.state == doctor.BAD for f in findings) else 0
+
+
+# -- tttc cache ---------------------------------------------------------------------------------------------
+
+
+def _add_cache(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "cache",
+        _cache,
+        "show or clear the emitted kernels kept on disk",
+        "tttc cache\ntttc cache show --entries\ntttc cache clear --older-than 30",
+    )
+    parser.add_argument("action", nargs="?", choices=("show", "clear"), default="show")
+    parser.add_argument("--entries", action="store_true", help="show: list every entry")
+    parser.add_argument(
+        "--older-than",
+        type=float,
+        default=0.0,
+        metavar="DAYS",
+        help="clear: only what was not written to for so long",
+    )
+
+
+def _cache(options: argparse.Namespace) -> int:
+    from tttc.commands import cache
+    from tttc.report.text import byte_count
+
+    if options.action == "show":
+        found = cache.contents()
+        if options.json:
+            print(json.dumps(found, indent=1))
+        else:
+            for part in cache.shown(found, options.entries):
+                console().print(part)
+        return 0
     try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device: {name}: {str(error).splitlines()[0]}") from None
-    return device
-
-
-def _prepare(options: argparse.Namespace) -> tuple[Any, list[torch.Tensor]]:
-    torch.manual_seed(options.seed)
-    device = _device(options.device)
-    model = load(options.model)
-    dtype = None
-    if options.dtype is not None:
-        dtype = DTYPES.get(options.dtype)
-        if dtype is None or not dtype.is_floating_point:
-            raise UsageError(f"--dtype: expected a floating dtype, got {options.dtype!r}")
-    if isinstance(model, nn.Module):
-        model = model.to(device=device, dtype=dtype)
-    inputs = [make_input(text, model, device, dtype) for text in options.input]
-    return model, inputs
-
-
-def load(name: str) -> Any:
-    """The model behind ``package.module:name``.
-
-    Raises:
-        UsageError: there is no such module or name, or it is no model.
-    """
-    module_name, _, attribute = name.partition(":")
-    if not module_name or not attribute:
-        raise UsageError(f"model: expected package.module:name, got {name!r}")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        found: Any = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        # An import that fails inside the module is the module's own error.
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise
-        raise UsageError(f"model: there is no module {error.name!r} (from {os.getcwd()})") from None
-    for part in attribute.split("."):
-        if not hasattr(found, part):
-            raise UsageError(f"model: {module_name} has no {attribute!r}")
-        found = getattr(found, part)
-    if isinstance(found, nn.Module):
-        return found
-    if not callable(found):
-        raise UsageError(f"model: expected {MODEL_HELP}; {name} is a {type(found).__name__}")
-    try:
-        made = found()
-    except TypeError as error:
-        raise UsageError(f"model: {name} can't be called without arguments: {error}") from None
-    if not callable(made):
-        raise UsageError(f"model: {name} returned a {type(made).__name__}, expected a model")
-    return made
-
-
-def make_input(
-    text: str, model: Any, device: torch.device, dtype: torch.dtype | None
-) -> torch.Tensor:
-    """A random tensor as ``--input`` describes it.
-
-    Raises:
-        UsageError: the text is no such description.
-    """
-    shape_text, _, kind = text.partition(":")
-    if not re.fullmatch(r"\d+(x\d+)*", shape_text):
-        raise UsageError(f"--input: expected a shape like 4x2048, got {text!r}")
-    shape = [int(n) for n in shape_text.split("x")]
-    if ids := re.fullmatch(r"ids=([1-9]\d*)", kind):
-        return torch.randint(int(ids[1]), shape, device=device)
-    if kind and kind not in DTYPES:
-        raise UsageError(f"--input: expected ids=N or one of {', '.join(DTYPES)}, got {kind!r}")
-    if not kind and len(shape) <= 2 and isinstance(model, nn.Module):
-        for module in model.modules():
-            if isinstance(module, nn.Embedding):
-                return torch.randint(module.num_embeddings, shape, device=device)
-    wanted = DTYPES[kind] if kind else dtype or torch.get_default_dtype()
-    if not wanted.is_floating_point:
-        raise UsageError(f"--input: integers need a bound: {shape_text}:ids=N")
-    return torch.randn(shape, device=device).to(wanted)
+        found = cache.clear(options.older_than)
+    except OSError as error:
+        raise UsageError(f"{error.filename}: can't be deleted: {error.strerror}") from None
+    if options.json:
+        print(json.dumps(found, indent=1))
+    else:
+        print(
+            f"{found['folder']}: deleted {found['deleted']} entries, {byte_count(found['bytes'])}"
+        )
+    return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import logging
 import operator
 import threading
 import warnings
@@ -18,7 +19,7 @@ from torch import fx, nn
 from torch._dynamo.backends.common import aot_autograd
 
 import tttc.runtime.fused_scan_backward  # noqa: F401  (registers the operators)
-from tttc import _recorder, _tracing
+from tttc import _recorder, _tracing, logs
 from tttc._checks import check_mini_batch_size
 from tttc._scan_op import approximation, interned
 from tttc.capture.loops import Loops
@@ -26,9 +27,11 @@ from tttc.codegen.rowwise_launch import lower_regions
 from tttc.ir.errors import CheckError, NotLowerable
 from tttc.passes.fuse import decompositions, fuse
 from tttc.pipeline import build_program
+from tttc.progress import phase
 from tttc.runtime.fused_scan import saving_interval
 
 BACKENDS = ("auto", "triton", "torch")
+scans_log = logging.getLogger("tttc.scans")
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ def check_options(options: Options) -> Options:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {options.backend!r}")
     if options.mini_batch_size is not None:
         check_mini_batch_size(options.mini_batch_size)
+    logs.configure()
     return options
 
 
@@ -95,8 +99,11 @@ def _lower_scans_of(gm: fx.GraphModule, options: Options) -> None:
             key, mini_batch_size = requested(key, mini_batch_size, options)
             program = build_program(interned(key), mini_batch_size, options.verify)
             _recorder.site(node, key, mini_batch_size, program)
+            form = f"token by token: {program.reason}" if program.sequential else "in its dual form"
+            scans_log.info("%s %s runs %s", _recorder.layer_of(node) or "scan", key, form)
         except NotLowerable as error:
             _recorder.site(node, key, mini_batch_size, None, str(error))
+            scans_log.info("%s runs as the naive loop: %s", key, error)
             if options.strict:
                 raise
             warn_once(f"the TTT layer with step {key.rpartition('#')[0]} runs eagerly: {error}")
@@ -155,7 +162,16 @@ def _replace_scan(
     with graph.inserting_before(node):
         new = graph.call_function(
             torch.ops.tttc.fused_scan.default,
-            (*node.args[:4], key, mini_batch_size, node.args[6], backend, states, interval),
+            (
+                *node.args[:4],
+                key,
+                mini_batch_size,
+                node.args[6],
+                backend,
+                states,
+                interval,
+                _recorder.layer_of(node),
+            ),
         )
         new.meta = dict(node.meta)
     for user in list(node.users):
@@ -172,7 +188,9 @@ def _compile_graph(
     """An ATen graph, forward or backward, as AOTAutograd hands it over: what only moves memory is fused."""
     _keep_saved_tensors()
     before = _recorder.graph("aten", gm)
-    fused = fuse(gm)
+    with phase("fusion", "fusing") as made:
+        fused = fuse(gm)
+        made(fused)
     # The regions' kernels run on a GPU (or in Triton's interpreter), their torch operations elsewhere.
     _recorder.kernels(lower_regions(fused, "torch" if options.backend == "torch" else "triton"))
     after = _recorder.graph("fused", fused)
@@ -191,7 +209,8 @@ def compile_graph(
     gm: fx.GraphModule, example_inputs: list[Any], options: Options
 ) -> Callable[..., Any]:
     """A TorchDynamo graph as a callable: scans lowered, then AOTAutograd, then fusion."""
-    with _recorder.attempt():
+    with _recorder.attempt(), phase("capture", "compiling a graph") as made:
+        made(gm)
         stage = _recorder.graph("captured", gm)
         lower_scans(gm, options)
         compiler = functools.partial(_compile_graph, options=options)

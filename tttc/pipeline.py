@@ -23,6 +23,7 @@ from tttc.passes.normalise import normalise
 from tttc.passes.simplify import simplify
 from tttc.passes.update_at_anchor import update_at_anchor
 from tttc.passes.verify import verify_pass
+from tttc.progress import phase
 
 _lock = threading.RLock()
 _programs: dict[Any, Program] = {}
@@ -55,7 +56,10 @@ def _approximated(body: Body) -> Body:
 
 
 def _build(entry: InternedStep, mini_batch_size: int, verify: bool) -> Program:
-    captured = capture_step(entry.step, entry.trees, entry.shapes, entry.dtypes)
+    step = entry.key.rpartition("#")[0].rpartition(".")[2]
+    with phase("capture", step) as made:
+        captured = capture_step(entry.step, entry.trees, entry.shapes, entry.dtypes)
+        made(captured)
     counts = captured.meta["counts"]
     roles = [
         f"{kind}_{i}"
@@ -67,9 +71,11 @@ def _build(entry: InternedStep, mini_batch_size: int, verify: bool) -> Program:
     def run(
         name: str, apply: Callable[..., Body], before: Any, *rest: Any, at: bool = False
     ) -> Body:
-        after = apply(before, *rest)
-        if verify:
-            verify_pass(name, before, after, program.unit if after.batched else 1, at)
+        with phase("passes", f"{step}: {name}") as made:
+            after = apply(before, *rest)
+            made(after)
+            if verify:
+                verify_pass(name, before, after, program.unit if after.batched else 1, at)
         stages[name] = after
         return after
 

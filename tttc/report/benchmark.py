@@ -1,21 +1,20 @@
-"""``tttc.benchmark``: eager, torch.compile and tttc in turn, on the same inputs."""
+"""``tttc.benchmark``: eager, torch.compile, tttc and its peers in turn, on the same inputs."""
 
 from __future__ import annotations
 
 import copy
 import datetime
 import json
+import math
 import os
 import platform
 import shutil
 import statistics
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import nn
@@ -24,10 +23,14 @@ from torch.utils import _pytree as pytree
 from tttc import _tracing
 from tttc._checks import check_positive
 from tttc.compiler import CompiledModule, compile
+from tttc.progress import doing
+from tttc.report import peers
 from tttc.report.limits import without_recompile_limit
 from tttc.report.scans import relative_error
+from tttc.report.sweep import AXES, MINI_BATCH, SweepResult, check_sweep, resized, run_sweep
 
 CONTENDERS = ("eager", "torch.compile", "tttc")
+EVERYONE = (*CONTENDERS, peers.ATTENTION, peers.FLA)
 SHORTEST = 5e-3  # seconds a sample takes at least: short calls are repeated inside it
 OPAQUE = "the loop inside tttc.scan is opaque to it"
 
@@ -109,26 +112,44 @@ class BenchmarkResult:
         return Group(*shown(self))
 
 
+@overload
+def benchmark(
+    model: Callable[..., Any], *args: Any, sweep: None = None, **rest: Any
+) -> BenchmarkResult: ...
+@overload
+def benchmark(
+    model: Callable[..., Any], *args: Any, sweep: Mapping[str, Sequence[int]], **rest: Any
+) -> SweepResult: ...
 def benchmark(
     model: Callable[..., Any],
     *args: Any,
+    sweep: Mapping[str, Sequence[int]] | None = None,
+    axes: Mapping[str, int] = AXES,
     backward: bool = False,
     backend: str | None = None,
     mini_batch_size: int | None = None,
-    contenders: Sequence[str] = CONTENDERS,
+    contenders: Sequence[str] | None = None,
     repeats: int = 10,
     budget: float = 20.0,
     check: bool = True,
     **kwargs: Any,
-) -> BenchmarkResult:
+) -> BenchmarkResult | SweepResult:
     """Time a model run eagerly (the naive loop), by ``torch.compile`` and by tttc, interleaved, on the same inputs.
+
+    Where the model has TTT layers of :mod:`tttc.nn`, peers join: causal attention in their place, and
+    flash-linear-attention's kernel where it is installed and can run.
 
     Args:
         model: an ``nn.Module`` or function, compiled or not.
         args, kwargs: what it is called with.
+        sweep: sizes to measure at, ``{"T": [512, 1024], "mini_batch_size": [16, 64]}``: every combination. The
+            tensors of ``args`` and ``kwargs`` are cut, or repeated, along the axes that ``axes`` names. Errors are
+            those against the model as it stands, so a mini-batch size shows what the approximation costs.
+        axes: which axis of the inputs each size is, ``{"B": 0, "T": 1}``; a tensor without it stays as it is.
         backward: also take gradients of the parameters and the floating inputs.
         backend, mini_batch_size: as for :func:`tttc.compile`.
-        contenders: which of "eager", "torch.compile", "tttc".
+        contenders: which of "eager", "torch.compile", "tttc", "attention", "flash-linear-attention"; None for all
+            that apply.
         repeats: timed samples of each.
         budget: seconds each contender may take for them. A naive loop that needs longer for one call is stopped;
             its row then says that it takes longer than that.
@@ -137,7 +158,8 @@ def benchmark(
             the tests; the result says which it was.
 
     Returns:
-        A :class:`BenchmarkResult`; a contender that fails says so in its row.
+        A :class:`BenchmarkResult`; a contender that fails says so in its row. With ``sweep`` a
+        :class:`~tttc.report.sweep.SweepResult`, which saves JSON and pictures (``to_json``, ``to_png``).
 
     Raises:
         ValueError, TypeError: naming the argument; whatever the model raises when it is run eagerly.
@@ -148,22 +170,40 @@ def benchmark(
         >>> r = tttc.benchmark(layer, torch.randn(1, 64, 32), contenders=["eager", "tttc"], repeats=3)
         >>> r["tttc"].median < r["eager"].median
         True
+        >>> s = tttc.benchmark(layer, torch.randn(1, 64, 32), sweep={"T": [32, 64]}, contenders=["tttc"], repeats=1)
+        >>> [p.sizes for p in s.points]
+        [{'T': 32}, {'T': 64}]
     """
     check_positive(repeats, "repeats")
     if not budget > 0:
         raise ValueError(f"budget: expected more than 0 seconds, got {budget!r}")
-    unknown = [c for c in contenders if c not in CONTENDERS]
-    if unknown or not contenders:
-        raise ValueError(
-            f"contenders: expected some of {', '.join(CONTENDERS)}, got {contenders!r}"
-        )
+    if isinstance(contenders, str):
+        contenders = [contenders]
+    if contenders is not None and (not contenders or any(c not in EVERYONE for c in contenders)):
+        raise ValueError(f"contenders: expected some of {', '.join(EVERYONE)}, got {contenders!r}")
     if isinstance(model, CompiledModule):
         options = model._tttc_options
         model, backend = model._tttc_module, backend or options.backend
         mini_batch_size = mini_batch_size or options.mini_batch_size
-    run = _Run(model, args, kwargs, backward, backend or "auto", mini_batch_size, budget)
-    with without_recompile_limit():
-        return run.all([c for c in CONTENDERS if c in contenders], repeats, check)
+
+    def measure(args: Any, kwargs: Any, size: int | None) -> BenchmarkResult:
+        run = _Run(model, args, kwargs, backward, backend or "auto", size, budget)
+        there = [*CONTENDERS, *peers.applicable(model, run.device)]
+        names = there if contenders is None else [c for c in EVERYONE if c in contenders]
+        with without_recompile_limit():
+            return run.all(names, repeats, check)
+
+    if sweep is None:
+        return measure(args, kwargs, mini_batch_size)
+    check_sweep(sweep, axes)
+
+    def point(sizes: dict[str, int]) -> tuple[int, BenchmarkResult]:
+        made_args, made_kwargs = resized((args, kwargs), axes, sizes)
+        tensors = [x for x in pytree.tree_leaves((made_args, made_kwargs)) if _is_tensor(x)]
+        tokens = tokens_of(tensors, axes)
+        return tokens, measure(made_args, made_kwargs, sizes.get(MINI_BATCH, mini_batch_size))
+
+    return run_sweep(sweep, point)
 
 
 class _Clock:
@@ -214,6 +254,12 @@ class _Run:
     def contender(self, name: str) -> Any:
         if name == "eager":
             return self.model
+        if name in peers.NOTES:
+            if name not in peers.applicable(self.model, self.device):
+                raise RuntimeError(
+                    "it is not installed, or the model has no layer it can stand for"
+                )
+            return peers.make(name, self.model)
         if name == "tttc":
             return compile(self.model, backend=self.backend, mini_batch_size=self.mini_batch_size)
         if self.device.type == "cpu" and not _has_compiler():
@@ -275,7 +321,7 @@ class _Run:
     def all(self, names: list[str], repeats: int, check: bool) -> BenchmarkResult:
         rows = {name: Row(name) for name in names}
         ready: dict[str, tuple[Any, int]] = {}
-        with _progress() as step:
+        with doing("benchmark") as step:
             for name, row in rows.items():
                 step(f"{name}: first call")
                 model = self.prepare(name, row, rows.get("eager"))
@@ -337,6 +383,7 @@ class _Run:
             first = (str(inner).strip().splitlines() or [""])[0]
             row.note = f"failed: {type(inner).__name__}: {first}"[:200]
             return None
+        row.note = peers.NOTES.get(name, "")
         if name == "torch.compile" and clock.tokens:
             row.note = OPAQUE
         if name == "tttc" and clock.tokens:
@@ -360,10 +407,25 @@ class _Run:
             reference = "the compiled graph in float64 by torch operations"
         n = self.outputs if self.backward else len(expected)
         for name, got in self.results.items():
+            if name in peers.NOTES:  # another model: nothing to compare with
+                continue
             errors = [relative_error(x, y) for x, y in zip(got, expected, strict=True)]
             rows[name].error = max(errors[:n], default=0.0)
             rows[name].gradient_error = max(errors[n:], default=None)
         return reference
+
+
+def tokens_of(tensors: Sequence[torch.Tensor], axes: Mapping[str, int]) -> int:
+    """How many tokens inputs hold over the whole batch: the axes B and T of the first tensor that has them."""
+    wanted = [axes[n] for n in ("B", "T") if n in axes]
+    for x in tensors:
+        if x.ndim > max(wanted, default=0):
+            return math.prod(x.shape[i] for i in wanted)
+    return 1
+
+
+def _is_tensor(x: Any) -> bool:
+    return isinstance(x, torch.Tensor)
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:
@@ -393,15 +455,3 @@ def _triton() -> str:
     import triton
 
     return triton.__version__
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str], None]]:
-    """A spinner that says what is being measured, on a terminal; elsewhere nothing."""
-    if not sys.stderr.isatty():
-        yield lambda _: None
-        return
-    from rich.console import Console
-
-    with Console(stderr=True).status("benchmark") as status:
-        yield status.update

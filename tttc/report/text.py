@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import shutil
 import sys
-from collections.abc import Callable, Iterator
 from typing import Any
 
 from rich.console import Console
@@ -74,19 +72,3 @@ def console(stderr: bool = False) -> Console:
     """Where commands print: as wide as the terminal, or as a report needs where there is none."""
     stream = sys.stderr if stderr else sys.stdout
     return Console(stderr=stderr, width=None if stream.isatty() else WIDTH, highlight=False)
-
-
-@contextlib.contextmanager
-def progress(what: str) -> Iterator[Callable[[str], None]]:
-    """Say on stderr what is being done: a spinner on a terminal, a line elsewhere; the value changes it."""
-    out = console(stderr=True)
-    if sys.stderr.isatty():
-        with out.status(what) as status:
-            yield status.update
-        return
-
-    def say(text: str) -> None:
-        print(f"... {text}", file=sys.stderr, flush=True)
-
-    say(what)
-    yield say

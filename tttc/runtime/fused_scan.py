@@ -14,6 +14,7 @@ from tttc.codegen.torch_scan import run_program
 from tttc.codegen.torch_scan_backward import save_interval, saved_bytes, saved_leaves
 from tttc.ir.errors import NotLowerable
 from tttc.pipeline import build_program
+from tttc.runtime.ranges import scan_range
 from tttc.runtime.triton_scan import run_kernels, scan_kernels
 from tttc.runtime.triton_scan_backward import narrow_states
 
@@ -86,16 +87,24 @@ def fused_scan(
     backend: str,
     states: bool,
     interval: int,
+    layer: str = "",
 ) -> list[Tensor]:
-    """A compiled scan; arguments as those of ``torch.ops.tttc.scan``.
+    """A compiled scan; arguments as those of ``torch.ops.tttc.scan``, ``layer`` names it to profilers.
 
     Returns new anchor and new carry leaves where ``states``, then output leaves ``[B, H, T, ...]``, which lie
     in memory as ``[B, T, H, ...]``. Where ``interval`` is not 0, what the backward needs of the states follows:
     leaves ``[B, H, S, ...]``, one for every ``interval``-th mini-batch that starts at its anchor.
     """
-    info = scan_info(anchor, tokens, shared)
     program = build_program(interned(key), mini_batch_size)
     place %= mini_batch_size  # which may not be the model's own
+    with scan_range("forward", key, layer):
+        return _run(program, anchor, carry, tokens, shared, key, place, backend, states, interval)
+
+
+def _run(
+    program, anchor, carry, tokens, shared, key, place, backend, states, interval
+) -> list[Tensor]:
+    info = scan_info(anchor, tokens, shared)
     if 0 in tokens[0].shape[:3]:
         now = carry or anchor
         kept = [x.to(info.compute).clone() for x in (*(now if place == 0 else anchor), *now)]
@@ -210,7 +219,7 @@ def _unaliased(results: list[Tensor], arguments: list[Tensor]) -> list[Tensor]:
 
 @fused_scan.register_fake
 def _fused_scan_fake(
-    anchor, carry, tokens, shared, key, mini_batch_size, place, backend, states, interval
+    anchor, carry, tokens, shared, key, mini_batch_size, place, backend, states, interval, layer=""
 ):
     info = scan_info(anchor, tokens, shared)
     outputs = _empty_outputs(tokens, key, info)

@@ -9,6 +9,7 @@ from tttc.codegen.torch_scan_backward import run_backward, saved_leaves
 from tttc.ir.errors import KernelTooLarge, NotLowerable
 from tttc.pipeline import build_program
 from tttc.runtime.fused_scan import floating_leaves, fused_scan, runs_by_kernels
+from tttc.runtime.ranges import scan_range
 from tttc.runtime.triton_scan_backward import backward_kernels, run_backward_kernels
 
 Tensor = torch.Tensor
@@ -30,14 +31,35 @@ def fused_scan_backward(
     backend: str,
     states: bool,
     interval: int,
+    layer: str = "",
 ) -> list[Tensor]:
     """Cotangents of the arguments of ``tttc::fused_scan`` that are ``wanted``, each like its argument.
 
     ``grads``: of its results, None for none; ``saved``: the states it saved, if any.
     """
-    info = scan_info(anchor, tokens, shared)
     program = build_program(interned(key), mini_batch_size)
     place %= mini_batch_size
+    with scan_range("backward", key, layer):
+        return _run(
+            program,
+            grads,
+            anchor,
+            carry,
+            tokens,
+            shared,
+            saved,
+            wanted,
+            place,
+            backend,
+            states,
+            interval,
+        )
+
+
+def _run(
+    program, grads, anchor, carry, tokens, shared, saved, wanted, place, backend, states, interval
+) -> list[Tensor]:
+    info = scan_info(anchor, tokens, shared)
     out = _empty_cotangents(anchor, carry, tokens, shared, wanted)
     if 0 in tokens[0].shape[:3]:
         return _of_nothing(out, grads, anchor, carry, wanted, states, place)
@@ -134,9 +156,10 @@ def _fake(grads, anchor, carry, tokens, shared, saved, wanted, *rest):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    anchor, carry, tokens, shared, key, mini_batch_size, place, backend, states, interval = inputs
+    anchor, carry, tokens, shared, key, *rest = inputs
+    states = rest[3]
     ctx.counts = (len(anchor), len(carry), len(tokens), len(shared))
-    ctx.rest = (key, mini_batch_size, place, backend, states, interval)
+    ctx.rest = (key, *rest)
     results = len(interned(key).outputs) + (2 * len(anchor) if states else 0)
     ctx.results = results
     ctx.save_for_backward(*anchor, *carry, *tokens, *shared, *output[results:])
@@ -155,7 +178,9 @@ def _backward(ctx, grads):
     )
     remaining, flags = iter(made), iter(wanted)
     back = [[next(remaining) if next(flags) else None for _ in group] for group in groups]
-    return (*back, *(None for _ in ctx.rest))
+    # The dispatcher leaves a last argument out where it has its default, and wants no gradient of it then.
+    given = ctx.rest if ctx.rest[-1] else ctx.rest[:-1]
+    return (*back, *(None for _ in given))
 
 
 fused_scan.register_autograd(_backward, setup_context=_setup_context)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from tttc.codegen.kernel import Kernel
 from tttc.codegen.resources import Request
 from tttc.ir.errors import KernelTooLarge
+from tttc.progress import phase
 
 POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16",
             torch.int64: "*i64", torch.int32: "*i32", torch.bool: "*i1"}  # fmt: skip
@@ -88,6 +90,9 @@ def dot_dtype(dtype: torch.dtype) -> Any:
     return {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}.get(dtype, tl.float32)
 
 
+_launched: set[tuple[int, torch.dtype]] = set()
+
+
 def launch(call: Launch) -> None:
     """Run a kernel.
 
@@ -104,7 +109,10 @@ def launch(call: Launch) -> None:
         arguments += [x, *x.stride()[:rank]]
     arguments += call.sizes.values()
     fast = next(iter(call.tensors.values())).is_cuda and torch.version.hip is None
+    first = (id(call.kernel), call.dtype) not in _launched  # kernels live as long as their program
+    _launched.add((id(call.kernel), call.dtype))
     try:
-        call.kernel.function()[call.grid](*arguments, **call.constants(fast), **call.options)
+        with phase("kernels", f"{call.kernel.name}: first launch") if first else nullcontext():
+            call.kernel.function()[call.grid](*arguments, **call.constants(fast), **call.options)
     except OutOfResources as error:
         raise KernelTooLarge(f"{call.kernel.name}: {error}") from error
