@@ -157,11 +157,15 @@ class Normaliser:
     def retrying(self, build: Callable[[list[Value]], Value], operands: Sequence[Value]) -> Value:
         """``build``, with operands renamed where names clash."""
         values = list(operands)
-        for _ in range(2 * len(values) + 2):
+        tries = 2 * len(values) + 2
+        for i in range(2 * tries):
             try:
                 return build(values)
             except _Clash as clash:
-                values[clash.culprit] = self.freshen(values[clash.culprit], clash.labels)
+                value = values[clash.culprit]
+                # Where one name after another does not do, the operand gets new ones for all of its axes.
+                every = {x.root for axis in value.axes for x in axis}
+                values[clash.culprit] = self.freshen(value, clash.labels if i < tries else every)
         raise NotLowerable("could not name the axes of an operation", self.where)
 
     # -- operators ------------------------------------------------------------------------------
@@ -335,7 +339,7 @@ class Normaliser:
                 new = self.graph.placeholder(role)
                 axes = self.axes_of(role, shape)
                 if role.startswith("carry"):  # the same leaf, so the same axes
-                    axes = list(self.env[leaf[role.replace("carry", "anchor")]].axes)
+                    axes[:] = self.env[leaf[role.replace("carry", "anchor")]].axes
                 leaf[role] = node
                 own = tuple(x for axis in axes for x in axis)
                 new.meta["labels"] = ((), own, 0)
