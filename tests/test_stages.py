@@ -1,0 +1,72 @@
+"""One loop as one, two or three kernels, loads ahead, states in segments: the same gradients, in the interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_kernels import arguments
+from tttc.codegen.schedule import Schedule
+
+import tttc
+from tttc import _tracing
+from tttc._checks import check_scan_inputs
+from tttc._scan_op import interned
+from tttc.nn import TTTMLP, TTTLinear
+from tttc.pipeline import build_program
+from tttc.scan import _flatten
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="the interpreter is what runs kernels without a GPU"
+)
+
+
+@torch.no_grad()
+def call_of(layer, T=38, d=16, b=8):
+    """A scan of a layer on random arguments, and its program."""
+    tokens, init, shared = arguments(layer, T, d, b, torch.float64)
+    anchor, _, tokens, info = check_scan_inputs(layer.step, init, None, 0, tokens, b, shared)
+    structure = _tracing.describe((init, None, tokens, shared))
+    call = _flatten(layer.step, anchor, None, tokens, shared, structure, info)
+    return call, build_program(interned(call.key), b), b
+
+
+def gradients(call, b, dtype, backend, interval):
+    """Of every floating argument, with cotangents of outputs alone."""
+    groups = [[x.detach().to(dtype).requires_grad_() for x in g]
+              for g in (call.anchor, [], call.tokens, call.shared)]  # fmt: skip
+    z = torch.ops.tttc.fused_scan(*groups, call.key, b, 0, backend, False, interval)[0]
+    torch.manual_seed(1)
+    g = torch.randn(z.shape, dtype=torch.float64).to(z.dtype)
+    leaves = [x for group in groups for x in group]
+    return torch.autograd.grad(z, leaves, g, allow_unused=True)
+
+
+@pytest.mark.parametrize("interval", [1, 2])
+@pytest.mark.parametrize("cls", [TTTLinear, TTTMLP])
+@pytest.mark.parametrize("prefetch", [False, True])
+def test_any_number_of_kernels(cls, interval, prefetch):
+    call, program, b = call_of(cls)
+    exact = gradients(call, b, torch.float64, "torch", 1)
+    for count in (1, 2, 3):
+        program.kernels.clear()
+        program.schedules["full_backward"] = Schedule(
+            stages=count, group=2, prefetch=prefetch, nan="ignored", repeat_vectors=False
+        )
+        got = gradients(call, b, torch.float32, "triton", interval)
+        assert program.no_backward_kernels is None
+        made = {k.name for x in program.kernels.values() for k in x.kernels}
+        names = [name for name in made if "full_backward" in name]
+        assert len(names) == count
+        for x, y in zip(got, exact, strict=True):
+            if y is not None:
+                assert float((x.double() - y).norm()) <= 1e-5 * float(y.norm()) + 1e-12
+    program.schedules.clear()
+    program.kernels.clear()
+
+
+def test_the_stages_of_a_forward_are_the_one_kernel():
+    layer = TTTLinear(32, num_heads=2, mini_batch_size=8)
+    x = torch.randn(1, 40, 32)
+    compiled = tttc.compile(layer, backend="triton", strict=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), layer(x), rtol=1e-4, atol=1e-4)
