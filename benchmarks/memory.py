@@ -3,7 +3,7 @@
     python benchmarks/memory.py benchmarks/results/OUT.json [--lengths 2048 4096 ...]
 
 One sequence, 32 heads of 64, bf16; gradients of all tokens, of the initial state and of the parameters. Beside
-OUT.json a plot is written where matplotlib is installed (the extra "plots"). The ratio is the peak over the
+OUT.json a plot is written where matplotlib is installed (the extra "plot"). The ratio is the peak over the
 bytes of q, k, v, the output and the gradients of these four.
 """
 

@@ -76,12 +76,15 @@ def live_cotangents(program: Program, leaves: Leaves, given: Iterable[int]) -> t
 
 def saved_leaves(program: Program, leaves: Leaves) -> list[int]:
     """The state leaves the backward must know: those it reads, and those needed to compute them again."""
-    part = "token" if program.sequential else "full"
-    used = {
-        role(n)[1] for n in derive(program, part, leaves).body.placeholders
-        if role(n)[0] in ("anchor", "carry") and n.users
-    }  # fmt: skip
-    return sorted(live_states(getattr(program, part), used, []))
+    key = ("saved", leaves)
+    if key not in program.gradients:  # asked for several times a call
+        part = "token" if program.sequential else "full"
+        used = {
+            role(n)[1] for n in derive(program, part, leaves).body.placeholders
+            if role(n)[0] in ("anchor", "carry") and n.users
+        }  # fmt: skip
+        program.gradients[key] = sorted(live_states(getattr(program, part), used, []))
+    return program.gradients[key]
 
 
 def save_interval(program: Program, leaves: Leaves, token_bytes: int, state_bytes: int) -> int:

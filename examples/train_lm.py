@@ -7,7 +7,7 @@
 
 The folder --out receives checkpoint.pt, log.json (settings, every loss, held-out perplexity by position) and
 plots. The same command run again goes on from the checkpoint: killed at any time, a run comes to the losses
-it would have had. Plots need matplotlib (the extra "plots").
+it would have had. Plots need matplotlib (the extra "plot").
 """
 
 from __future__ import annotations

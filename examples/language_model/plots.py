@@ -14,7 +14,7 @@ COLOURS = ("#1f4e9c", "#c2571a", "#3c7d3c", "#7a3b8f")
 
 
 def available() -> bool:
-    """Whether matplotlib is there (the extra "plots")."""
+    """Whether matplotlib is there (the extra "plot")."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
