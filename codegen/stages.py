@@ -32,9 +32,9 @@ from tttc.ir.cost import element_count
 from tttc.ir.spec import parse
 
 ITEM = 2  # bytes of a number that passes through memory
-FLOPS_PER_BYTE = 64  # of matrix products: what computing again is worth
-SHUFFLES_PER_BYTE = 2  # of sums within a tile, which make threads wait for each other
-ELEMENTS_PER_BYTE = 10  # of elementwise functions
+FLOPS_PER_BYTE = 32  # of matrix products: what computing again is worth
+SHUFFLES_PER_BYTE = 0.25  # of sums within a tile, which make threads wait for each other
+ELEMENTS_PER_BYTE = 2  # of elementwise functions
 
 
 @dataclass
