@@ -52,6 +52,7 @@ class Kernel:
     config: dict[str, Any] = field(default_factory=dict)
     resources: dict[str, Any] | None = None
     cost: Any = None
+    _function: Any = field(default=None, init=False, repr=False, compare=False)
 
     @property
     def path(self) -> Path:
@@ -78,4 +79,6 @@ class Kernel:
 
     def function(self) -> Any:
         """The ``triton.jit`` function."""
-        return getattr(self.module(), self.name)
+        if self._function is None:  # to find the module is to hash the source: not once a launch
+            self._function = getattr(self.module(), self.name)
+        return self._function
