@@ -8,6 +8,7 @@ laid out [B, T, H, d] as projections leave them; times are medians of repeated r
 
 from __future__ import annotations
 
+import copy
 import datetime
 import json
 import sys
@@ -37,6 +38,20 @@ def median(run, rep: int = 100) -> dict[str, float]:
     """Median, lower and upper quartile of a function's time, in microseconds."""
     low, mid, high = triton.testing.do_bench(run, warmup=20, rep=rep, quantiles=[0.25, 0.5, 0.75])
     return {"us": 1e3 * mid, "q25": 1e3 * low, "q75": 1e3 * high}
+
+
+def replayed(run) -> dict[str, float]:
+    """A function's time as a CUDA graph: what the GPU takes, without the Python that launches it."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return {f"graph_{k}": v for k, v in median(graph.replay, 60).items()}
 
 
 def relative(x: torch.Tensor, exact: torch.Tensor) -> float:
@@ -144,6 +159,7 @@ def peer_row(peer: Any, shape: str, batch: int, length: int) -> dict[str, Any]:
     row = {"case": f"fla {peer.__name__}", "shape": shape, **median(forward)}
     if peer.__name__ == "chunk_ttt_linear":
         row["training_us"] = median(train)["us"]
+        row |= replayed(train)
     return row
 
 
@@ -157,7 +173,8 @@ def peer_rows() -> list[dict[str, Any]]:
             row = peer_row(peer, shape, batch, length)
             rows.append(row)
             print(
-                f"  {row['case']} {shape}: {row['us']:.0f} us, training {row.get('training_us', 0):.0f}"
+                f"  {row['case']} {shape}: {row['us']:.0f} us, training {row.get('training_us', 0):.0f}, "
+                f"as a graph {row.get('graph_us', 0):.0f}"
             )
     return rows
 
@@ -198,34 +215,52 @@ def training_rows() -> list[dict[str, Any]]:
                 row["gradient_errors"] = [
                     relative(x, y) for x, y in zip(train(), exact, strict=True)
                 ]
-            row["training_us"] = median(train, 60)["us"]
+            timed = median(train, 60)
+            row |= {
+                "training_us": timed["us"],
+                "q25": timed["q25"],
+                "q75": timed["q75"],
+                **replayed(train),
+            }
+            row["backward_by_kernels"] = case.program().no_backward_kernels is None
             rows.append(row)
             print(
-                f"  training {name} {shape}: {row['training_us']:.0f} us {row.get('gradient_errors', '')}"
+                f"  training {name} {shape}: {row['training_us']:.0f} us, as a graph {row['graph_us']:.0f} "
+                f"{row.get('gradient_errors', '')}"
             )
     return rows
 
 
+def layer_gradients(layer: torch.nn.Module, x: torch.Tensor, backend: str, exact: bool) -> list:
+    """The output of a layer and the gradients of its input and parameters, in float64 or under autocast to bf16."""
+    made = copy.deepcopy(layer).double() if exact else copy.deepcopy(layer)
+    x = (x.double() if exact else x.clone()).requires_grad_()
+    compiled = tttc.compile(made, backend=backend, strict=True)
+    with torch.autocast("cuda", torch.bfloat16, enabled=not exact):
+        z = compiled(x)
+    z.backward(torch.cos(torch.arange(z.numel(), device=z.device)).reshape(z.shape).to(z.dtype))
+    return [z.detach(), x.grad, *(p.grad for p in made.parameters() if p.grad is not None)]
+
+
 def model_rows() -> list[dict[str, Any]]:
-    """Whole layers through ``tttc.compile`` on the GPU: fused regions and scans, in bf16, against float64."""
+    """Whole layers through ``tttc.compile`` on the GPU: output and every gradient under autocast to bf16, relative to
+    float64, by kernels and by torch operations."""
     rows = []
     for cls in (tttc.nn.TTTLinear, tttc.nn.TTTMLP):
         torch.manual_seed(0)
         layer = cls(512, 8, gate=True, share_qk=True).cuda()
-        x = torch.randn(2, 512, 512, device="cuda")
-        with torch.no_grad():
-            exact = cls(512, 8, gate=True, share_qk=True).cuda().double()
-            exact.load_state_dict(layer.state_dict())
-            want = tttc.compile(exact, backend="torch", strict=True)(x.double())
-            got = tttc.compile(layer.bfloat16(), strict=True)(x.bfloat16())
-            eager = tttc.compile(layer, backend="torch", strict=True)(x.bfloat16())
-        row = {
-            "case": f"layer {cls.__name__}",
-            "error": relative(got, want),
-            "torch_error": relative(eager, want),
-        }
+        x = torch.randn(2, 2048, 512, device="cuda")
+        exact = layer_gradients(layer, x, "torch", True)
+        names = ["output", "input", *(n for n, p in layer.named_parameters())]
+        row: dict[str, Any] = {"case": f"layer {cls.__name__}"}
+        for backend in ("triton", "torch"):
+            found = layer_gradients(layer, x, backend, False)
+            errors = [relative(a, b) for a, b in zip(found, exact, strict=True)]
+            row[backend] = dict(zip(names, errors, strict=True))
+        ratios = {n: row["triton"][n] / max(row["torch"][n], 1e-9) for n in names}
+        row["worst"] = max(ratios.items(), key=lambda r: r[1])
         rows.append(row)
-        print(" ", row)
+        print(" ", row["case"], "worst ratio", row["worst"], row)
     return rows
 
 

@@ -44,7 +44,8 @@ class Kernel:
     """One emitted kernel: what ``tttc.explain(...).kernels`` lists.
 
     ``name`` is the function's name in ``source``; ``config`` holds launch options and constant
-    arguments; ``resources`` and ``cost`` are filled in where they are known.
+    arguments; ``resources`` and ``cost`` are filled in where they are known. ``compiled`` is what launches found for
+    arguments laid out in one way.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Kernel:
     config: dict[str, Any] = field(default_factory=dict)
     resources: dict[str, Any] | None = None
     cost: Any = None
+    compiled: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
     _function: Any = field(default=None, init=False, repr=False, compare=False)
 
     @property

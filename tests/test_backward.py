@@ -87,9 +87,9 @@ def flat(step, init, tokens, shared, continued=False, seed=1):
 
 
 def gradients(operator, groups, *rest, cotangents=None):
-    """The results of an operator and the gradients of all its arguments."""
+    """The results of an operator that can be differentiated, and the gradients of all its arguments."""
     leaves = [[x.detach().clone().requires_grad_() for x in g] for g in groups]
-    out = operator(*leaves, *rest)
+    out = [x for x in operator(*leaves, *rest) if x.requires_grad]
     if cotangents is None:
         generator = torch.Generator().manual_seed(2)
         cotangents = [torch.randn(x.shape, generator=generator, dtype=F64).to(x.dtype) for x in out]

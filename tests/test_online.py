@@ -211,9 +211,9 @@ def program_of(step, shapes, b=1, verify=True):
 
 
 def with_gradients(operator, groups, *rest, cotangents=None):
-    """Results, and gradients of all arguments."""
+    """Results that can be differentiated, and gradients of all arguments."""
     leaves = [[x.detach().clone().requires_grad_() for x in g] for g in groups]
-    out = operator(*leaves, *rest)
+    out = [x for x in operator(*leaves, *rest) if x.requires_grad]
     if cotangents is None:
         generator = torch.Generator().manual_seed(3)
         cotangents = [torch.randn(x.shape, generator=generator, dtype=F64).to(x.dtype) for x in out]

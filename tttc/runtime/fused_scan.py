@@ -75,7 +75,6 @@ def _by_kernels(
     return [*(x for group in out for x in group), *saved]
 
 
-@torch.library.custom_op("tttc::fused_scan", mutates_args=())
 def fused_scan(
     anchor: list[Tensor],
     carry: list[Tensor],
@@ -217,7 +216,6 @@ def _unaliased(results: list[Tensor], arguments: list[Tensor]) -> list[Tensor]:
     return out
 
 
-@fused_scan.register_fake
 def _fused_scan_fake(
     anchor, carry, tokens, shared, key, mini_batch_size, place, backend, states, interval, layer=""
 ):
@@ -229,3 +227,13 @@ def _fused_scan_fake(
     program = build_program(interned(key), mini_batch_size)
     saved = _empty_saved(program, anchor, tokens, shared, place, interval, info, backend)
     return [*kept, *outputs, *saved]
+
+
+# Defined by hand, as its autograd is (fused_scan_backward.py): a call has to cost less than the kernels it launches.
+LIBRARY = torch.library.Library("tttc", "FRAGMENT")
+LIBRARY.define(
+    f"fused_scan{torch.library.infer_schema(fused_scan, mutates_args=())}",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+LIBRARY.impl("fused_scan", torch._disable_dynamo(fused_scan), "CompositeExplicitAutograd")
+torch.library.register_fake("tttc::fused_scan", _fused_scan_fake, lib=LIBRARY)

@@ -8,7 +8,7 @@ from tttc._scan_op import interned, scan_info
 from tttc.codegen.torch_scan_backward import run_backward, saved_leaves
 from tttc.ir.errors import KernelTooLarge, NotLowerable
 from tttc.pipeline import build_program
-from tttc.runtime.fused_scan import floating_leaves, fused_scan, runs_by_kernels
+from tttc.runtime.fused_scan import LIBRARY, floating_leaves, runs_by_kernels
 from tttc.runtime.ranges import scan_range
 from tttc.runtime.triton_scan_backward import backward_kernels, run_backward_kernels
 
@@ -155,35 +155,60 @@ def _fake(grads, anchor, carry, tokens, shared, saved, wanted, *rest):
     return _empty_cotangents(anchor, carry, tokens, shared, wanted)
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    anchor, carry, tokens, shared, key, *rest = inputs
-    states = rest[3]
-    ctx.counts = (len(anchor), len(carry), len(tokens), len(shared))
-    ctx.rest = (key, *rest)
-    results = len(interned(key).outputs) + (2 * len(anchor) if states else 0)
-    ctx.results = results
-    ctx.save_for_backward(*anchor, *carry, *tokens, *shared, *output[results:])
+class _FusedScan(torch.autograd.Function):
+    """Autograd of ``tttc::fused_scan`` on flat arguments.
+
+    PyTorch's own wrapper for operators on lists takes longer than short scans do, and fills cotangents with zeros for
+    the states that the forward saves.
+    """
+
+    @staticmethod
+    def forward(ctx, keyset, counts, rest, *flat):
+        arguments = iter(flat)
+        groups = [[next(arguments) for _ in range(n)] for n in counts]
+        output = _below(keyset, *groups, *rest)
+        results = len(interned(rest[0]).outputs) + (2 * counts[0] if rest[4] else 0)
+        ctx.counts, ctx.rest, ctx.results = counts, rest, results
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(
+            *output[results:], *(x for x in output[:results] if not x.is_floating_point())
+        )
+        ctx.save_for_backward(*flat, *output[results:])
+        return tuple(output)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        arguments = iter(ctx.saved_tensors)
+        groups = [[next(arguments) for _ in range(n)] for n in ctx.counts]
+        flat = [x for group in groups for x in group]
+        wanted = [
+            needs and x.is_floating_point()
+            for x, needs in zip(flat, ctx.needs_input_grad[3:], strict=True)
+        ]
+        made = torch.ops.tttc.fused_scan_backward(
+            list(grads[: ctx.results]), *groups, list(arguments), wanted, *ctx.rest
+        )
+        remaining = iter(made)
+        return (None, None, None, *(next(remaining) if w else None for w in wanted))
 
 
-def _backward(ctx, grads):
-    arguments = iter(ctx.saved_tensors)
-    groups = [[next(arguments) for _ in range(n)] for n in ctx.counts]
-    wanted = [
-        needs and x.is_floating_point()
-        for group, flags in zip(groups, ctx.needs_input_grad, strict=False)
-        for x, needs in zip(group, flags, strict=True)
-    ]
-    made = torch.ops.tttc.fused_scan_backward(
-        list(grads)[: ctx.results], *groups, list(arguments), wanted, *ctx.rest
-    )
-    remaining, flags = iter(made), iter(wanted)
-    back = [[next(remaining) if next(flags) else None for _ in group] for group in groups]
-    # The dispatcher leaves a last argument out where it has its default, and wants no gradient of it then.
-    given = ctx.rest if ctx.rest[-1] else ctx.rest[:-1]
-    return (*back, *(None for _ in given))
+def _below(keyset, *arguments):
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.tttc.fused_scan.default.redispatch(
+            keyset & torch._C._after_autograd_keyset, *arguments
+        )
 
 
-fused_scan.register_autograd(_backward, setup_context=_setup_context)
+def _autograd(keyset, *arguments):
+    groups, rest = arguments[:4], arguments[4:]
+    flat = [x for group in groups for x in group]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in flat):
+        counts = tuple(len(group) for group in groups)
+        return list(_FusedScan.apply(keyset, counts, rest, *flat))
+    return _below(keyset, *arguments)
+
+
+LIBRARY.impl("fused_scan", _autograd, "Autograd", with_keyset=True)
 
 
 def _setup_second_order(ctx, inputs, output) -> None:

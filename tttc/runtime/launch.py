@@ -90,29 +90,57 @@ def dot_dtype(dtype: torch.dtype) -> Any:
     return {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}.get(dtype, tl.float32)
 
 
-_launched: set[tuple[int, torch.dtype]] = set()
+MOST_KNOWN = 512  # layouts of a kernel's arguments that are remembered
 
 
 def launch(call: Launch) -> None:
     """Run a kernel.
 
+    Triton works out for every argument what it may compile in (a stride of 1, an address that is a multiple of 16).
+    That takes longer than many a kernel runs: what it found for arguments laid out the same way is kept.
+
     Raises:
         KernelTooLarge: where it takes more than the device has.
     """
-    from triton.runtime.errors import OutOfResources
-
+    kernel = call.kernel
+    device = next(iter(call.tensors.values())).get_device()
+    if device >= 0 and device != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            launch(call)
+        return
     arguments: list[Any] = []
-    for name, rank in call.kernel.config["arguments"]:
+    layout: list[Any] = [device, call.dtype, call.length, call.heads, call.place, precision()]
+    for name, rank in kernel.config["arguments"]:
         x = call.tensors[name]
         if rank and x.ndim != rank:
             raise ValueError(f"{name}: expected {rank} axes, got shape {tuple(x.shape)}")
-        arguments += [x, *x.stride()[:rank]]
+        strides = x.stride()[:rank]
+        arguments.append(x)
+        arguments += strides
+        layout += (x.dtype, x.data_ptr() % 16, strides)
     arguments += call.sizes.values()
+    known = tuple(layout)
+    compiled = kernel.compiled.get(known)
+    if compiled is not None:
+        found, constants = compiled
+        found[(*call.grid, 1, 1)[:3]](*arguments, *constants)
+        return
+    _first_launch(call, arguments, known)
+
+
+def _first_launch(call: Launch, arguments: list[Any], known: tuple[Any, ...]) -> None:
+    from triton.runtime.errors import OutOfResources
+
+    kernel = call.kernel
     fast = next(iter(call.tensors.values())).is_cuda and torch.version.hip is None
-    first = (id(call.kernel), call.dtype) not in _launched  # kernels live as long as their program
-    _launched.add((id(call.kernel), call.dtype))
+    constants = call.constants(fast)
+    first = not kernel.compiled
     try:
-        with phase("kernels", f"{call.kernel.name}: first launch") if first else nullcontext():
-            call.kernel.function()[call.grid](*arguments, **call.constants(fast), **call.options)
+        with phase("kernels", f"{kernel.name}: first launch") if first else nullcontext():
+            found = kernel.function()[call.grid](*arguments, **constants, **call.options)
     except OutOfResources as error:
-        raise KernelTooLarge(f"{call.kernel.name}: {error}") from error
+        raise KernelTooLarge(f"{kernel.name}: {error}") from error
+    if len(kernel.compiled) >= MOST_KNOWN:
+        kernel.compiled.clear()
+    if found is not None:  # the interpreter compiles nothing
+        kernel.compiled[known] = found, tuple(constants.values())

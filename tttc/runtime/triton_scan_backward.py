@@ -113,8 +113,11 @@ def run_backward_kernels(
             x = tokens[0].new_zeros((batch, heads, length, *shape))
         rows[f"goutput_{i}"] = squeeze_features(x, 3)
 
+    zero = now_carry[0].new_zeros(())
+
     def cotangent(x: Tensor | None, like: Tensor) -> Tensor:
-        return torch.zeros_like(like) if x is None else x.reshape(like.shape).to(like.dtype)
+        """Where there is none, a single zero with strides of 0: kernels only read it."""
+        return zero.expand(like.shape) if x is None else x.reshape(like.shape).to(like.dtype)
 
     on_anchor = [
         None if x is None else cotangent(x, y) for x, y in zip(given[0], now_anchor, strict=True)
