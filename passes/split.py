@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx
 
@@ -33,6 +34,7 @@ class Part:
     gm: fx.GraphModule
     inputs: list[str]
     results: list[str]
+    run: Any = None  # the graph as a backend bound it
 
 
 @dataclass
