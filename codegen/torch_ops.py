@@ -67,6 +67,8 @@ class Direct:
 
     run: Callable[..., Any]
     numbers: list[float]
+    spaces: list[Dims]  # of full size, with these axes: more arguments, memory that it writes to
+    owned: dict[str, Dims]  # the axes of results of full size, by name
     made: dict[Any, Callable[..., Any]] = field(default_factory=dict)
 
     def at(self, like: Tensor) -> Callable[..., Any]:
@@ -98,6 +100,20 @@ def _added(x: Tensor, a: Tensor, b: Tensor, sign: int, out: Tensor | None = None
     return flat.view(x.shape)
 
 
+def _product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """``a @ b``, into ``out`` without a copy."""
+    lead = a.shape[:-2]
+    if out is None or not lead or b.shape[:-2] != lead:
+        return torch.matmul(a, b, out=out)
+    shape = (-1, *out.shape[-2:])
+    torch.bmm(a.flatten(0, -3), b.flatten(0, -3), out=out.view(shape))
+    return out
+
+
+_FRESH = {*_ELEMENTWISE, _product}  # what writes its result to memory of its own, or to ``out``
+_READERS = {*_FRESH, torch.sum, _added}  # what returns no view of its operands
+
+
 def _is_number(x: Any) -> bool:
     return isinstance(x, (int, float)) and not isinstance(x, bool)
 
@@ -124,10 +140,13 @@ class _Binder:
         for node in self.nodes:
             if node.target is not ops.rename and node not in self.inside:
                 made = self.bind(node)
+                made.meta["dims"] = dims_of(node)
                 made.meta["owned"] = node.name in known.owned
                 self.env[node] = made
         self.graph.output(tuple(self.env[x] for x in self.results))
         self.reuse()
+        self.spaces: list[Dims] = []
+        self.place()
 
     # -- reading the graph of the IR
 
@@ -271,7 +290,7 @@ class _Binder:
         x, left, rows, y, right, columns = plan
         a, b = self.view(x, left, rows), self.view(y, right, columns)
         if len(result) == 2:
-            return self.graph.call_function(torch.matmul, (a, b), out)
+            return self.graph.call_function(_product, (a, b), out)
         one_row, one_column = len(rows) == 1, len(columns) == 1
         a = self.graph.call_function(torch.unsqueeze, (a, -2)) if one_row else a
         b = self.graph.call_function(torch.unsqueeze, (b, -1)) if one_column else b
@@ -305,16 +324,14 @@ class _Binder:
     def reuse(self) -> None:
         """Elementwise operations write over an operand that nobody reads again: memory just read is fast."""
         place = {node: i for i, node in enumerate(self.graph.nodes)}
-        fresh = {*_ELEMENTWISE, torch.matmul}
-        readers = {*fresh, torch.sum, _added}
 
         def free(x: Any, at: fx.Node) -> bool:
             return (
                 isinstance(x, fx.Node)
-                and x.target in fresh
+                and x.target in _FRESH
                 and x.meta.get("owned", False)
                 and max(x.users, key=lambda u: place[u]) is at
-                and all(u.target in readers for u in x.users)  # no result, and nothing holds a view of it
+                and all(u.target in _READERS for u in x.users)  # no result, and nothing holds a view of it
             )
 
         for node in self.graph.nodes:
@@ -322,6 +339,42 @@ class _Binder:
                 over = next((x for x in node.args if free(x, node)), None)
                 if over is not None:
                     node.kwargs = {**node.kwargs, "out": over}
+
+    def place(self) -> None:
+        """Other results get a place in memory that is given, one after another the same place."""
+        nodes = list(self.graph.nodes)
+        held: dict[fx.Node, set[fx.Node]] = {}  # whose memory a node may be a view of
+        last: dict[fx.Node, int] = {}
+        for i, node in enumerate(nodes):
+            views = set().union(*(held[x] for x in node.all_input_nodes))
+            for x in views:
+                last[x] = i if node.op != "output" else len(nodes)
+            if node.target in _FRESH and "out" in node.kwargs:
+                held[node] = held[node.kwargs["out"]]
+            elif node.target in _FRESH and node.meta.get("owned"):
+                held[node] = {node}
+                last[node] = i
+            else:
+                held[node] = set() if node.target in _READERS else views
+        begin = next((n for n in nodes if n.op != "placeholder"), None)
+        free: list[fx.Node] = []
+        taken: list[tuple[fx.Node, fx.Node]] = []
+        dims: dict[fx.Node, Dims] = {}
+        for i, node in enumerate(nodes):
+            free += [space for x, space in taken if last[x] < i]
+            taken = [(x, space) for x, space in taken if last[x] >= i]
+            if node not in held or held[node] != {node}:
+                continue
+            space = next((x for x in free if dims[x] == dims_of(node)), None)
+            if space is None:
+                with self.graph.inserting_before(begin):
+                    space = self.graph.placeholder(f"space_{len(dims)}", default_value=None)
+                dims[space] = dims_of(node)
+            else:
+                free.remove(space)
+            taken.append((node, space))
+            node.kwargs = {**node.kwargs, "out": space}
+        self.spaces = list(dims.values())
 
 
 def direct(gm: fx.GraphModule, known: Facts, into: bool = False) -> Direct:
@@ -332,4 +385,6 @@ def direct(gm: fx.GraphModule, known: Facts, into: bool = False) -> Direct:
     """
     binder = _Binder(gm, known, into)
     made = fx.GraphModule(gm, binder.graph)
-    return Direct(made.forward, list(binder.numbers))
+    results = [x for x in gm.graph.output_node().args[0] if x.name in known.owned]  # type: ignore[union-attr]
+    owned = {x.name: dims_of(x) for x in results}
+    return Direct(made.forward, list(binder.numbers), binder.spaces, owned)

@@ -11,7 +11,7 @@ from tttc.codegen.torch_ops import direct, facts
 from tttc.passes.prune_state import live_states
 from tttc.passes.split import Part, Split, split
 
-from tttc.ir.body import Body, role
+from tttc.ir.body import Body, is_token, role
 from tttc.ir.program import Program
 
 Tensor = torch.Tensor
@@ -70,15 +70,14 @@ def _split(program: Program, states: bool, others: set[str]) -> Split:
 
 
 class _Stack:
-    """One result of every mini-batch of a group in one tensor, with room before the first for what came before.
+    """One result of every mini-batch of a group in one tensor, with room before the first for what came before."""
 
-    Kept from group to group: memory that was written once already is much faster to write.
-    """
-
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, values: Tensor | None) -> None:
         self.count = count
-        self.values = torch.empty(0)  # its shape is known with the first result
+        self.values = torch.empty(0)
         self.places: Sequence[Tensor | None] = [None] * (count + 1)  # of mini-batch n at n + 1
+        if values is not None:  # else its shape is known with the first result
+            self.values, self.places = values, values.unbind(0)
 
     def put(self, n: int, x: Tensor) -> Tensor:
         """Keep the result of mini-batch n, unless it was written into its place; where it is kept."""
@@ -93,27 +92,65 @@ class _Stack:
         return place
 
 
+class _Workspace:
+    """What the groups of a call write to, kept from group to group: memory written once is much faster to write.
+
+    It is one piece: allocators keep a piece of this size for the next call, where they return many small ones.
+    """
+
+    def __init__(self, program: Program, parts: Split, count: int, like: Tensor) -> None:
+        assert program.full is not None
+        lead, step = like.shape[:2], parts.recurrence
+        sizes = program.full.sizes
+
+        def shape(lead: tuple[int, ...], dims: Sequence[str]) -> tuple[int, ...]:
+            return (*lead, *(program.unit if is_token(d) else sizes[d] for d in dims))
+
+        shapes: dict[Any, tuple[int, ...]] = {}
+        for part in (parts.before, step, parts.outputs):
+            first = lead if part is step else (count, *lead)
+            shapes |= {(id(part), k): shape(first, dims) for k, dims in enumerate(part.run.spaces)}
+        read = {*parts.outputs.inputs, *parts.states.values()}
+        self.kept = {i: name for i, name in enumerate(step.results) if name in read}
+        for i, name in self.kept.items():
+            if name in step.run.owned:
+                shapes["stack", i] = shape((count + 1, *lead), step.run.owned[name])
+        starts = [0]
+        for x in shapes.values():
+            starts.append(starts[-1] + -(-math.prod(x) // 64) * 64)
+        memory = like.new_empty(starts[-1])
+        self.made = {
+            key: memory[start : start + math.prod(x)].view(x)
+            for (key, x), start in zip(shapes.items(), starts, strict=False)
+        }
+        self.stacks = {i: _Stack(count, self.made.get(("stack", i))) for i in self.kept}
+
+    def spaces(self, part: Part, count: int | None = None) -> list[Tensor]:
+        """The memory that a part writes to, of ``count`` mini-batches."""
+        found = [self.made[id(part), k] for k in range(len(part.run.spaces))]
+        return found if count is None else [x[:count] for x in found]
+
+
 def _run_group(
     parts: Split,
     anchor: Sequence[Tensor],
     tokens: Sequence[Tensor],
     shared: Sequence[Tensor],
     constants: Sequence[Tensor],
-    stacks: dict[int, _Stack],
+    space: _Workspace,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Mini-batches that start at their anchors: the state one after another, the rest all together.
 
     ``tokens``: leaves ``[N, B, H, b, ...]``, so that each mini-batch lies together and parameters ``[H, ...]`` meet
-    them as they are; returns new states and outputs ``[N, B, H, b, ...]``. ``stacks`` is kept from group to group,
-    and new states lie in it.
+    them as they are; returns new states and outputs ``[N, B, H, b, ...]``, which lie in ``space``.
     """
     like = anchor[0]
     once = {f"shared_{i}": x for i, x in enumerate(shared)}
     once |= {f"constant_{i}": x for i, x in enumerate(constants)}
     once |= run_part(parts.invariant, once, like)
     many = once | {f"token_{i}": x.contiguous() for i, x in enumerate(tokens)}
-    many |= run_part(parts.before, many, like)
     step, count = parts.recurrence, tokens[0].shape[0]
+    many |= run_part(parts.before, many, like, space.spaces(parts.before, count))
     run, length = step.run.at(like), len(step.results)
     index = {f"anchor_{i}": i for i in range(len(anchor))}
     given: list[Any] = [
@@ -124,11 +161,7 @@ def _run_group(
         i: step.results.index(name) for i, name in parts.states.items() if name in step.results
     }
     wanted = set(parts.outputs.inputs)
-    left = {
-        i: stacks.setdefault(i, _Stack(count))
-        for i, name in enumerate(step.results)
-        if name in wanted or i in places.values()
-    }
+    left, own = space.stacks, space.spaces(step)
     states = list(anchor)
     for i, place in places.items():
         states[i] = left[place].put(-1, anchor[i])
@@ -138,7 +171,7 @@ def _run_group(
             for x in given
         ]
         into = [left[i].places[n + 1] if i in left else None for i in range(length)]
-        results = run(*arguments, *into)
+        results = run(*arguments, *into, *own)
         kept = {i: stack.put(n, results[i]) for i, stack in left.items()}
         for i, place in places.items():
             states[i] = kept[place]
@@ -150,13 +183,15 @@ def _run_group(
         for i, x in left.items()
         if step.results[i] in wanted
     }
-    made = run_part(parts.outputs, many, like)
+    made = run_part(parts.outputs, many, like, space.spaces(parts.outputs, count))
     return states, [made[name] for name in parts.emitted]
 
 
-def run_part(part: Part, values: dict[str, Tensor], like: Tensor) -> dict[str, Tensor]:
+def run_part(
+    part: Part, values: dict[str, Tensor], like: Tensor, spaces: Sequence[Tensor] = ()
+) -> dict[str, Tensor]:
     """The values a part leaves, by name, computed in the dtype of ``like``."""
-    results = part.run.at(like)(*(values[x] for x in part.inputs))
+    results = part.run.at(like)(*(values[x] for x in part.inputs), *spaces)
     return dict(zip(part.results, results, strict=True))
 
 
@@ -202,7 +237,7 @@ def run_program(
     b, length = program.unit, tokens[0].shape[2]
     lead = tokens[0].shape[:2]
     others = of_other_dtype(tokens, shared)
-    stacks: dict[int, _Stack] = {}
+    space: _Workspace | None = None
 
     def emit(made: Sequence[Tensor], start: int, units: tuple[int, ...]) -> None:
         """Write output leaves ``[B, H, *units, ...]`` from token ``start``."""
@@ -221,7 +256,7 @@ def run_program(
         if place == 0:
             anchor = carry
             if saved is not None and mini_batches % interval == 0:
-                saved.append([x.clone() for x in carry] if stacks else list(carry))
+                saved.append([x.clone() for x in carry] if space else list(carry))
             mini_batches += 1
         whole = (length - start) // b
         if program.sequential:
@@ -238,7 +273,8 @@ def run_program(
                 for x in tokens
             ]
             parts = _split(program, states, others)
-            carry, made = _run_group(parts, anchor, now, shared, constants, stacks)
+            space = space or _Workspace(program, parts, group, anchor[0])
+            carry, made = _run_group(parts, anchor, now, shared, constants, space)
             emit([x.movedim(0, 2) for x in made], start, (group, b))
             start += count
             continue
@@ -259,7 +295,7 @@ def run_program(
     def final(x: Tensor, shape: torch.Size) -> Tensor:
         """A state as it is handed on, which must not keep all those of a group alive."""
         x = x.expand(*lead, *x.shape[2:]).reshape(shape)
-        return x.clone() if states and stacks else x
+        return x.clone() if states and space else x
 
     new_anchor = [final(x, s) for x, s in zip(anchor, state_shapes, strict=True)]
     if place == 0:
