@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from tttc.codegen.torch_memory import place, write_over
 
 from tttc.ir import ops
 from tttc.ir.body import Body, operands_of, role
@@ -49,7 +50,9 @@ def facts(body: Body, other_dtype: Iterable[str] = ()) -> Facts:
         elif node.op == "call_function":
             function = node.args[0] if node.target is ops.elementwise else None
             read = inputs[1:] if function == "where" else inputs
-            known = function not in {*_TRUTH, "float"} and all(x.name in found.computed for x in read)
+            known = function not in {*_TRUTH, "float"} and all(
+                x.name in found.computed for x in read
+            )
             varies = any(x.meta.get("varies") for x in inputs)
         else:
             continue
@@ -118,11 +121,15 @@ def _is_number(x: Any) -> bool:
     return isinstance(x, (int, float)) and not isinstance(x, bool)
 
 
+def _results(gm: fx.GraphModule) -> list[fx.Node]:
+    return list(gm.graph.output_node().args[0])  # type: ignore[arg-type]
+
+
 class _Binder:
     def __init__(self, gm: fx.GraphModule, known: Facts, into: bool) -> None:
         self.known = known
         self.nodes = [n for n in gm.graph.nodes if n.op == "call_function"]
-        self.results = [self.named(x) for x in gm.graph.output_node().args[0]]  # type: ignore[union-attr]
+        self.results = [self.named(x) for x in _results(gm)]
         self.graph = fx.Graph()
         self.env: dict[fx.Node, fx.Node] = {}
         self.views: dict[Any, fx.Node] = {}
@@ -144,9 +151,8 @@ class _Binder:
                 made.meta["owned"] = node.name in known.owned
                 self.env[node] = made
         self.graph.output(tuple(self.env[x] for x in self.results))
-        self.reuse()
-        self.spaces: list[Dims] = []
-        self.place()
+        write_over(self.graph, _ELEMENTWISE, _FRESH, _READERS)
+        self.spaces = place(self.graph, _FRESH, _READERS)
 
     # -- reading the graph of the IR
 
@@ -179,11 +185,20 @@ class _Binder:
 
     def matrices(self, node: Any) -> tuple[Any, ...] | None:
         """A contraction as a product of matrices: left and right, their names in order, those of the result."""
-        if not isinstance(node, fx.Node) or node.target is not ops.contraction or len(node.args) != 3:
+        if (
+            not isinstance(node, fx.Node)
+            or node.target is not ops.contraction
+            or len(node.args) != 3
+        ):
             return None
         (x, left), (y, right) = self.operands(node)
         result, summed = dims_of(node), parse(str(node.args[0])).summed
-        if len(summed) != 1 or summed[0] not in left or summed[0] not in right or set(left) & set(right) != {*summed}:
+        if (
+            len(summed) != 1
+            or summed[0] not in left
+            or summed[0] not in right
+            or set(left) & set(right) != {*summed}
+        ):
             return None
         if len(left) > 2 or len(right) > 2:
             return None
@@ -297,14 +312,18 @@ class _Binder:
         new = self.graph.call_function(torch.matmul, (a, b))
         if one_column:
             new = self.graph.call_function(torch.squeeze, (new, -1))
-        return self.graph.call_function(torch.squeeze, (new, -1 if one_column else -2)) if one_row else new
+        return (
+            self.graph.call_function(torch.squeeze, (new, -1 if one_column else -2))
+            if one_row
+            else new
+        )
 
     def sum(self, node: fx.Node, product: fx.Node, out: dict[str, Any]) -> fx.Node:
         """A sum with the product inside it."""
         result = dims_of(node)
         operands = self.operands(node)
-        place = next(i for i in (1, 0) if operands[i][0] is product)
-        other, other_dims = operands[1 - place]
+        at = next(i for i in (1, 0) if operands[i][0] is product)
+        other, other_dims = operands[1 - at]
         sign = 1 if node.args[0] == "add" else -1
         x = self.view(other, other_dims, result)
         factors = self.factors(product)
@@ -313,68 +332,14 @@ class _Binder:
             # The sum may name its axes otherwise than the product does.
             new = (x, self.view(a, left, rows), self.view(b, right, columns), sign)
             return self.graph.call_function(_added, new, out)
-        names = dict(zip(dims_of(product), operands[place][1], strict=True))
+        names = dict(zip(dims_of(product), operands[at][1], strict=True))
         (a, left), (b, right) = factors
         new = tuple(
-            self.view(y, tuple(names[d] for d in dims), result) for y, dims in ((a, left), (b, right))
+            self.view(y, tuple(names[d] for d in dims), result)
+            for y, dims in ((a, left), (b, right))
         )
         keywords = {**out, "value": sign} if sign < 0 else out
         return self.graph.call_function(torch.addcmul, (x, *new), keywords)
-
-    def reuse(self) -> None:
-        """Elementwise operations write over an operand that nobody reads again: memory just read is fast."""
-        place = {node: i for i, node in enumerate(self.graph.nodes)}
-
-        def free(x: Any, at: fx.Node) -> bool:
-            return (
-                isinstance(x, fx.Node)
-                and x.target in _FRESH
-                and x.meta.get("owned", False)
-                and max(x.users, key=lambda u: place[u]) is at
-                and all(u.target in _READERS for u in x.users)  # no result, and nothing holds a view of it
-            )
-
-        for node in self.graph.nodes:
-            if node.target in _ELEMENTWISE and "out" not in node.kwargs and node.meta.get("owned"):
-                over = next((x for x in node.args if free(x, node)), None)
-                if over is not None:
-                    node.kwargs = {**node.kwargs, "out": over}
-
-    def place(self) -> None:
-        """Other results get a place in memory that is given, one after another the same place."""
-        nodes = list(self.graph.nodes)
-        held: dict[fx.Node, set[fx.Node]] = {}  # whose memory a node may be a view of
-        last: dict[fx.Node, int] = {}
-        for i, node in enumerate(nodes):
-            views = set().union(*(held[x] for x in node.all_input_nodes))
-            for x in views:
-                last[x] = i if node.op != "output" else len(nodes)
-            if node.target in _FRESH and "out" in node.kwargs:
-                held[node] = held[node.kwargs["out"]]
-            elif node.target in _FRESH and node.meta.get("owned"):
-                held[node] = {node}
-                last[node] = i
-            else:
-                held[node] = set() if node.target in _READERS else views
-        begin = next((n for n in nodes if n.op != "placeholder"), None)
-        free: list[fx.Node] = []
-        taken: list[tuple[fx.Node, fx.Node]] = []
-        dims: dict[fx.Node, Dims] = {}
-        for i, node in enumerate(nodes):
-            free += [space for x, space in taken if last[x] < i]
-            taken = [(x, space) for x, space in taken if last[x] >= i]
-            if node not in held or held[node] != {node}:
-                continue
-            space = next((x for x in free if dims[x] == dims_of(node)), None)
-            if space is None:
-                with self.graph.inserting_before(begin):
-                    space = self.graph.placeholder(f"space_{len(dims)}", default_value=None)
-                dims[space] = dims_of(node)
-            else:
-                free.remove(space)
-            taken.append((node, space))
-            node.kwargs = {**node.kwargs, "out": space}
-        self.spaces = list(dims.values())
 
 
 def direct(gm: fx.GraphModule, known: Facts, into: bool = False) -> Direct:
@@ -385,6 +350,5 @@ def direct(gm: fx.GraphModule, known: Facts, into: bool = False) -> Direct:
     """
     binder = _Binder(gm, known, into)
     made = fx.GraphModule(gm, binder.graph)
-    results = [x for x in gm.graph.output_node().args[0] if x.name in known.owned]  # type: ignore[union-attr]
-    owned = {x.name: dims_of(x) for x in results}
+    owned = {x.name: dims_of(x) for x in _results(gm) if x.name in known.owned}
     return Direct(made.forward, list(binder.numbers), binder.spaces, owned)
