@@ -24,7 +24,7 @@ from typing import Any
 from torch import fx
 
 from tttc.ir.body import Body, role
-from tttc.ir.build import ancestors
+from tttc.ir.build import ancestors, dims_of
 
 
 @dataclass
@@ -58,10 +58,12 @@ def _part(body: Body, members: set[fx.Node], results: list[fx.Node]) -> Part:
         for x in node.all_input_nodes:
             if x not in members and x not in mapping:
                 mapping[x] = graph.placeholder(x.name)
+                mapping[x].meta["dims"] = dims_of(x)
                 inputs.append(x.name)
     for x in results:
         if x not in members and x not in mapping:
             mapping[x] = graph.placeholder(x.name)
+            mapping[x].meta["dims"] = dims_of(x)
             inputs.append(x.name)
     for node in nodes:
         mapping[node] = graph.node_copy(node, lambda x: mapping[x])
