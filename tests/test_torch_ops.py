@@ -22,7 +22,12 @@ def hands_out_states(anchor, carry, token, shared):
     """Outputs that are the states themselves, and the same value twice."""
     x, step = token
     weights = carry["W"] - 0.3 * shared * torch.outer(torch.tanh(anchor["W"] @ x), x)
-    return {"W": weights, "rest": carry["rest"]}, (anchor["W"], weights @ x, carry["rest"], x + step)
+    return {"W": weights, "rest": carry["rest"]}, (
+        anchor["W"],
+        weights @ x,
+        carry["rest"],
+        x + step,
+    )
 
 
 def reads_again(anchor, carry, token, shared):
