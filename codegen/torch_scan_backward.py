@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tttc.codegen.torch_ops import direct
-from tttc.codegen.torch_scan import squeeze_features
+from tttc.codegen.torch_ops import Facts, direct, facts
+from tttc.codegen.torch_scan import of_other_dtype, run_part, squeeze_features
 from tttc.passes.backward import Backward, backward
 from tttc.passes.prune_state import live_states
 from tttc.passes.simplify import simplify
@@ -108,27 +108,30 @@ def saved_bytes(program: Program, leaves: Leaves, state_bytes: int) -> int:
     )
 
 
-def _bound(parts: Split) -> Split:
+def _bound(parts: Split, known: Facts) -> Split:
     for part in (parts.invariant, parts.before, parts.recurrence, parts.outputs):
-        part.gm = direct(part.gm)
+        part.run = direct(part.gm, known)
     return parts
 
 
-def _forward_parts(program: Program, live: list[int]) -> Split:
+def _forward_parts(program: Program, live: list[int], others: set[str]) -> Split:
     key = ("recompute", tuple(live))
     if key not in program.gradients:
         body = program.token if program.sequential else program.full
         assert body is not None
-        program.gradients[key] = _bound(split(body, live))
+        program.gradients[key] = _bound(split(body, live), facts(body, others))
     return program.gradients[key]
 
 
-def _backward_parts(program: Program, part: str, leaves: Leaves, live: tuple[int, ...]) -> Split:
+def _backward_parts(
+    program: Program, part: str, leaves: Leaves, live: tuple[int, ...], others: set[str]
+) -> Split:
     key = ("parts", part, leaves, live)
     if key not in program.gradients:
         body = derive(program, part, leaves, live).body
         known = ("token", "goutput", "anchor", "carry")
-        program.gradients[key] = _bound(split(body, range(body.states), ("gstate",), known))
+        parts = split(body, range(body.states), ("gstate",), known)
+        program.gradients[key] = _bound(parts, facts(body, others))
     return program.gradients[key]
 
 
@@ -144,6 +147,8 @@ class _Call:
     live: list[int]  # the state leaves to compute again
     given: tuple[int, ...]  # the states that have cotangents
     once: Values  # shared leaves [H, ...] and constants [1, ...]
+    others: set[str]  # arguments of another dtype than the one computed in
+    like: Tensor  # one of that
 
 
 @dataclass
@@ -161,15 +166,11 @@ class _Units:
         return found | {name: torch.stack([x[name] for x in self.states], 2) for name in names}
 
 
-def _run(part: Part, values: Values) -> Values:
-    return dict(zip(part.results, part.gm(*(values[x] for x in part.inputs)), strict=True))
-
-
-def _prepare(parts: Split, once: Values, varying: Values) -> tuple[Values, Values]:
+def _prepare(parts: Split, once: Values, varying: Values, like: Tensor) -> tuple[Values, Values]:
     """All that waits for no state: values of parameters alone, and those of every unit ``[B, H, N, ...]``."""
-    once = once | _run(parts.invariant, once)
+    once = once | run_part(parts.invariant, once, like)
     many = {k: x.unsqueeze(1) for k, x in once.items()} | varying
-    return once, many | _run(parts.before, many)
+    return once, many | run_part(parts.before, many, like)
 
 
 def _columns(part: Part, once: Values, many: Values, count: int) -> list[Sequence[Tensor] | None]:
@@ -195,11 +196,11 @@ def _with_states(
 ) -> _Units:
     """Units with the states they start from, computed anew; only live leaves are right."""
     program = call.program
-    parts = _forward_parts(program, call.live)
+    parts = _forward_parts(program, call.live, call.others)
     varying = {f"token_{i}": x for i, x in enumerate(tokens)}
-    once, many = _prepare(parts, call.once, varying)
+    once, many = _prepare(parts, call.once, varying, call.like)
     step, count = parts.recurrence, tokens[0].shape[2]
-    columns = _columns(step, once, many, count)
+    columns, run = _columns(step, once, many, count), step.run.at(call.like)
     places = {i: step.results.index(name) for i, name in parts.states.items()}
     states = []
     for n in range(count):
@@ -207,7 +208,7 @@ def _with_states(
             anchor = carry
         now = _named(anchor, carry)
         states.append(now)
-        results = step.gm(*_arguments(step, columns, n, now))
+        results = run(*_arguments(step, columns, n, now))
         carry = [results[places[i]] if i in places else x for i, x in enumerate(carry)]
     return _Units(tokens, states, _named(anchor, carry))
 
@@ -242,19 +243,19 @@ def _reverse(
     ``[B, H, N, ...]``, of shared leaves ``[H, ...]``.
     """
     program = call.program
-    parts = _backward_parts(program, part, call.leaves, call.given)
+    parts = _backward_parts(program, part, call.leaves, call.given, call.others)
     made = derive(program, part, call.leaves, call.given)
     handed_on = "anchor" if part == "full" else "carry"
     names = {x for p in (parts.before, parts.recurrence, parts.outputs) for x in p.inputs}
     varying = units.varying(names) | {f"goutput_{i}": x for i, x in enumerate(given)}
-    once, many = _prepare(parts, call.once, varying)
+    once, many = _prepare(parts, call.once, varying, call.like)
     step, count = parts.recurrence, len(units.states)
-    columns = _columns(step, once, many, count)
+    columns, run = _columns(step, once, many, count), step.run.at(call.like)
     kept = [name for name in parts.outputs.inputs if name not in many]
     left: dict[str, list[Tensor]] = {name: [] for name in kept}
     for n in reversed(range(count)):
         now = {f"gstate_{i}": x for i, x in enumerate(state.carry)}
-        results = dict(zip(step.results, step.gm(*_arguments(step, columns, n, now)), strict=True))
+        results = dict(zip(step.results, run(*_arguments(step, columns, n, now)), strict=True))
         for name, values in left.items():
             values.append(now[name] if name in now else results[name])
         for position, name in parts.states.items():
@@ -269,7 +270,7 @@ def _reverse(
         if part == "full" or (part == "token" and (place + n) % program.mini_batch_size == 0):
             state.refresh()
     many |= {name: torch.stack(values[::-1], 2) for name, values in left.items()}
-    emitted = _run(parts.outputs, many)
+    emitted = run_part(parts.outputs, many, call.like)
     lead = (*units.tokens[0].shape[:2], count)
     out = {}
     for name, node in zip(made.wanted, made.body.results, strict=True):
@@ -328,7 +329,9 @@ def run_backward(
         for i, x in enumerate(program.token.constants)
     }
     given_states = {i for group in given[:2] for i, x in enumerate(group) if x is not None}
-    call = _Call(program, leaves, live, live_cotangents(program, leaves, given_states), once)
+    cotangent_states = live_cotangents(program, leaves, given_states)
+    others = of_other_dtype(tokens, shared)
+    call = _Call(program, leaves, live, cotangent_states, once, others, anchor[0])
 
     def filled(x: Tensor | None, like: Tensor) -> Tensor:
         return torch.zeros_like(like) if x is None else x.to(dtype).reshape(like.shape)

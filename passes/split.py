@@ -19,11 +19,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx
 
 from tttc.ir.body import Body, role
-from tttc.ir.build import ancestors
+from tttc.ir.build import ancestors, dims_of
 
 
 @dataclass
@@ -33,6 +34,7 @@ class Part:
     gm: fx.GraphModule
     inputs: list[str]
     results: list[str]
+    run: Any = None  # the graph as a backend bound it
 
 
 @dataclass
@@ -56,10 +58,12 @@ def _part(body: Body, members: set[fx.Node], results: list[fx.Node]) -> Part:
         for x in node.all_input_nodes:
             if x not in members and x not in mapping:
                 mapping[x] = graph.placeholder(x.name)
+                mapping[x].meta["dims"] = dims_of(x)
                 inputs.append(x.name)
     for x in results:
         if x not in members and x not in mapping:
             mapping[x] = graph.placeholder(x.name)
+            mapping[x].meta["dims"] = dims_of(x)
             inputs.append(x.name)
     for node in nodes:
         mapping[node] = graph.node_copy(node, lambda x: mapping[x])

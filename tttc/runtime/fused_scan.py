@@ -118,12 +118,10 @@ def _run(
         if out is not None:
             return _unaliased(out, [*anchor, *carry])
     starts: list[list[Tensor]] | None = [] if interval else None
-    new_anchor, new_carry, z = run_program(
-        program, anchor, carry, tokens, shared, place, states, starts, interval
-    )
     outputs = _empty_outputs(tokens, key, info)
-    for x, y in zip(outputs, z, strict=True):
-        x.copy_(y)
+    new_anchor, new_carry, _ = run_program(
+        program, anchor, carry, tokens, shared, place, states, starts, interval, outputs
+    )
     if starts:
         live = saved_leaves(program, floating_leaves(tokens, shared))
         for x, i in zip(saved, live, strict=True):
