@@ -12,7 +12,7 @@ from tttc.report.render import options_of
 
 if TYPE_CHECKING:
     from tttc.codegen.kernel import Kernel
-    from tttc.report.explain import Explanation
+    from tttc.report.explanation import Explanation
 
 SCHEMA = "tttc-explanation/1"
 

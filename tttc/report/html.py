@@ -19,7 +19,7 @@ from tttc.report.text import byte_count, count, error, seconds, several
 
 if TYPE_CHECKING:
     from tttc.codegen.kernel import Kernel
-    from tttc.report.explain import Explanation
+    from tttc.report.explanation import Explanation
 
 FORMS = {
     "dual": ("Dual form.", "A mini-batch of tokens at a time; no token’s fast weights are made."),

@@ -10,7 +10,7 @@ from tttc.report.html import drawing_of
 from tttc.report.model import model_graph
 
 if TYPE_CHECKING:
-    from tttc.report.explain import Explanation
+    from tttc.report.explanation import Explanation
 
 
 def picture(ex: Explanation, what: str) -> str:

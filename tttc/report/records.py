@@ -125,6 +125,7 @@ class RecurrenceReport:
     unit: str  # "mini-batch", "chunk" or "token": what runs one after another
     states: list[str]
     parts: list[PartReport]
+    reverse: bool = False  # of a backward: cotangents of the states, from the last to the first
 
     def part(self, name: str) -> PartReport:
         """A part by name."""
@@ -156,6 +157,30 @@ class Roofline:
     def attainable(self, intensity: float) -> float:
         """The most FLOP/s that the roofs allow."""
         return min(self.peak, intensity * self.bandwidth)
+
+
+@dataclass
+class BackwardReport:
+    """The backward of a scan: the vector-Jacobian product of the body that runs, from the last mini-batch to the first.
+
+    ``of`` is the stage it is derived from, ``wanted`` the arguments whose cotangents it makes. ``reason`` says why it
+    runs by torch operations and has no kernels. ``error`` is the largest of the gradients of the compiled scan against
+    autograd through the naive loop in float64, over the first ``checked`` tokens of the first sequence.
+    """
+
+    of: str
+    wanted: list[str]
+    stages: list[StageReport]
+    recurrence: RecurrenceReport | None = None
+    kernels: list[Kernel] = field(default_factory=list)
+    reason: str | None = None
+    error: float | None = None
+    checked: int = 0
+
+    @property
+    def cost(self) -> StageCost | None:
+        """The cost of what runs."""
+        return self.stages[-1].cost if self.stages else None
 
 
 @dataclass
@@ -195,6 +220,7 @@ class ScanReport:
     element_size: int = 4  # bytes of an element of a token, and of what the step computes in
     compute_size: int = 4
     kernels: list[Kernel] = field(default_factory=list)
+    backward: BackwardReport | None = None
     seconds: float | None = None
     timed_on: str | None = None
     roofline: Roofline | None = None
@@ -253,6 +279,16 @@ class Comparison:
         """FLOPs a byte."""
         before, after = (f / max(b, 1.0) for f, b in zip(self.flops, self.bytes, strict=True))
         return before, after
+
+
+@dataclass
+class RegionReport:
+    """Regions of the model that share a kernel: how many, their operators, bytes one moves unfused and fused."""
+
+    count: int
+    operators: list[str]
+    bytes_before: float
+    bytes_after: float
 
 
 @dataclass

@@ -17,7 +17,7 @@ from tttc.report.text import byte_count, count, error, seconds
 if TYPE_CHECKING:
     from tttc.codegen.kernel import Kernel
     from tttc.report.benchmark import BenchmarkResult
-    from tttc.report.explain import Explanation
+    from tttc.report.explanation import Explanation
     from tttc.report.records import ModelReport, ScanReport
 
 FORMS = {
