@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
-from tttc.codegen.kernel import Kernel
-from tttc.codegen.resources import Request
 
 from tttc import _recorder
 from tttc._scan_op import interned, scan_info
+from tttc.codegen.kernel import Kernel
+from tttc.codegen.resources import Request
 from tttc.compiler import CompiledModule, compile
 from tttc.ir.body import Body
 from tttc.report import scans as running
@@ -21,7 +21,7 @@ from tttc.report.backward import backward_of
 from tttc.report.changes import compare
 from tttc.report.costs import stage_cost
 from tttc.report.explanation import Explanation
-from tttc.report.gradients import gradient_error
+from tttc.report.gradients import gradient_errors
 from tttc.report.graphs import stage_graph
 from tttc.report.kernels import (
     backward_launches,
@@ -213,7 +213,7 @@ def _scan_report(name: str, sites: list[_recorder.Site], call: running.Call | No
         names = leaf_names(interned(first.key))
         report.recurrence = recurrence_of(program, names)
         if program.full is not None:
-            report.orders = orders_of(program.full.orders, names)
+            report.orders = orders_of(program.full, names)
     return report
 
 
@@ -285,7 +285,7 @@ def _add_backwards(
             # Two mini-batches and a token of a third: autograd through the naive loop is slow.
             most = min(2 * report.unit + 1, call.length)
             checked = most if check_tokens is None else min(most, check_tokens)
-            report.backward.error = gradient_error(call, checked)
+            report.backward.errors = gradient_errors(call, checked)
             report.backward.checked = checked
 
 

@@ -8,6 +8,7 @@ import torch
 
 from tttc._scan_op import interned
 from tttc.ir.body import Body, role
+from tttc.report.leaves import leaf_names
 from tttc.report.scans import (
     Call,
     Groups,
@@ -23,11 +24,10 @@ Tensor = torch.Tensor
 GROUPS = ("anchor", "carry", "tokens", "shared")
 
 
-def gradient_error(call: Call, tokens: int) -> float:
-    """The largest error of the gradients of the first ``tokens`` of the first sequence.
+def gradient_errors(call: Call, tokens: int) -> dict[str, float]:
+    """The errors of gradients over the first ``tokens`` of the first sequence, where outputs have cotangents.
 
-    Gradients of initial state, tokens and parameters, where outputs have cotangents; each relative to its largest
-    value.
+    Of initial state, tokens and parameters, by the user's names; each relative to its largest value.
     """
     first = {
         **call.arguments,
@@ -50,9 +50,17 @@ def gradient_error(call: Call, tokens: int) -> float:
         outputs = len(interned(key).outputs)
         got = _pulled_back(out[skipped : skipped + outputs], [x for g in groups for x in g])
         groups = leaves(torch.float64)
-        out = reference(*groups, key, size, first["place"])
+        anchor, carry, given, shared = groups
+        out = reference(anchor, carry, given, shared, key, size, first["place"])
         expected = _pulled_back(out[skipped:], [x for g in groups for x in g])
-    return max(map(relative_error, got, expected), default=0.0)
+    said = leaf_names(interned(key))
+    names = [
+        said[f"{kind}_{i}"]
+        for kind, group in zip(("anchor", "carry", "token", "shared"), groups, strict=True)
+        for i, x in enumerate(group)
+        if x.requires_grad
+    ]
+    return dict(zip(names, map(relative_error, got, expected), strict=True))
 
 
 def backward_inputs(stage: Body, forward: Body, groups: Groups) -> tuple[Tensor, ...]:
@@ -72,8 +80,8 @@ def naive_gradients(groups: Groups, key: str, mini_batch_size: int) -> dict[str,
     leaves |= {f"token_{i}": x for i, x in enumerate(tokens) if x.requires_grad}
     leaves |= {f"shared_{i}": x for i, x in enumerate(shared) if x.requires_grad}
     with torch.enable_grad():
-        lead = ([x[None, None] for x in anchor], [], [x[None, None] for x in tokens])
-        out = reference(*lead, [x[None] for x in shared], key, mini_batch_size, 0)
+        state, rows = ([x[None, None] for x in group] for group in (anchor, tokens))
+        out = reference(state, [], rows, [x[None] for x in shared], key, mini_batch_size, 0)
         results = [x[0, 0] for x in out[2 * len(anchor) :]]
         return dict(zip(leaves, _pulled_back(results, [*leaves.values()]), strict=True))
 
@@ -101,7 +109,9 @@ def _leaf(x: Tensor) -> Tensor:
 
 def _direction(x: Tensor) -> Tensor:
     """A cotangent for a result, whoever made it."""
-    return torch.linspace(-1, 1, x.numel(), dtype=x.dtype, device=x.device).view(x.shape)
+    # No straight line: norms take that out, and what is left is small beside its own rounding.
+    waves = torch.cos(1.618 * torch.arange(x.numel(), dtype=torch.float64, device=x.device))
+    return waves.to(x.dtype).view(x.shape)
 
 
 def _pulled_back(results: Sequence[Tensor], leaves: Sequence[Tensor]) -> list[Tensor]:

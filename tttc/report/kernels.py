@@ -42,11 +42,15 @@ def scan_launches(program: Program, call: Call) -> list[Launch]:
     info = scan_info(call.anchor, call.tokens, call.shared)
     if info.compute is not torch.float32:
         return []
+    anchor, carry, tokens, shared = _abstract_groups(call)
     launches: list[Launch] = []
     try:
         run_kernels(
             program,
-            *_abstract_groups(call),
+            anchor,
+            carry,
+            tokens,
+            shared,
             call.arguments["place"],
             info.output,
             call.arguments.get("states", True),

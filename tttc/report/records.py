@@ -91,7 +91,7 @@ class OrderChoice:
 class OrderReport:
     """A product whose order of evaluation was chosen.
 
-    ``operands`` are written with their labels, ``names`` say which of the step's arguments they are.
+    ``operands`` are written with their labels; ``meanings`` say of those computed before, by name, what they are.
     ``rejected`` has the best order for each other first step, cheapest first.
     """
 
@@ -100,6 +100,7 @@ class OrderReport:
     chosen: OrderChoice
     at_once: int
     rejected: list[OrderChoice]
+    meanings: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -164,8 +165,8 @@ class BackwardReport:
     """The backward of a scan: the vector-Jacobian product of the body that runs, from the last mini-batch to the first.
 
     ``of`` is the stage it is derived from, ``wanted`` the arguments whose cotangents it makes. ``reason`` says why it
-    runs by torch operations and has no kernels. ``error`` is the largest of the gradients of the compiled scan against
-    autograd through the naive loop in float64, over the first ``checked`` tokens of the first sequence.
+    runs by torch operations and has no kernels. ``errors`` are those of the gradients of the compiled scan, by argument,
+    against autograd through the naive loop in float64, over the first ``checked`` tokens of the first sequence.
     """
 
     of: str
@@ -174,8 +175,13 @@ class BackwardReport:
     recurrence: RecurrenceReport | None = None
     kernels: list[Kernel] = field(default_factory=list)
     reason: str | None = None
-    error: float | None = None
+    errors: dict[str, float] = field(default_factory=dict)
     checked: int = 0
+
+    @property
+    def error(self) -> float | None:
+        """The largest error of a gradient."""
+        return max(self.errors.values(), default=None)
 
     @property
     def cost(self) -> StageCost | None:

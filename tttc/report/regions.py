@@ -9,9 +9,9 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+
 from tttc.codegen.kernel import Kernel
 from tttc.codegen.resources import Request
-
 from tttc.ir.region import FusedRegion
 from tttc.report.records import RegionReport
 from tttc.runtime.launch import POINTERS
