@@ -19,7 +19,9 @@ SCHEMA = "tttc-explanation/2"
 
 def document(ex: Explanation) -> dict[str, Any]:
     """Dictionaries, lists, strings, numbers and None."""
-    owner = {id(k): (scan.name, "forward") for scan in ex.scans for k in scan.kernels}
+    owner: dict[int, tuple[str, str]] = {
+        id(k): (scan.name, "forward") for scan in ex.scans for k in scan.kernels
+    }
     owner |= {
         id(k): (scan.name, "backward")
         for scan in ex.scans
@@ -34,8 +36,7 @@ def document(ex: Explanation) -> dict[str, Any]:
         "models": [asdict(m) for m in ex.models],
         "scans": [_scan(s) for s in ex.scans],
         "kernels": [
-            _kernel(k, *owner.get(id(k), (None, None)), ex.regions.get(str(k.path)))
-            for k in ex.kernels
+            _kernel(k, owner.get(id(k)), ex.regions.get(str(k.path))) for k in ex.kernels
         ],
     })  # fmt: skip
 
@@ -118,8 +119,9 @@ def _cost(cost: StageCost) -> dict[str, Any]:
 
 
 def _kernel(
-    kernel: Kernel, scan: str | None, direction: str | None, region: RegionReport | None
+    kernel: Kernel, owner: tuple[str, str] | None, region: RegionReport | None
 ) -> dict[str, Any]:
+    scan, direction = owner or (None, None)
     schedule = kernel.config.get("schedule")
     return {
         "name": kernel.name,

@@ -138,6 +138,7 @@ def roofline(roof: Roofline, name: str, *, alone: bool = False) -> Markup:
     if roof.measured:
         points.append(("measured", "compiled, measured:", roof.after, roof.measured))
     labels: list[str] = []
+    taken = [(left + width - 4 - SMALL * len(peak), left + width, py(roof.peak) - 6)]
     for kind, said, x, y in points:
         parts.append(f'<path class="drop" d="M{px(x):.1f} {py(y):.1f}V{top + height}"/>')
         shape = (
@@ -148,11 +149,7 @@ def roofline(roof: Roofline, name: str, *, alone: bool = False) -> Markup:
             else f'<path class="p-{kind}" d="M{px(x):.1f} {py(y) - 7:.1f}l7 7-7 7-7-7z"/>'
         )
         parts.append(shape)
-        # Under the slanted roof there is room to the right and below; above it to the left, and below the flat one.
-        ends = px(x) > left + width * 0.62
-        down = -8 if ends and x < ridge and kind != "measured" else 18
-        at, classes = (px(x) - 10, "s r halo") if ends else (px(x) + 10, "s halo")
-        labels.append(text(at, py(y) + down, f"{said} {count(y)}FLOP/s", classes))
+        labels.append(_label(px(x), py(y), f"{said} {count(y)}FLOP/s", left + width, taken))
     parts += labels
     parts.append(text(left + width / 2, top + height + 32, "FLOPs a byte of device memory", "c"))
     parts.append(text(0, 10, "FLOP/s", "s"))
@@ -168,6 +165,27 @@ def roofline(roof: Roofline, name: str, *, alone: bool = False) -> Markup:
     return figure(
         "".join(parts), left + width + 10, top + height + 36, title, described, alone=alone
     )
+
+
+SMALL = 5.6  # pixels of a character of small text, at most
+
+
+def _label(
+    x: float, y: float, words: str, right: float, taken: list[tuple[float, float, float]]
+) -> str:
+    """Text beside a point where no other text is; ``taken``: the ends and the baseline of each other text."""
+    wide = SMALL * len(words)
+    at_left = x + 10 + wide > right
+    for down in (-8, 18, 34, -24, 50) if at_left else (18, -8, 34, -24, 50):
+        start = x - 10 - wide if at_left else x + 10
+        free = all(
+            start > end or start + wide < begin or abs(y + down - line) >= 14
+            for begin, end, line in taken
+        )
+        if free:
+            break
+    taken.append((start, start + wide, y + down))
+    return text(x - 10 if at_left else x + 10, y + down, words, f"s {'r ' * at_left}halo")
 
 
 def errors(scan: ScanReport, *, alone: bool = False) -> Markup:

@@ -129,6 +129,8 @@ def aten_graph(
 
     def shape(node: fx.Node) -> tuple[str, ...]:
         value = node.meta.get("val", node.meta.get("example_value"))
+        if isinstance(value, (tuple, list)) and value:  # several results: like the first
+            value = value[0]
         if not isinstance(value, torch.Tensor):
             return ()
         return tuple(str(_number(n, sizes)) for n in value.shape)
