@@ -87,7 +87,7 @@ def test_text_is_plain_and_says_what_matters(explained):
         "dualise",
         "dual form",
         "first, second",
-        "source: ",
+        "sources, in that order, in ",
     ):
         assert part in shown
     assert "2 distinct scans in 3 layers" in repr(explained)
@@ -128,6 +128,113 @@ def test_an_eager_scan_says_why():
     (scan,) = found.scans
     assert scan.form == "eager" and "closes over" in scan.reason
     assert not found.kernels
+
+
+def test_the_backward_is_explained(explained):
+    for scan in explained.scans:
+        back = scan.backward
+        assert back.of == "simplify" and back.reason is None and "token.k" in back.wanted
+        assert [s.name for s in back.stages] == ["backward", "simplify_backward"]
+        assert all(s.error < 1e-3 for s in back.stages)
+        derived, simplified = (s.graph for s in back.stages)
+        # Of the forward what is read again is kept; cotangents are new.
+        assert derived.compared == "simplify" and derived.count("new") > derived.count("") > 10
+        assert simplified.compared == "backward"
+        assert {n.operation for n in simplified.nodes if n.kind == "result"} == {
+            f"∂ {name}" for name in back.wanted
+        }
+        assert set(back.wanted) <= set(back.errors) and back.error < 1e-3 and back.checked == 9
+        assert back.recurrence.reverse and back.recurrence.part("recurrence").nodes
+        assert back.kernels and all("backward" in k.name for k in back.kernels)
+        assert back.cost.number("flops") > scan.after.number("flops")
+        assert all(k in explained.kernels for k in back.kernels)
+    shown = " ".join(str(explained).split())
+    assert "the vector-Jacobian product of simplify" in shown and "gradients largest error" in shown
+    assert "sources, in that order, in" in shown
+
+
+def test_the_gradients_of_a_stage_are_those_of_torch(explained):
+    for name in ("scan0.simplify_backward", "scan1.simplify_backward"):
+        stage = explained.stages[name]
+        given = dict(
+            zip(
+                [n.name for n in stage.graph.nodes if n.op == "placeholder"],
+                explained.example_inputs(name),
+                strict=True,
+            )
+        )
+        forward = explained.stages[name.replace("simplify_backward", "simplify")]
+        leaves = [
+            x.double().requires_grad_()
+            for x in explained.example_inputs(name.replace("simplify_backward", "simplify"))
+        ]
+        outputs = forward(*leaves)[-1:]
+        wanted = dict(
+            zip([n.name for n in forward.graph.nodes if n.op == "placeholder"], leaves, strict=True)
+        )
+        expected = torch.autograd.grad(outputs, wanted["token_0"], given["goutput_0"].double())[0]
+        index = explained.scans[int(name[4])].backward.wanted.index("token.q")
+        torch.testing.assert_close(
+            stage(*given.values())[index], expected.float(), atol=1e-4, rtol=1e-4
+        )
+
+
+def test_a_backward_without_kernels_says_why():
+    x = torch.randn(1, 2, 6, 4, requires_grad=True)
+    (scan,) = tttc.explain(online, x, backend="torch", target="").scans
+    assert scan.form == "sequential" and "one after another" in scan.backward.reason
+    assert scan.backward.stages and not scan.backward.kernels and scan.backward.error < 1e-5
+    assert "torch operations" in str(tttc.explain(online, x, backend="torch", target=""))
+
+
+def test_no_backward_where_nothing_wants_a_gradient():
+    x = torch.randn(1, 2, 6, 4)
+    (scan,) = tttc.explain(online, x, backend="torch", target="").scans
+    assert scan.backward is None
+    (scan,) = tttc.explain(online, x, backend="torch", target="", backward=True).scans
+    assert scan.backward is not None
+    layer = tttc.nn.TTTLinear(16, 2, mini_batch_size=4)
+    (scan,) = tttc.explain(
+        layer, x.view(1, 3, 16), backend="torch", target="", backward=False
+    ).scans
+    assert scan.backward is None
+
+
+class Normed(nn.Module):
+    """Three regions, two of them equal."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = (nn.Linear(24, 24) for _ in range(3))
+
+    def forward(self, x):
+        for layer in (self.first, self.second):
+            x = torch.sigmoid(layer(x)) * 2
+        return torch.softmax(self.third(x), -1).unsqueeze(0)
+
+
+def test_kernels_of_regions_have_resources(monkeypatch):
+    from tttc.report import regions
+
+    launched = []
+    real = regions._launched
+    monkeypatch.setattr(
+        regions, "_launched", lambda k, given: launched.append((k, given)) or real(k, given)
+    )
+    found = tttc.explain(Normed(), torch.randn(5, 24), target="sm_80")
+    assert len(found.kernels) == len(found.regions) >= 2
+    assert sum(r.count for r in found.regions.values()) == found.models[0].regions
+    assert max(r.count for r in found.regions.values()) == 2
+    for kernel in found.kernels:
+        assert kernel.resources["target"] == "sm_80" and kernel.resources["registers"] > 0
+        region = found.regions[str(kernel.path)]
+        assert kernel.cost == {"bytes": region.bytes_after} and region.bytes_after > 0
+        assert region.bytes_before >= region.bytes_after
+    assert all(
+        x.device.type == "meta" for _, given in launched for x in given if hasattr(x, "device")
+    )
+    page = found.to_html()
+    assert "Kernels around the scans" in page and "compiled for sm_80" in page
 
 
 def test_nothing_to_explain():
