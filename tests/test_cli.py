@@ -63,7 +63,7 @@ def module(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     # Inductor takes long to compile and has tests of its own.
-    monkeypatch.setattr("tttc.report.benchmark._has_compiler", lambda: False)
+    monkeypatch.setattr("tttc.report.measurement.has_compiler", lambda: False)
     yield tmp_path
     for name in ("mymodel", "syntax", "needy", "raises"):
         sys.modules.pop(name, None)

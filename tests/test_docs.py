@@ -45,7 +45,7 @@ def blocks(page: Path) -> list[tuple[str, str]]:
 )
 def test_python_and_commands_run(page, tmp_path, monkeypatch):
     # Inductor takes long to compile and has tests of its own.
-    monkeypatch.setattr("tttc.report.benchmark._has_compiler", lambda: False)
+    monkeypatch.setattr("tttc.report.measurement.has_compiler", lambda: False)
     # As a reader without a GPU runs it, not kernels in the interpreter that other tests look at.
     monkeypatch.setattr("triton.knobs.runtime.interpret", False)
     monkeypatch.chdir(tmp_path)

@@ -10,8 +10,8 @@ from torch import fx, nn
 
 import tttc
 from tttc.report import text
-from tttc.report.benchmark import Row
 from tttc.report.demo import library_text
+from tttc.report.results import Row
 
 
 class Two(nn.Module):
@@ -272,7 +272,7 @@ def test_a_slow_naive_loop_is_stopped_and_that_is_said():
 
 
 def test_what_fails_says_so_in_its_row(monkeypatch):
-    monkeypatch.setattr("tttc.report.benchmark._has_compiler", lambda: False)
+    monkeypatch.setattr("tttc.report.measurement.has_compiler", lambda: False)
     result = tttc.benchmark(
         tttc.nn.TTTLinear(16, 2), torch.randn(1, 4, 16), contenders=["torch.compile"], repeats=1
     )

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import tttc
 from tttc.models import TTTConfig, TTTLanguageModel
 from tttc.report import peers
-from tttc.report.benchmark import BenchmarkResult, Row
+from tttc.report.results import BenchmarkResult, Row
 from tttc.report.sweep import Point, SweepResult, resized
 
 

@@ -115,9 +115,9 @@ def _compilers() -> Iterator[Finding]:
         yield Finding("C compiler", BAD if gpu else NOTE, problem, mend)
     else:
         yield Finding("C compiler", OK, f"{c}, Python's headers")
-    from tttc.report.benchmark import _has_compiler
+    from tttc.report.measurement import has_compiler
 
-    if _has_compiler():
+    if has_compiler():
         yield Finding("C++ compiler", OK, "for torch.compile on the CPU, in benchmarks")
     else:
         mend = "apt install g++, or the like; tttc itself needs none"

@@ -16,7 +16,6 @@ from tttc.report.text import NARROW, byte_count, count, error, seconds, several
 
 if TYPE_CHECKING:
     from tttc.codegen.kernel import Kernel
-    from tttc.report.benchmark import BenchmarkResult
     from tttc.report.explanation import Explanation
     from tttc.report.records import (
         BackwardReport,
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
         ScanReport,
         StageReport,
     )
+    from tttc.report.results import BenchmarkResult
 
 FORMS = {
     "dual": "dual form: a mini-batch at a time",

@@ -200,7 +200,9 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
         return 0.0
     wide = expected.detach().to(torch.float64)
     scale = float(wide.abs().max())
-    return float((got.detach().to(torch.float64) - wide).abs().max()) / (scale if scale > 1e-30 else 1.0)
+    return float((got.detach().to(torch.float64) - wide).abs().max()) / (
+        scale if scale > 1e-30 else 1.0
+    )
 
 
 def source_of_step(key: str) -> str | None:

@@ -17,7 +17,7 @@ from tttc._checks import check_positive
 from tttc.progress import doing
 
 if TYPE_CHECKING:
-    from tttc.report.benchmark import BenchmarkResult, Row
+    from tttc.report.results import BenchmarkResult, Row
 
 MINI_BATCH = "mini_batch_size"
 AXES = {"B": 0, "T": 1}
