@@ -96,9 +96,13 @@ def explained(tmp_path_factory):
 
 
 def test_explain_prints_a_report(module, capsys):
-    assert run("explain mymodel:build --input 1x6x16 --backend torch --target sm_80") == 0
+    command = "explain mymodel:build --input 1x6x16 --backend torch --target sm_80"
+    assert run(command) == 0
     shown = capsys.readouterr()
     assert "dualise" in shown.out and not shown.err  # no progress where there is no terminal
+    assert "simplify_backward" in shown.out
+    assert run(f"{command} --no-backward") == 0
+    assert "simplify_backward" not in capsys.readouterr().out
 
 
 def test_explain_writes_html_and_json(explained):

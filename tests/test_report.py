@@ -79,6 +79,19 @@ def test_costs_errors_and_kernels(explained):
         assert kernel.path.read_text() == kernel.source
 
 
+def test_text_fits_eighty_columns(explained):
+    from tttc.report.render import explanation
+
+    shown = text.plain(*explanation(explained), width=80).splitlines()
+    assert max(map(len, shown)) <= 80
+    for stage in ("dualise", "simplify_backward"):
+        # A row of a table on one line, its error at the end.
+        (row,) = [x for x in shown if x.strip().startswith(f"scan1.{stage} ")]
+        assert "e-0" in row.split()[-1]
+    wide = str(explained).splitlines()
+    assert max(map(len, wide)) <= text.WIDE and any("dual form  " in x for x in wide)
+
+
 def test_text_is_plain_and_says_what_matters(explained):
     shown = str(explained)
     assert "\x1b" not in shown

@@ -160,7 +160,7 @@ def _add_explain(commands: Any) -> None:
         "say what the compiler does to a model",
         "tttc explain mymodels.lm:build --input 4x2048\n"
         "tttc explain mymodels.lm:build --input 4x2048 --html report.html\n"
-        "tttc explain mymodels.layer:layer --input 2x512x256:bfloat16 --target sm_100\n"
+        "tttc explain mymodels.layer:layer --input 2x512x256:bfloat16 --target sm_100 --no-backward\n"
         "tttc explain mymodels.lm:build --input 4x2048 --strict --json > report.json",
     )
     _model_options(parser)
@@ -174,6 +174,11 @@ def _add_explain(commands: Any) -> None:
         default=256,
         metavar="N",
         help="tokens of each scan that are compared with the naive loop (default 256)",
+    )
+    parser.add_argument(
+        "--backward",
+        action=argparse.BooleanOptionalAction,
+        help="the backward of each scan too (default: where a parameter requires a gradient)",
     )
     parser.add_argument(
         "--strict", action="store_true", help="exit with 1 where a scan runs as the naive loop"
@@ -191,6 +196,7 @@ def _explain(options: argparse.Namespace) -> int:
             *inputs,
             backend=options.backend,
             mini_batch_size=options.mini_batch_size,
+            backward=options.backward,
             check_tokens=options.check_tokens,
             target=options.target,
         )

@@ -20,7 +20,17 @@ from tttc.codegen.kernel import cache_dir
 from tttc.report.kernels import default_target
 
 OK, NOTE, BAD = "ok", "note", "bad"
-NEEDED = ("tttc", "torch", "triton", "networkx", "sympy", "opt_einsum", "rich")
+NEEDED = (
+    "tttc",
+    "torch",
+    "triton",
+    "networkx",
+    "sympy",
+    "opt_einsum",
+    "rich",
+    "pygments",
+    "jinja2",
+)
 OPTIONAL = {
     "matplotlib": ("pictures of benchmarks", "pip install matplotlib"),
     "flash-linear-attention": (
