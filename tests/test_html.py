@@ -192,6 +192,27 @@ def test_it_can_be_used_by_keyboard_and_screen_reader(explained, browser, tmp_pa
     assert found == dict.fromkeys(found, 0)
 
 
+def test_a_notebook_shows_the_page_in_a_frame_of_its_own(scripted, browser, tmp_path):
+    from selenium.webdriver.common.by import By
+
+    shown = scripted._repr_html_()
+    assert shown.startswith("<iframe") and "<script" not in shown and '"https' not in shown
+    path = tmp_path / "report.html"
+    path.write_text("<!DOCTYPE html><title>notebook</title><h1>cell</h1>" + shown)
+    visit(browser, path, 1000)
+    browser.switch_to.frame(browser.find_element(By.TAG_NAME, "iframe"))
+    try:
+        assert browser.find_element(By.TAG_NAME, "h1").text == "What tttc did to evil"
+        summary = browser.find_element(By.CSS_SELECTOR, "details:not([open]) > summary")
+        summary.click()
+        assert summary.find_element(By.XPATH, "..").get_attribute("open")
+    finally:
+        browser.switch_to.default_content()
+    assert browser.find_element(By.TAG_NAME, "h1").text == "cell"
+    assert browser.get_log("browser") == []
+    assert all(url.startswith(("file:", "about:")) for url in requested(browser))
+
+
 # What is to be seen: text that stands out from its ground, labels inside their boxes and clear of each other.
 SIGHT = """
 let rgb = s => (s.match(/[\\d.]+/g) || [0, 0, 0, 0]).map(Number);
@@ -324,12 +345,6 @@ def test_the_page_says_what_was_done(explained, tmp_path):
         "one mini-batch after another",
     ):
         assert part in page, part
-
-
-def test_a_notebook_shows_the_page_in_a_frame(scripted):
-    shown = scripted._repr_html_()
-    assert shown.startswith("<iframe") and "sandbox" in shown
-    assert "<script" not in shown and '"https' not in shown
 
 
 def test_scans_without_dual_form_and_models_without_scans(tmp_path):

@@ -78,10 +78,11 @@ def page(ex: Explanation) -> str:
 
 def frame(ex: Explanation) -> str:
     """The document in a frame of its own, for notebooks: its style touches nothing else."""
-    return Markup(
+    shown = Markup(
         '<iframe title="What tttc did" sandbox="" style="width:100%;height:80vh;border:1px solid #8886" '
         'srcdoc="{}"></iframe>'
     ).format(page(ex))
+    return str(shown)  # what a notebook puts together with it must not be escaped
 
 
 @cache
