@@ -170,6 +170,10 @@ def test_bench_sweeps_over_letters_and_mini_batches(module, capsys):
         ("explain mymodel:build --input 2x3:int64", "integers need a bound"),
         ("explain mymodel:build --input 2x3 --dtype int64", "expected a floating dtype"),
         ("explain mymodel:build --input 2x3 --device nowhere", "--device"),
+        (
+            "explain mymodel:build --input 2x3x16 --target h100",
+            "--target: expected a name like sm_90",
+        ),
         ("bench mymodel:build --input 2x3 --sweep T=3", "a letter in the shape"),
         ("bench mymodel:build --input 2xT --sweep T=a", "expected NAME=256,512,1024"),
         ("bench mymodel:build --input 2x3 --plot a.png", "expected a --sweep"),
@@ -214,6 +218,14 @@ def test_a_failing_model_gets_a_line_and_debug_a_trace(module, capsys):
     assert "--debug shows where" in shown and "Traceback" not in shown
     assert cli.main([*arguments, "--debug"]) == 1
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_shape_the_model_cannot_take_is_said_in_one_line(module, capsys):
+    assert run("explain mymodel:build --input 2x4x15 --backend torch") == 1
+    shown = capsys.readouterr().err
+    # What the model raises, not what TorchDynamo makes of it.
+    assert shown.splitlines()[0].startswith("tttc: ") and len(shown.splitlines()) == 2
+    assert "15" in shown and "Dynamo" not in shown and "File" not in shown
 
 
 def test_help_has_examples_and_exit_codes(capsys):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
+import jsonschema
 import pytest
 import torch
 from torch import fx, nn
@@ -12,6 +14,8 @@ import tttc
 from tttc.report import text
 from tttc.report.demo import library_text
 from tttc.report.results import Row
+
+SCHEMA = Path(tttc.__file__).parent / "report" / "schema.json"
 
 
 class Two(nn.Module):
@@ -248,6 +252,14 @@ def test_kernels_of_regions_have_resources(monkeypatch):
     )
     page = found.to_html()
     assert "Kernels around the scans" in page and "compiled for sm_80" in page
+
+
+def test_a_kernel_that_does_not_compile_says_why():
+    layer = tttc.nn.TTTLinear(16, 2, mini_batch_size=4)
+    found = tttc.explain(layer, torch.randn(1, 4, 16), backend="torch", target="sm_999")
+    assert found.kernels and all("sm_999" in k.resources["error"] for k in found.kernels)
+    assert "for sm_999: " in str(found) and "does not compile for sm_999" in found.to_html()
+    jsonschema.validate(found.to_dict(), json.loads(SCHEMA.read_text()))
 
 
 def test_nothing_to_explain():

@@ -17,6 +17,7 @@ from tttc.commands.model import (
     MODEL_HELP,
     UsageError,
     device_of,
+    fail_plainly,
     make_inputs,
     parse_sweep,
     prepare,
@@ -188,18 +189,31 @@ def _add_explain(commands: Any) -> None:
 def _explain(options: argparse.Namespace) -> int:
     model, device, dtype = prepare(options)
     inputs = make_inputs(options.input, model, device, dtype)
+    from torch._dynamo.exc import TorchDynamoException
+
+    from tttc.codegen.resources import measure
     from tttc.report.explain import explain
 
+    if options.target:
+        try:
+            measure([], options.target)
+        except ValueError as error:
+            raise UsageError(f"--{error}") from None
     with doing(f"explaining {options.model}"):
-        found = explain(
-            model,
-            *inputs,
-            backend=options.backend,
-            mini_batch_size=options.mini_batch_size,
-            backward=options.backward,
-            check_tokens=options.check_tokens,
-            target=options.target,
-        )
+        try:
+            found = explain(
+                model,
+                *inputs,
+                backend=options.backend,
+                mini_batch_size=options.mini_batch_size,
+                backward=options.backward,
+                check_tokens=options.check_tokens,
+                target=options.target,
+            )
+        except TorchDynamoException:
+            if not options.debug:
+                fail_plainly(model, inputs)
+            raise
     if options.html:
         _written(found.to_html, options.html)
     if options.json:

@@ -15,7 +15,9 @@ from tttc.codegen.resources import Request, ResourceError, Resources, measure
 from tttc.codegen.torch_scan_backward import live_cotangents, saved_leaves
 from tttc.ir.errors import NotLowerable
 from tttc.ir.program import Program
+from tttc.progress import phase
 from tttc.report.scans import Call
+from tttc.report.text import several
 from tttc.runtime.fused_scan import floating_leaves, kernels_interval
 from tttc.runtime.launch import Launch
 from tttc.runtime.triton_scan import run_kernels
@@ -173,10 +175,11 @@ def with_resources(wanted: Sequence[tuple[Kernel, Request | None]], target: str)
 
 
 def _measured(requests: list[Request], target: str) -> list[dict[str, Any]]:
-    try:
-        return [asdict(x) for x in measure(requests, target)]
-    except ResourceError:
-        return [_alone(x, target) for x in requests]
+    with phase("kernels", f"compiling {several(len(requests), 'kernel')} for {target}"):
+        try:
+            return [asdict(x) for x in measure(requests, target)]
+        except ResourceError:
+            return [_alone(x, target) for x in requests]
 
 
 def _alone(request: Request, target: str) -> dict[str, Any]:

@@ -243,9 +243,14 @@ def kernels(items: list[Kernel]) -> Padding:
             )
         return table
 
+    wrong = [
+        Text(f"{k.name}: {k.resources['error']}") for k in items if "error" in (k.resources or {})
+    ]
     files = "\n".join(f"  {k.path.name}" for k in items)
     text = f"sources, in that order, in {items[0].path.parent}:\n{files}"
-    return Padding(Group(Fitted(made), Text(text, style="dim", overflow="fold")), (0, 0, 0, 2))
+    return Padding(
+        Group(Fitted(made), *wrong, Text(text, style="dim", overflow="fold")), (0, 0, 0, 2)
+    )
 
 
 def _chosen(kernel: Kernel) -> str:
