@@ -270,6 +270,20 @@ def test_focus_is_seen_from_the_first_key(explained, browser, tmp_path):
     assert all(style == "solid" and width >= 2 and inside for _, style, width, inside in seen)
 
 
+def test_the_picture_of_the_readme_keeps_its_text_in_its_boxes(browser):
+    visit(browser, Path(__file__).parents[1] / "docs" / "pipeline.svg", 1440)
+    outside = browser.execute_script(
+        """
+        return [...document.querySelectorAll('g')].flatMap(g => {
+            let box = g.querySelector('rect').getBBox();
+            return [...g.querySelectorAll('text')].filter(t => { let b = t.getBBox();
+                return b.x < box.x || b.x + b.width > box.x + box.width - 2 || b.y + b.height > box.y + box.height
+            }).map(t => t.textContent) })
+        """
+    )
+    assert outside == []
+
+
 # How colours look to those whose red (protanopia) or green (deuteranopia) cones are missing: rows of matrices on
 # linear light. Source: Machado, Oliveira, Fernandes: A physiologically-based model for simulation of color vision
 # deficiency (IEEE TVCG 15, 2009), at full severity.

@@ -184,7 +184,7 @@ def _measured(requests: list[Request], target: str) -> list[dict[str, Any]]:
 
 def _alone(request: Request, target: str) -> dict[str, Any]:
     try:
-        found: list[Resources] = measure([request], target)
+        found: list[Resources] = measure([request], target, timeout=120)
     except ResourceError as error:
         return {"error": str(error)}
     return asdict(found[0])
