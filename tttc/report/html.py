@@ -126,6 +126,10 @@ def _python(text: str, first: int = 1) -> Markup:
 
 def _kernel(kernel: Kernel, level: int = 4) -> Markup:
     schedule = kernel.config.get("schedule")
+    reasons = dict(schedule.reasons) if schedule is not None else {}
+    options = options_of(kernel)
+    default = type(schedule)().choices() if schedule is not None else options
+    chosen = {k: v for k, v in options.items() if k in reasons or v != default[k]}
     return Markup(
         _environment()
         .get_template("kernel.html.j2")
@@ -133,8 +137,9 @@ def _kernel(kernel: Kernel, level: int = 4) -> Markup:
             k=kernel,
             level=level,
             r=kernel.resources,
-            options=options_of(kernel),
-            reasons=dict(schedule.reasons) if schedule is not None else {},
+            chosen=chosen,
+            usual={k: v for k, v in options.items() if k not in chosen},
+            reasons=reasons,
             source=_python(kernel.source),
         )
     )
