@@ -387,6 +387,11 @@ def test_json_is_as_its_schema_says(explained, tmp_path):
     text = explained.to_json(tmp_path / "r.json")
     data = json.loads(text)
     jsonschema.validate(data, schema)
+    kernels = {(k["scan"], k["direction"]) for k in data["kernels"]}
+    assert {(s, d) for s in ("scan0", "scan1") for d in ("forward", "backward")} <= kernels
+    assert all(
+        s["backward"]["errors"] and s["backward"]["recurrence"]["reverse"] for s in data["scans"]
+    )
     assert data == explained.to_dict() == json.loads((tmp_path / "r.json").read_text())
 
 
@@ -400,6 +405,8 @@ def test_pictures_are_svg_of_their_own(explained, tmp_path):
     for what in (
         "scan0.dualise",
         "scan1.recurrence",
+        "scan1.backward",
+        "scan0.backward_recurrence",
         "scan0.roofline",
         "scan0.errors",
         "model.fused",

@@ -81,6 +81,8 @@ def test_costs_errors_and_kernels(explained):
     assert explained.kernels
     for kernel in explained.kernels:
         assert kernel.path.read_text() == kernel.source
+        # At least q, k, v and the output of 2 sequences of 10 tokens of 16 numbers.
+        assert 4 * 2 * 10 * 16 * 4 <= kernel.cost["bytes"] < 200_000
 
 
 def test_text_fits_eighty_columns(explained):
@@ -201,6 +203,9 @@ def test_a_backward_without_kernels_says_why():
     (scan,) = tttc.explain(online, x, backend="torch", target="").scans
     assert scan.form == "sequential" and "one after another" in scan.backward.reason
     assert scan.backward.stages and not scan.backward.kernels and scan.backward.error < 1e-5
+    # One token's cotangents of anchor and carry are both those of the state it starts from.
+    assert {"anchor", "W"} <= set(scan.backward.wanted)
+    assert all(s.error < 1e-5 for s in scan.backward.stages)
     assert "torch operations" in str(tttc.explain(online, x, backend="torch", target=""))
 
 
