@@ -48,11 +48,15 @@ def gradient_errors(call: Call, tokens: int) -> dict[str, float]:
         named = dict(zip(GROUPS, groups, strict=True))
         out = call.operator(**{**first, **named, "states": True, "interval": interval})
         outputs = len(interned(key).outputs)
-        got = _pulled_back(out[skipped : skipped + outputs], [x for g in groups for x in g])
+        results = out[skipped : skipped + outputs]
+        cotangents = [_direction(x) for x in results]
+        got = _pulled_back(results, [x for g in groups for x in g], cotangents)
         groups = leaves(torch.float64)
         anchor, carry, given, shared = groups
         out = reference(anchor, carry, given, shared, key, size, first["place"])
-        expected = _pulled_back(out[skipped:], [x for g in groups for x in g])
+        # The same cotangents, as rounded for the compiled scan.
+        exact = [g.to(x.dtype) for g, x in zip(cotangents, out[skipped:], strict=True)]
+        expected = _pulled_back(out[skipped:], [x for g in groups for x in g], exact)
     said = leaf_names(interned(key))
     names = [
         said[f"{kind}_{i}"]
@@ -83,7 +87,9 @@ def naive_gradients(groups: Groups, key: str, mini_batch_size: int) -> dict[str,
         state, rows = ([x[None, None] for x in group] for group in (anchor, tokens))
         out = reference(state, [], rows, [x[None] for x in shared], key, mini_batch_size, 0)
         results = [x[0, 0] for x in out[2 * len(anchor) :]]
-        return dict(zip(leaves, _pulled_back(results, [*leaves.values()]), strict=True))
+        cotangents = [_direction(x) for x in results]
+        found = _pulled_back(results, [*leaves.values()], cotangents)
+        return dict(zip(leaves, found, strict=True))
 
 
 def backward_error(
@@ -114,14 +120,15 @@ def _direction(x: Tensor) -> Tensor:
     return waves.to(x.dtype).view(x.shape)
 
 
-def _pulled_back(results: Sequence[Tensor], leaves: Sequence[Tensor]) -> list[Tensor]:
+def _pulled_back(
+    results: Sequence[Tensor], leaves: Sequence[Tensor], cotangents: Sequence[Tensor]
+) -> list[Tensor]:
     """The gradients of the floating leaves."""
-    reached = [x for x in results if x.requires_grad]
+    pairs = [(x, g) for x, g in zip(results, cotangents, strict=True) if x.requires_grad]
     wanted = [x for x in leaves if x.requires_grad]
-    if not reached:
+    if not pairs:
         return [torch.zeros_like(x) for x in wanted]
-    directions = [_direction(x) for x in reached]
-    found = torch.autograd.grad(
-        reached, wanted, directions, allow_unused=True, materialize_grads=True
+    reached, given = zip(*pairs, strict=True)
+    return list(
+        torch.autograd.grad(reached, wanted, given, allow_unused=True, materialize_grads=True)
     )
-    return list(found)
