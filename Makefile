@@ -4,7 +4,7 @@
 #   make test                 lint and tests
 #   make speed                the torch backend against the naive loop on an idle CPU
 #   make docs                 the documentation as a site, in build/docs
-#   make bench                what benchmarks/results records, on the GPU at hand
+#   make bench                what benchmarks/results records, on the GPU at hand, and the tables made of it
 #   make CONSTRAINTS= demo    with the newest torch instead of the tested one (a CUDA build, say)
 #   make PYTHON=python3.12    another interpreter
 
@@ -28,9 +28,9 @@ speed: $(VENV)/installed
 bench: $(VENV)/installed
 	$(RUN) -m pip install $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[bench]'
 	$(RUN) benchmarks/scan_forward.py benchmarks/results/$(shell date +%F)-scans.json
+	$(RUN) benchmarks/tables.py
 
 docs: $(VENV)/installed
-	$(RUN) -m pip install $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[docs]'
 	$(RUN) -m sphinx -W --keep-going -b html docs build/docs
 
 lint: $(VENV)/installed

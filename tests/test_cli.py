@@ -63,7 +63,7 @@ def module(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     # Inductor takes long to compile and has tests of its own.
-    monkeypatch.setattr("tttc.report.benchmark._has_compiler", lambda: False)
+    monkeypatch.setattr("tttc.report.measurement.has_compiler", lambda: False)
     yield tmp_path
     for name in ("mymodel", "syntax", "needy", "raises"):
         sys.modules.pop(name, None)
@@ -96,9 +96,13 @@ def explained(tmp_path_factory):
 
 
 def test_explain_prints_a_report(module, capsys):
-    assert run("explain mymodel:build --input 1x6x16 --backend torch --target sm_80") == 0
+    command = "explain mymodel:build --input 1x6x16 --backend torch --target sm_80"
+    assert run(command) == 0
     shown = capsys.readouterr()
     assert "dualise" in shown.out and not shown.err  # no progress where there is no terminal
+    assert "simplify_backward" in shown.out
+    assert run(f"{command} --no-backward") == 0
+    assert "simplify_backward" not in capsys.readouterr().out
 
 
 def test_explain_writes_html_and_json(explained):
@@ -166,6 +170,10 @@ def test_bench_sweeps_over_letters_and_mini_batches(module, capsys):
         ("explain mymodel:build --input 2x3:int64", "integers need a bound"),
         ("explain mymodel:build --input 2x3 --dtype int64", "expected a floating dtype"),
         ("explain mymodel:build --input 2x3 --device nowhere", "--device"),
+        (
+            "explain mymodel:build --input 2x3x16 --target h100",
+            "--target: expected a name like sm_90",
+        ),
         ("bench mymodel:build --input 2x3 --sweep T=3", "a letter in the shape"),
         ("bench mymodel:build --input 2xT --sweep T=a", "expected NAME=256,512,1024"),
         ("bench mymodel:build --input 2x3 --plot a.png", "expected a --sweep"),
@@ -210,6 +218,14 @@ def test_a_failing_model_gets_a_line_and_debug_a_trace(module, capsys):
     assert "--debug shows where" in shown and "Traceback" not in shown
     assert cli.main([*arguments, "--debug"]) == 1
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_shape_the_model_cannot_take_is_said_in_one_line(module, capsys):
+    assert run("explain mymodel:build --input 2x4x15 --backend torch") == 1
+    shown = capsys.readouterr().err
+    # What the model raises, not what TorchDynamo makes of it.
+    assert shown.splitlines()[0].startswith("tttc: ") and len(shown.splitlines()) == 2
+    assert "15" in shown and "Dynamo" not in shown and "File" not in shown
 
 
 def test_help_has_examples_and_exit_codes(capsys):

@@ -7,9 +7,11 @@ ask of ``tttc``, ``make`` and ``pip`` must exist.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import shlex
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -43,7 +45,7 @@ def blocks(page: Path) -> list[tuple[str, str]]:
 )
 def test_python_and_commands_run(page, tmp_path, monkeypatch):
     # Inductor takes long to compile and has tests of its own.
-    monkeypatch.setattr("tttc.report.benchmark._has_compiler", lambda: False)
+    monkeypatch.setattr("tttc.report.measurement.has_compiler", lambda: False)
     # As a reader without a GPU runs it, not kernels in the interpreter that other tests look at.
     monkeypatch.setattr("triton.knobs.runtime.interpret", False)
     monkeypatch.chdir(tmp_path)
@@ -130,18 +132,89 @@ def test_every_page_is_in_the_contents():
     assert {p.stem for p in PAGES[1:]} - {"index"} == set(re.findall(r"^(\w+)$", contents, re.M))
 
 
-def test_the_numbers_are_those_of_the_record():
-    text = (ROOT / "docs" / "numbers.md").read_text()
-    record = json.loads(
-        (ROOT / re.search(r"`(benchmarks/results/\S+-scans.json)`", text)[1]).read_text()
-    )
-    rows = {(r["case"], r["shape"]): r for r in (*record["forward"], *record["peers"])}
-    training = {(r["case"], r["shape"]): r["training_us"] for r in record["training"]}
-    training |= {k: r["training_us"] for k, r in rows.items() if "training_us" in r}
-    table = re.findall(r"^\| (\S.*?) \| (B\d+ T\d+) \| (\d+) \| (\d*) ?\| (\d*) ?\|$", text, re.M)
-    assert len(table) > 10
-    for case, shape, forward, floor, both in table:
-        row = rows[case, shape]
-        assert round(row["us"]) == int(forward), (case, shape)
-        assert not floor or round(row["floor_us"]) == int(floor), (case, shape)
-        assert not both or round(training[case, shape]) == int(both), (case, shape)
+# -- numbers ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tables():
+    """``benchmarks/tables.py``, which is a script and not installed."""
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_numbers_are_those_of_the_records(tables, capsys):
+    assert tables.main(["--check"]) == 0, capsys.readouterr().out
+    newest = tables.records("scans")[0]
+    for page in (ROOT / "README.md", ROOT / "docs" / "numbers.md"):
+        assert newest.path.name in page.read_text()
+    row = next(r for r in newest.data["forward"] if r["case"] == "ttt_linear_b16")
+    assert f"**{row['us']:.0f}**" in (ROOT / "README.md").read_text()
+
+
+def test_a_number_that_no_record_has_is_found(tables, capsys, monkeypatch, tmp_path):
+    (tmp_path / "docs").mkdir()
+    for page in tables.PAGES:
+        (tmp_path / page).write_text((ROOT / page).read_text())
+    text = (tmp_path / "README.md").read_text()
+    (number,) = re.findall(r"^\| TTT-Linear, mini-batch 16 \| \*\*(\d+)\*\*.*$", text, re.M)[:1]
+    (tmp_path / "README.md").write_text(text.replace(f"**{number}**", "**1**"))
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    assert tables.main(["--check"]) == 1
+    shown = capsys.readouterr().out
+    assert "-| TTT-Linear, mini-batch 16 | **1** |" in shown and f"**{number}**" in shown
+    assert tables.main([]) == 0 and tables.main(["--check"]) == 0
+
+
+def test_tables_are_made_from_the_newest_record(tables, monkeypatch, tmp_path):
+    def save(name, date, us, rival):
+        times = {"us": us, "training_us": 2 * us}
+        record = {
+            "date": date,
+            "device": "NVIDIA X1 80GB HBM3",
+            "versions": {"torch": "3.0+cu1"},
+            "command": "python benchmarks/x.py benchmarks/results/y.json",
+            "forward": [{"case": "ttt_linear_b16", "shape": "B16 T2048", **times, "floor_us": 10.0,
+                         "errors": {"T2048 against x": 1e-3, "naive against dual": 1e-15}}],
+            "peers": [{"case": "fla chunk_ttt_linear", "shape": "B16 T2048", "us": rival, "training_us": us}],
+            "training": [{"case": "ttt_linear_b16", "shape": "B16 T2048", "training_us": 2 * us,
+                          "gradient_errors": [2e-3]}],
+        }  # fmt: skip
+        (tmp_path / name).write_text(json.dumps(record))
+
+    save("2030-01-01-x1-scans.json", "2030-01-01", 5.0, 4.0)
+    save("2030-01-02-x1-scans.json", "2030-01-02", 12_345.0, 24_690.0)
+    newest, older = tables.records("scans", tmp_path)
+    assert tables.by_shape(newest, "us").splitlines()[2:] == [
+        "| TTT-Linear, mini-batch 16 | **12 345** |",
+        "| flash-linear-attention, chunk | 24 690 |",
+    ]
+    assert "takes 2.0 times as long as ours." in tables.verdict(newest)
+    assert "at B16 T2048 it is 2.0 times as fast as ours." in tables.verdict(newest)  # training
+    assert "at B16 T2048 it is 1.2 times as fast as ours." in tables.verdict(older)
+    assert tables.accuracy(newest).endswith("outputs 1.0e-03 at T2048; gradients 2.0e-03.")
+    assert "2.0 times as fast" in tables.speed(newest) and "NVIDIA X1:" in tables.speed(newest)
+    assert tables.heading(newest).startswith("One NVIDIA X1, 2030-01-02, torch 3.0;")
+    rules = {
+        "times": {"delta_net": {"forward": {"tttc": {"us": 10}, "fla": {"us": 20}}}, "titans": {"error": "no"}},
+        "errors": {"delta_net": {"form": "dual", "output": 1e-3, "gradient of q": 2e-3}, "lact": {"error": "no"}},
+    }  # fmt: skip
+    newest.data = rules
+    assert "| delta net | forward | 10 | fla 20 |" in tables.rules(newest)
+    assert "| delta net | dual | 1.0e-03 | 2.0e-03 |" in tables.rules(newest)
+
+
+def test_the_site_is_built_without_a_warning(tmp_path):
+    pytest.importorskip("sphinx", reason="needs the extra docs: pip install 'tttc[docs]'")
+    pytest.importorskip("myst_parser")
+    done = subprocess.run(
+        [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", "docs", str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    tutorial = (tmp_path / "tutorial.html").read_text()
+    assert "From a naive rule to a trained model" in tutorial
+    assert "tttc.explain" in (tmp_path / "interface.html").read_text()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import xml.etree.ElementTree as ET
 from dataclasses import replace
@@ -15,11 +16,6 @@ from torch import nn
 from tttc.codegen.schedule import Schedule
 
 import tttc
-from tttc.ir.order import Order, best_path
-from tttc.report import figures
-from tttc.report.changes import compare
-from tttc.report.layout import layered
-from tttc.report.records import GraphReport, NodeReport, Roofline
 
 SCREENSHOTS = Path(__file__).parents[1] / "build" / "report"
 SCHEMA = Path(tttc.__file__).parent / "report" / "schema.json"
@@ -196,6 +192,152 @@ def test_it_can_be_used_by_keyboard_and_screen_reader(explained, browser, tmp_pa
     assert found == dict.fromkeys(found, 0)
 
 
+def test_a_notebook_shows_the_page_in_a_frame_of_its_own(scripted, browser, tmp_path):
+    from selenium.webdriver.common.by import By
+
+    shown = scripted._repr_html_()
+    assert shown.startswith("<iframe") and "<script" not in shown and '"https' not in shown
+    path = tmp_path / "report.html"
+    path.write_text("<!DOCTYPE html><title>notebook</title><h1>cell</h1>" + shown)
+    visit(browser, path, 1000)
+    browser.switch_to.frame(browser.find_element(By.TAG_NAME, "iframe"))
+    try:
+        assert browser.find_element(By.TAG_NAME, "h1").text == "What tttc did to evil"
+        summary = browser.find_element(By.CSS_SELECTOR, "details:not([open]) > summary")
+        summary.click()
+        assert summary.find_element(By.XPATH, "..").get_attribute("open")
+    finally:
+        browser.switch_to.default_content()
+    assert browser.find_element(By.TAG_NAME, "h1").text == "cell"
+    assert browser.get_log("browser") == []
+    assert all(url.startswith(("file:", "about:")) for url in requested(browser))
+
+
+# What is to be seen: text that stands out from its ground, labels inside their boxes and clear of each other.
+SIGHT = """
+let rgb = s => (s.match(/[\\d.]+/g) || [0, 0, 0, 0]).map(Number);
+let light = c => { let [r, g, b] = c.map(v => (v /= 255) <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4);
+    return .2126 * r + .7152 * g + .0722 * b };
+let ratio = (a, b) => { let [x, y] = [light(a), light(b)]; return (Math.max(x, y) + .05) / (Math.min(x, y) + .05) };
+let ground = e => { for (; e; e = e.parentElement) { let c = rgb(getComputedStyle(e).backgroundColor);
+    if (c.length < 4 || c[3] > 0) return c } return [255, 255, 255] };
+let all = s => [...document.querySelectorAll(s)], style = (e, k) => rgb(getComputedStyle(e)[k]);
+let meet = (x, y, d) => x.x < y.x + y.width - d && y.x < x.x + x.width - d
+    && x.y < y.y + y.height - d && y.y < x.y + x.height - d;
+all('details').forEach(x => x.open = true);
+let faint = all('main *, header *, nav *, footer *').filter(e => !e.closest('svg')
+    && [...e.childNodes].some(n => n.nodeType == 3 && n.data.trim()) && ratio(style(e, 'color'), ground(e)) < 4.5);
+let dim = all('svg .n tspan').filter(t => ratio(style(t, 'fill'), style(t.closest('.n').querySelector('rect'), 'fill')) < 4.5);
+let outside = all('svg .n').filter(n => { let t = n.querySelector('text').getBBox(), q = n.querySelector('rect').getBBox();
+    return t.x < q.x - 1 || t.x + t.width > q.x + q.width + 1 || t.y + t.height > q.y + q.height + 2 });
+let touching = [];
+for (let s of all('svg')) for (let kind of ['.fig > text', '.n > rect']) {
+    let boxes = [...s.querySelectorAll(kind)].map(e => [e.parentElement.textContent.length < 99
+        ? e.parentElement.textContent : e.textContent, e.getBBox()]);
+    boxes.forEach(([a, x], i) => boxes.slice(i + 1).forEach(([b, y]) => meet(x, y, 1) && touching.push([a, b])));
+}
+return [faint.map(e => [e.className, e.textContent.slice(0, 40), getComputedStyle(e).color]),
+    dim.map(e => e.textContent), outside.map(e => e.textContent), touching, all('svg .n').length];
+"""
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_text_stands_out_and_nothing_overlaps(explained, browser, tmp_path, dark):
+    path = tmp_path / "report.html"
+    explained.to_html(path)
+    visit(browser, path, 1440, dark)
+    *wrong, drawn = browser.execute_script(SIGHT)
+    assert wrong == [[], [], [], []] and drawn > 500
+
+
+def test_focus_is_seen_from_the_first_key(explained, browser, tmp_path):
+    from selenium.webdriver.common.action_chains import ActionChains
+    from selenium.webdriver.common.keys import Keys
+
+    path = tmp_path / "report.html"
+    explained.to_html(path)
+    visit(browser, path, 390)
+    seen = []
+    for _ in range(12):
+        ActionChains(browser).send_keys(Keys.TAB).perform()
+        seen.append(
+            browser.execute_script(
+                "let e = document.activeElement, s = getComputedStyle(e), b = e.getBoundingClientRect();"
+                "return [e.textContent.trim().slice(0, 20), s.outlineStyle, parseFloat(s.outlineWidth), b.left >= 0]"
+            )
+        )
+    assert seen[0][0] == "Skip to the report"
+    assert all(style == "solid" and width >= 2 and inside for _, style, width, inside in seen)
+
+
+def test_the_picture_of_the_readme_keeps_its_text_in_its_boxes(browser):
+    visit(browser, Path(__file__).parents[1] / "docs" / "pipeline.svg", 1440)
+    outside = browser.execute_script(
+        """
+        return [...document.querySelectorAll('g')].flatMap(g => {
+            let box = g.querySelector('rect').getBBox();
+            return [...g.querySelectorAll('text')].filter(t => { let b = t.getBBox();
+                return b.x < box.x || b.x + b.width > box.x + box.width - 2 || b.y + b.height > box.y + box.height
+            }).map(t => t.textContent) })
+        """
+    )
+    assert outside == []
+
+
+# How colours look to those whose red (protanopia) or green (deuteranopia) cones are missing: rows of matrices on
+# linear light. Source: Machado, Oliveira, Fernandes: A physiologically-based model for simulation of color vision
+# deficiency (IEEE TVCG 15, 2009), at full severity.
+SIGHTS = {
+    "all colours": ((1, 0, 0), (0, 1, 0), (0, 0, 1)),
+    "no red": (
+        (0.152286, 1.052583, -0.204868),
+        (0.114503, 0.786281, 0.099216),
+        (-0.003882, -0.048116, 1.051998),
+    ),
+    "no green": (
+        (0.367322, 0.860646, -0.227968),
+        (0.280085, 0.672501, 0.047413),
+        (-0.011820, 0.042940, 0.968881),
+    ),
+}
+
+
+def lightness_and_colour(hexadecimal: str, sight) -> list[float]:
+    """Coordinates in CIELAB, in which distance is what is seen."""
+    channels = [int(hexadecimal[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    r, g, b = (
+        min(max(sum(m * c for m, c in zip(row, linear, strict=True)), 0), 1) for row in sight
+    )
+    xyz = (
+        (0.4124 * r + 0.3576 * g + 0.1805 * b) / 0.9505,
+        0.2126 * r + 0.7152 * g + 0.0722 * b,
+        (0.0193 * r + 0.1192 * g + 0.9505 * b) / 1.089,
+    )
+    x, y, z = (v ** (1 / 3) if v > 0.008856 else 7.787 * v + 16 / 116 for v in xyz)
+    return [116 * y - 16, 500 * (x - y), 200 * (y - z)]
+
+
+@pytest.mark.parametrize("sight", SIGHTS)
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_kinds_of_nodes_are_told_apart_without_red_or_green(sight, dark):
+    css = (Path(tttc.__file__).parent / "report" / "templates" / "report.css").read_text()
+    colours = css[css.index("prefers-color-scheme:dark") :] if dark else css
+    boxes, pills = ("contraction", "elementwise", "reduction"), ("state", "token", "parameter")
+    for group in (boxes, pills):  # boxes and pills differ in shape
+        seen = {
+            k: lightness_and_colour(
+                re.search(rf"--{k}:(#\w{{6}})", colours)[1],
+                SIGHTS[sight],
+            )
+            for k in group
+        }
+        for a in group:
+            for b in group:
+                apart = sum((x - y) ** 2 for x, y in zip(seen[a], seen[b], strict=True)) ** 0.5
+                assert a == b or apart > 9, (a, b, apart)
+
+
 # -- without one ------------------------------------------------------------------------------------------
 
 
@@ -217,12 +359,6 @@ def test_the_page_says_what_was_done(explained, tmp_path):
         "one mini-batch after another",
     ):
         assert part in page, part
-
-
-def test_a_notebook_shows_the_page_in_a_frame(scripted):
-    shown = scripted._repr_html_()
-    assert shown.startswith("<iframe") and "sandbox" in shown
-    assert "<script" not in shown and '"https' not in shown
 
 
 def test_scans_without_dual_form_and_models_without_scans(tmp_path):
@@ -251,6 +387,11 @@ def test_json_is_as_its_schema_says(explained, tmp_path):
     text = explained.to_json(tmp_path / "r.json")
     data = json.loads(text)
     jsonschema.validate(data, schema)
+    kernels = {(k["scan"], k["direction"]) for k in data["kernels"]}
+    assert {(s, d) for s in ("scan0", "scan1") for d in ("forward", "backward")} <= kernels
+    assert all(
+        s["backward"]["errors"] and s["backward"]["recurrence"]["reverse"] for s in data["scans"]
+    )
     assert data == explained.to_dict() == json.loads((tmp_path / "r.json").read_text())
 
 
@@ -264,6 +405,8 @@ def test_pictures_are_svg_of_their_own(explained, tmp_path):
     for what in (
         "scan0.dualise",
         "scan1.recurrence",
+        "scan1.backward",
+        "scan0.backward_recurrence",
         "scan0.roofline",
         "scan0.errors",
         "model.fused",
@@ -275,12 +418,7 @@ def test_pictures_are_svg_of_their_own(explained, tmp_path):
         explained.to_svg("dualise")
 
 
-def test_a_timed_scan_lies_under_the_roof():
-    roof = Roofline("H100 SXM", 1e15, "bf16", 4e12, 0.2, 50.0, 3e13)
-    assert roof.attainable(0.2) == 0.8e12 and roof.attainable(1000.0) == 1e15
-    drawn = str(figures.roofline(roof, "scan0"))
-    assert drawn.count("p-measured") == 1 and "measured: 30 TFLOP/s" in drawn
-    assert "p-measured" not in str(figures.roofline(replace(roof, measured=None), "scan0"))
+def test_a_timed_scan_says_on_what():
     found = tttc.explain(online, torch.randn(1, 2, 6, 4), backend="torch", target="", timed=True)
     (scan,) = found.scans
     assert scan.seconds > 0 and scan.timed_on == "cpu"
@@ -316,25 +454,6 @@ def test_equal_layers_are_shown_once():
     assert many < few + 22 * 1000
 
 
-# -- orders, schedules ------------------------------------------------------------------------------------
-
-
-def test_rejected_orders_and_what_they_would_make():
-    # z_tj = sum_su m_ts q_tu k_su g_sj: the dual order, and the primal one that makes k_su g_sj first.
-    operands = (("m", ("t", "s")), ("q", ("t", "u")), ("k", ("s", "u")), ("g", ("s", "j")))
-    sizes = {"t": 16, "s": 16, "u": 32, "j": 32}
-    labels = [o[1] for o in operands]
-    path, info = best_path(labels, ("t", "j"), sizes)
-    order = Order(operands, ("t", "j"), tuple(sizes.items()), tuple(path), int(info.opt_cost), 0)
-    assert order.written() == "g · (m · (q · k))"
-    assert order.operations == 2 * 16 * 16 * 32 + 16 * 16 + 2 * 16 * 16 * 32
-    assert order.largest() == (16 * 32, ("j", "t"))
-    rejected = {order.written(p): (n, order.largest(p)) for p, n in order.alternatives()}
-    assert len(rejected) == 5 and min(n for n, _ in rejected.values()) >= order.operations
-    primal = 16 * 32 * 32 + 16 * 16 * 32 + 2 * 16 * 16 * 32 * 32
-    assert rejected["(k · g) · (m · q)"] == (primal, (16 * 32 * 32, ("s", "u", "j")))
-
-
 def test_a_schedule_has_a_reason_for_what_it_chose(explained):
     for kernel in explained.kernels:
         schedule = kernel.config["schedule"]
@@ -342,50 +461,3 @@ def test_a_schedule_has_a_reason_for_what_it_chose(explained):
         reasons = dict(schedule.reasons)
         assert chosen <= set(reasons) <= set(schedule.choices())
         assert replace(schedule, reasons=()) == schedule and "reasons" not in repr(schedule)
-
-
-# -- how graphs are compared and laid out ---------------------------------------------------------------
-
-
-def nodes(*rows):
-    return GraphReport([NodeReport(n, k, o, d, (), tuple(i.split())) for n, k, o, d, i in rows])
-
-
-def test_what_a_pass_changed():
-    x = ("x", "token", "x", "", "")
-    before = nodes(
-        x, ("a", "elementwise", "exp", "t → t", "x"), ("b", "elementwise", "neg", "t → t", "a")
-    )
-    after = nodes(
-        x,
-        ("p", "elementwise", "exp", "t → t", "x"),
-        ("q", "contraction", "sum over s", "t s → t", "p"),
-        ("r", "elementwise", "neg", "s t → s t", "q"),
-    )
-    found = compare(before, after, "before")
-    assert [n.change for n in found.nodes] == ["", "", "new", "changed"]
-    assert compare(after, before, "after").removed == ["sum over s, t s → t"]
-    same = compare(after, after, "itself")
-    assert not same.removed and {n.change for n in same.nodes} == {""}
-
-
-def test_layout_keeps_edges_down_and_nodes_apart():
-    names = [f"n{i}" for i in range(30)]
-    edges = [
-        (names[i], names[j])
-        for i in range(30)
-        for j in range(i + 1, 30)
-        if (i * 7 + j * 3) % 11 == 0
-    ]
-    sizes = {n: (40.0 + 3 * (i % 7), 20.0) for i, n in enumerate(names)}
-    made = layered(sizes, edges)
-    for a, b in edges:
-        assert made.centre[a][1] < made.centre[b][1]
-        ys = [y for _, y in made.edges[a, b]]
-        assert ys == sorted(ys)
-    for a in names:
-        for b in names:
-            (xa, ya), (xb, yb) = made.centre[a], made.centre[b]
-            apart = abs(xa - xb) >= (sizes[a][0] + sizes[b][0]) / 2 - 1e-6
-            assert a == b or abs(ya - yb) >= 20 or apart
-    assert all(0 <= x <= made.width for x, _ in made.centre.values())

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
+import jsonschema
 import pytest
 import torch
 from torch import fx, nn
 
 import tttc
 from tttc.report import text
-from tttc.report.benchmark import Row
 from tttc.report.demo import library_text
+from tttc.report.results import Row
+
+SCHEMA = Path(tttc.__file__).parent / "report" / "schema.json"
 
 
 class Two(nn.Module):
@@ -77,6 +81,21 @@ def test_costs_errors_and_kernels(explained):
     assert explained.kernels
     for kernel in explained.kernels:
         assert kernel.path.read_text() == kernel.source
+        # At least q, k, v and the output of 2 sequences of 10 tokens of 16 numbers.
+        assert 4 * 2 * 10 * 16 * 4 <= kernel.cost["bytes"] < 200_000
+
+
+def test_text_fits_eighty_columns(explained):
+    from tttc.report.render import explanation
+
+    shown = text.plain(*explanation(explained), width=80).splitlines()
+    assert max(map(len, shown)) <= 80
+    for stage in ("dualise", "simplify_backward"):
+        # A row of a table on one line, its error at the end.
+        (row,) = [x for x in shown if x.strip().startswith(f"scan1.{stage} ")]
+        assert "e-0" in row.split()[-1]
+    wide = str(explained).splitlines()
+    assert max(map(len, wide)) <= text.WIDE and any("dual form  " in x for x in wide)
 
 
 def test_text_is_plain_and_says_what_matters(explained):
@@ -87,7 +106,7 @@ def test_text_is_plain_and_says_what_matters(explained):
         "dualise",
         "dual form",
         "first, second",
-        "source: ",
+        "sources, in that order, in ",
     ):
         assert part in shown
     assert "2 distinct scans in 3 layers" in repr(explained)
@@ -130,6 +149,133 @@ def test_an_eager_scan_says_why():
     assert not found.kernels
 
 
+def test_the_backward_is_explained(explained):
+    for scan in explained.scans:
+        back = scan.backward
+        assert back.of == "simplify" and back.reason is None and "token.k" in back.wanted
+        assert [s.name for s in back.stages] == ["backward", "simplify_backward"]
+        assert all(s.error < 1e-3 for s in back.stages)
+        derived, simplified = (s.graph for s in back.stages)
+        # Of the forward what is read again is kept; cotangents are new.
+        assert derived.compared == "simplify" and derived.count("new") > derived.count("") > 10
+        assert simplified.compared == "backward"
+        assert {n.operation for n in simplified.nodes if n.kind == "result"} == {
+            f"∂ {name}" for name in back.wanted
+        }
+        assert set(back.wanted) <= set(back.errors) and back.error < 1e-3 and back.checked == 9
+        assert back.recurrence.reverse and back.recurrence.part("recurrence").nodes
+        assert back.kernels and all("backward" in k.name for k in back.kernels)
+        assert back.cost.number("flops") > scan.after.number("flops")
+        assert all(k in explained.kernels for k in back.kernels)
+    shown = " ".join(str(explained).split())
+    assert "the vector-Jacobian product of simplify" in shown and "gradients largest error" in shown
+    assert "sources, in that order, in" in shown
+
+
+def test_the_gradients_of_a_stage_are_those_of_torch(explained):
+    for name in ("scan0.simplify_backward", "scan1.simplify_backward"):
+        stage = explained.stages[name]
+        given = dict(
+            zip(
+                [n.name for n in stage.graph.nodes if n.op == "placeholder"],
+                explained.example_inputs(name),
+                strict=True,
+            )
+        )
+        forward = explained.stages[name.replace("simplify_backward", "simplify")]
+        leaves = [
+            x.double().requires_grad_()
+            for x in explained.example_inputs(name.replace("simplify_backward", "simplify"))
+        ]
+        outputs = forward(*leaves)[-1:]
+        wanted = dict(
+            zip([n.name for n in forward.graph.nodes if n.op == "placeholder"], leaves, strict=True)
+        )
+        expected = torch.autograd.grad(outputs, wanted["token_0"], given["goutput_0"].double())[0]
+        index = explained.scans[int(name[4])].backward.wanted.index("token.q")
+        torch.testing.assert_close(
+            stage(*given.values())[index], expected.float(), atol=1e-4, rtol=1e-4
+        )
+
+
+def test_a_backward_without_kernels_says_why():
+    x = torch.randn(1, 2, 6, 4, requires_grad=True)
+    (scan,) = tttc.explain(online, x, backend="torch", target="").scans
+    assert scan.form == "sequential" and "one after another" in scan.backward.reason
+    assert scan.backward.stages and not scan.backward.kernels and scan.backward.error < 1e-5
+    # One token's cotangents of anchor and carry are both those of the state it starts from.
+    assert {"anchor", "W"} <= set(scan.backward.wanted)
+    assert all(s.error < 1e-5 for s in scan.backward.stages)
+    assert "torch operations" in str(tttc.explain(online, x, backend="torch", target=""))
+
+
+def test_gradients_in_bfloat16_are_measured_with_the_cotangents_they_got():
+    layer = tttc.nn.TTTLinear(16, 2, mini_batch_size=4).bfloat16()
+    x = torch.randn(1, 9, 16, dtype=torch.bfloat16)
+    (scan,) = tttc.explain(layer, x, backend="torch", target="").scans
+    # Sums are made in float32: what is left is one rounding of the gradient to bfloat16.
+    assert scan.backward.errors["token.q"] < 2**-8 and scan.backward.errors["token.v"] < 2**-8
+    assert all(0 <= e < 0.1 for e in scan.backward.errors.values())
+
+
+def test_no_backward_where_nothing_wants_a_gradient():
+    x = torch.randn(1, 2, 6, 4)
+    (scan,) = tttc.explain(online, x, backend="torch", target="").scans
+    assert scan.backward is None
+    (scan,) = tttc.explain(online, x, backend="torch", target="", backward=True).scans
+    assert scan.backward is not None
+    layer = tttc.nn.TTTLinear(16, 2, mini_batch_size=4)
+    (scan,) = tttc.explain(
+        layer, x.view(1, 3, 16), backend="torch", target="", backward=False
+    ).scans
+    assert scan.backward is None
+
+
+class Normed(nn.Module):
+    """Three regions, two of them equal."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = (nn.Linear(24, 24) for _ in range(3))
+
+    def forward(self, x):
+        for layer in (self.first, self.second):
+            x = torch.sigmoid(layer(x)) * 2
+        return torch.softmax(self.third(x), -1).unsqueeze(0)
+
+
+def test_kernels_of_regions_have_resources(monkeypatch):
+    from tttc.report import regions
+
+    launched = []
+    real = regions._launched
+    monkeypatch.setattr(
+        regions, "_launched", lambda k, given: launched.append((k, given)) or real(k, given)
+    )
+    found = tttc.explain(Normed(), torch.randn(5, 24), target="sm_80")
+    assert len(found.kernels) == len(found.regions) >= 2
+    assert sum(r.count for r in found.regions.values()) == found.models[0].regions
+    assert max(r.count for r in found.regions.values()) == 2
+    for kernel in found.kernels:
+        assert kernel.resources["target"] == "sm_80" and kernel.resources["registers"] > 0
+        region = found.regions[str(kernel.path)]
+        assert kernel.cost == {"bytes": region.bytes_after} and region.bytes_after > 0
+        assert region.bytes_before >= region.bytes_after
+    assert all(
+        x.device.type == "meta" for _, given in launched for x in given if hasattr(x, "device")
+    )
+    page = found.to_html()
+    assert "Kernels around the scans" in page and "compiled for sm_80" in page
+
+
+def test_a_kernel_that_does_not_compile_says_why():
+    layer = tttc.nn.TTTLinear(16, 2, mini_batch_size=4)
+    found = tttc.explain(layer, torch.randn(1, 4, 16), backend="torch", target="sm_999")
+    assert found.kernels and all("sm_999" in k.resources["error"] for k in found.kernels)
+    assert "for sm_999: " in str(found) and "does not compile for sm_999" in found.to_html()
+    jsonschema.validate(found.to_dict(), json.loads(SCHEMA.read_text()))
+
+
 def test_nothing_to_explain():
     found = tttc.explain(nn.Linear(3, 3), torch.randn(2, 3), backend="torch")
     assert not found.scans and "No tttc.scan" in str(found)
@@ -165,7 +311,7 @@ def test_a_slow_naive_loop_is_stopped_and_that_is_said():
 
 
 def test_what_fails_says_so_in_its_row(monkeypatch):
-    monkeypatch.setattr("tttc.report.benchmark._has_compiler", lambda: False)
+    monkeypatch.setattr("tttc.report.measurement.has_compiler", lambda: False)
     result = tttc.benchmark(
         tttc.nn.TTTLinear(16, 2), torch.randn(1, 4, 16), contenders=["torch.compile"], repeats=1
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import re
 import sys
 import types
 
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 import tttc
 from tttc.models import TTTConfig, TTTLanguageModel
 from tttc.report import peers
-from tttc.report.benchmark import BenchmarkResult, Row
+from tttc.report.results import BenchmarkResult, Row
 from tttc.report.sweep import Point, SweepResult, resized
 
 
@@ -97,6 +98,15 @@ def test_pictures_show_what_was_measured(tmp_path):
     text = (tmp_path / "s.svg").read_text()
     for part in ("time per token", "peak memory", "error against", "context length T", "tttc, B 2"):
         assert part in text
+
+
+def test_an_axis_within_one_power_of_ten_has_numbers(tmp_path):
+    matplotlib = pytest.importorskip("matplotlib")
+    points = [made_up({"T": t}, {"tttc": t * 1e-6}, error=e) for t, e in ((8, 4e-7), (16, 6e-7))]
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        SweepResult(points).to_png(tmp_path / "s.svg")
+    numbers = re.findall(r">(\d(?:\.\d+)?e-07)<", (tmp_path / "s.svg").read_text())
+    assert len(numbers) >= 2 and all(3e-7 < float(x) < 7e-7 for x in numbers)
 
 
 def test_without_matplotlib_it_says_what_to_install(monkeypatch, tmp_path):

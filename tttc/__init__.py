@@ -3,8 +3,10 @@
 from tttc import logs, models, nn
 from tttc.compiler import CompiledModule, TTTCWarning, compile
 from tttc.ir.errors import NotLowerable
-from tttc.report.benchmark import BenchmarkResult, benchmark
-from tttc.report.explain import Explanation, explain
+from tttc.report.benchmark import benchmark
+from tttc.report.explain import explain
+from tttc.report.explanation import Explanation
+from tttc.report.results import BenchmarkResult
 from tttc.scan import ScanState, scan
 
 __all__ = [

@@ -17,6 +17,7 @@ from tttc.commands.model import (
     MODEL_HELP,
     UsageError,
     device_of,
+    fail_plainly,
     make_inputs,
     parse_sweep,
     prepare,
@@ -160,7 +161,7 @@ def _add_explain(commands: Any) -> None:
         "say what the compiler does to a model",
         "tttc explain mymodels.lm:build --input 4x2048\n"
         "tttc explain mymodels.lm:build --input 4x2048 --html report.html\n"
-        "tttc explain mymodels.layer:layer --input 2x512x256:bfloat16 --target sm_100\n"
+        "tttc explain mymodels.layer:layer --input 2x512x256:bfloat16 --target sm_100 --no-backward\n"
         "tttc explain mymodels.lm:build --input 4x2048 --strict --json > report.json",
     )
     _model_options(parser)
@@ -176,6 +177,11 @@ def _add_explain(commands: Any) -> None:
         help="tokens of each scan that are compared with the naive loop (default 256)",
     )
     parser.add_argument(
+        "--backward",
+        action=argparse.BooleanOptionalAction,
+        help="the backward of each scan too (default: where a parameter requires a gradient)",
+    )
+    parser.add_argument(
         "--strict", action="store_true", help="exit with 1 where a scan runs as the naive loop"
     )
 
@@ -183,17 +189,31 @@ def _add_explain(commands: Any) -> None:
 def _explain(options: argparse.Namespace) -> int:
     model, device, dtype = prepare(options)
     inputs = make_inputs(options.input, model, device, dtype)
+    from torch._dynamo.exc import TorchDynamoException
+
+    from tttc.codegen.resources import measure
     from tttc.report.explain import explain
 
+    if options.target:
+        try:
+            measure([], options.target)
+        except ValueError as error:
+            raise UsageError(f"--{error}") from None
     with doing(f"explaining {options.model}"):
-        found = explain(
-            model,
-            *inputs,
-            backend=options.backend,
-            mini_batch_size=options.mini_batch_size,
-            check_tokens=options.check_tokens,
-            target=options.target,
-        )
+        try:
+            found = explain(
+                model,
+                *inputs,
+                backend=options.backend,
+                mini_batch_size=options.mini_batch_size,
+                backward=options.backward,
+                check_tokens=options.check_tokens,
+                target=options.target,
+            )
+        except TorchDynamoException:
+            if not options.debug:
+                fail_plainly(model, inputs)
+            raise
     if options.html:
         _written(found.to_html, options.html)
     if options.json:

@@ -20,7 +20,17 @@ from tttc.codegen.kernel import cache_dir
 from tttc.report.kernels import default_target
 
 OK, NOTE, BAD = "ok", "note", "bad"
-NEEDED = ("tttc", "torch", "triton", "networkx", "sympy", "opt_einsum", "rich")
+NEEDED = (
+    "tttc",
+    "torch",
+    "triton",
+    "networkx",
+    "sympy",
+    "opt_einsum",
+    "rich",
+    "pygments",
+    "jinja2",
+)
 OPTIONAL = {
     "matplotlib": ("pictures of benchmarks", "pip install matplotlib"),
     "flash-linear-attention": (
@@ -115,9 +125,9 @@ def _compilers() -> Iterator[Finding]:
         yield Finding("C compiler", BAD if gpu else NOTE, problem, mend)
     else:
         yield Finding("C compiler", OK, f"{c}, Python's headers")
-    from tttc.report.benchmark import _has_compiler
+    from tttc.report.measurement import has_compiler
 
-    if _has_compiler():
+    if has_compiler():
         yield Finding("C++ compiler", OK, "for torch.compile on the CPU, in benchmarks")
     else:
         mend = "apt install g++, or the like; tttc itself needs none"

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from tttc import _tracing
+
 DTYPES = {
     "float64": torch.float64,
     "float32": torch.float32,
@@ -114,6 +116,26 @@ def _imported(module_name: str) -> Any:
         raise UsageError(
             f"model: {module_name} can't be imported: {type(error).__name__}: {error} ({where})"
         ) from error
+
+
+class _Reached(Exception):
+    """A naive loop came to its first token."""
+
+
+def fail_plainly(model: Any, inputs: list[torch.Tensor]) -> None:
+    """Raise what the model itself raises on these inputs, if it does so before the first token of a scan.
+
+    TorchDynamo's own account of such an error is a page with stack traces.
+    """
+
+    def reached() -> None:
+        raise _Reached
+
+    try:
+        with torch.no_grad(), _tracing.before_each_token(reached):
+            model(*inputs)
+    except _Reached:
+        pass
 
 
 def _nearest(found: Any, part: str) -> str:

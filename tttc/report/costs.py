@@ -65,17 +65,6 @@ def _op_by_op(body: Body) -> sympy.Expr:
     return total
 
 
-def kinds(gm: fx.GraphModule) -> dict[str, int]:
-    """How many operators of each kind a graph has: contraction, elementwise, ... (those of no kind: other)."""
-    found: dict[str, int] = {}
-    for node in gm.graph.nodes:
-        if node.op in ("call_function", "call_module", "call_method"):
-            kind = ops.OPERATORS.get(node.target, "other")  # type: ignore[call-overload]
-            kind = "contraction" if kind == "masked_contraction" else kind
-            found[kind] = found.get(kind, 0) + 1
-    return found
-
-
 def expression(cost: sympy.Expr, times: int = 1) -> str:
     """A cost as people write it: ``2·b^2·i + 4·b``."""
     return str(sympy.expand(times * cost)).replace("**", "^").replace("*", "·")

@@ -7,19 +7,27 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from tttc.report.costs import StageCost, expression
-from tttc.report.records import ScanReport, StageReport
+from tttc.report.records import BackwardReport, RegionReport, ScanReport, StageReport
 from tttc.report.render import options_of
 
 if TYPE_CHECKING:
     from tttc.codegen.kernel import Kernel
-    from tttc.report.explain import Explanation
+    from tttc.report.explanation import Explanation
 
-SCHEMA = "tttc-explanation/1"
+SCHEMA = "tttc-explanation/2"
 
 
 def document(ex: Explanation) -> dict[str, Any]:
     """Dictionaries, lists, strings, numbers and None."""
-    scan_of = {id(k): scan.name for scan in ex.scans for k in scan.kernels}
+    owner: dict[int, tuple[str, str]] = {
+        id(k): (scan.name, "forward") for scan in ex.scans for k in scan.kernels
+    }
+    owner |= {
+        id(k): (scan.name, "backward")
+        for scan in ex.scans
+        if scan.backward is not None
+        for k in scan.backward.kernels
+    }
     return _finite({
         "schema": SCHEMA,
         "name": ex.name,
@@ -27,7 +35,9 @@ def document(ex: Explanation) -> dict[str, Any]:
         "layers": ex.layers,
         "models": [asdict(m) for m in ex.models],
         "scans": [_scan(s) for s in ex.scans],
-        "kernels": [_kernel(k, scan_of.get(id(k))) for k in ex.kernels],
+        "kernels": [
+            _kernel(k, owner.get(id(k)), ex.regions.get(str(k.path))) for k in ex.kernels
+        ],
     })  # fmt: skip
 
 
@@ -61,6 +71,7 @@ def _scan(scan: ScanReport) -> dict[str, Any]:
         else {**asdict(compared), "intensity": compared.intensity},
         "orders": [asdict(o) for o in scan.orders],
         "recurrence": None if scan.recurrence is None else asdict(scan.recurrence),
+        "backward": None if scan.backward is None else _backward(scan.backward),
         "errors": scan.errors,
         "says": scan.says,
         "deviation": scan.deviation,
@@ -68,6 +79,18 @@ def _scan(scan: ScanReport) -> dict[str, Any]:
         "seconds": scan.seconds,
         "timed_on": scan.timed_on,
         "roofline": None if scan.roofline is None else asdict(scan.roofline),
+    }
+
+
+def _backward(found: BackwardReport) -> dict[str, Any]:
+    return {
+        "of": found.of,
+        "wanted": found.wanted,
+        "stages": [_stage(s) for s in found.stages],
+        "recurrence": None if found.recurrence is None else asdict(found.recurrence),
+        "reason": found.reason,
+        "errors": found.errors,
+        "checked_tokens": found.checked,
     }
 
 
@@ -95,14 +118,21 @@ def _cost(cost: StageCost) -> dict[str, Any]:
     return {**found, "sizes": {str(k): v for k, v in sorted(cost.sizes.items(), key=str)}}
 
 
-def _kernel(kernel: Kernel, scan: str | None) -> dict[str, Any]:
+def _kernel(
+    kernel: Kernel, owner: tuple[str, str] | None, region: RegionReport | None
+) -> dict[str, Any]:
+    scan, direction = owner or (None, None)
     schedule = kernel.config.get("schedule")
     return {
         "name": kernel.name,
         "scan": scan,
+        "direction": direction,
+        "regions": None if region is None else region.count,
+        "operators": [] if region is None else region.operators,
         "path": str(kernel.path),
         "source": kernel.source,
         "options": options_of(kernel),
         "reasons": dict(schedule.reasons) if schedule is not None else {},
         "resources": kernel.resources,
+        "bytes": (kernel.cost or {}).get("bytes"),
     }

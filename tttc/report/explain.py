@@ -2,168 +2,53 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
-import os
-import platform
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from tttc import _recorder
 from tttc._scan_op import interned, scan_info
+from tttc.codegen.kernel import Kernel
+from tttc.codegen.resources import Request
 from tttc.compiler import CompiledModule, compile
 from tttc.ir.body import Body
 from tttc.report import scans as running
+from tttc.report.backward import backward_of
 from tttc.report.changes import compare
 from tttc.report.costs import stage_cost
+from tttc.report.explanation import Explanation
+from tttc.report.gradients import gradient_errors
 from tttc.report.graphs import stage_graph
-from tttc.report.kernels import default_target, kernels_of, save, scan_launches
+from tttc.report.kernels import (
+    backward_launches,
+    default_target,
+    launch_bytes,
+    save,
+    scan_launches,
+    with_resources,
+)
 from tttc.report.leaves import leaf_names
 from tttc.report.model import sizes_of
 from tttc.report.orders import orders_of
-from tttc.report.records import GraphReport, ModelReport, ScanReport, StageReport
+from tttc.report.records import (
+    GraphReport,
+    ModelReport,
+    RegionReport,
+    ScanReport,
+    StageReport,
+)
 from tttc.report.recurrence import recurrence_of
+from tttc.report.regions import region_report, region_request, regions_of
 from tttc.report.roofline import device_name, roofline_of, time_call
 from tttc.report.source import sources_of
 from tttc.report.stages import about
+from tttc.runtime.launch import Launch
 
-if TYPE_CHECKING:
-    from tttc.codegen.kernel import Kernel
-
-
-class Explanation:
-    """What :func:`explain` found.
-
-    Attributes:
-        stages: ordered ``{name: torch.fx.GraphModule}``, each of which runs: ``ex.stages[n](*ex.example_inputs(n))``.
-            ``model.captured`` is the graph TorchDynamo captured, its scans the naive loop; ``model.aten`` the
-            same in ATen operators, its scans compiled; ``model.fused`` after fusion. Then come the stages of each
-            distinct scan: ``dualise``, or ``scan1.dualise`` where there are several.
-        scans: one :class:`ScanReport` for each distinct scan.
-        models: one :class:`ModelReport` for each captured graph.
-        layers: ``{name of a layer: name of its scan}``; equal layers share one. The model itself is ``""``.
-        name: what the model is called: its class, or the function's name.
-        versions: of tttc, torch, triton and Python.
-        kernels: the emitted kernels, each with ``name``, ``source``, ``path``, ``config``, ``resources``, ``cost``.
-    """
-
-    def __init__(self) -> None:
-        self.stages: dict[str, fx.GraphModule] = {}
-        self.scans: list[ScanReport] = []
-        self.models: list[ModelReport] = []
-        self.layers: dict[str, str] = {}
-        self.kernels: list[Kernel] = []
-        self.name = ""
-        self.versions = versions()
-        self._parameters: dict[int, str] = {}  # names by data pointer
-        self._inputs: dict[str, tuple[Any, ...]] = {}
-
-    def example_inputs(self, stage: str) -> tuple[Any, ...]:
-        """Arguments for a stage, taken from the model's own input.
-
-        A stage of the model gets what it was called with; a stage of a scan one mini-batch of the first head of
-        the first sequence, or one token of it.
-
-        Raises:
-            KeyError: there is no such stage.
-            ValueError: the stage was never called.
-        """
-        if stage not in self.stages:
-            raise KeyError(f"stage: expected one of {', '.join(self.stages)}, got {stage!r}")
-        if stage not in self._inputs:
-            raise ValueError(f"stage: {stage} was never called with the input given")
-        return self._inputs[stage]
-
-    def to_html(self, path: str | os.PathLike[str] | None = None) -> str:
-        """The report as one HTML file that loads nothing and runs nothing, also written to ``path`` if given.
-
-        For each distinct scan: the step as written, each stage drawn, what its pass changed, contraction orders,
-        the recurrence, kernels and why they are scheduled so, errors, a roofline. Equal layers are shown once.
-        """
-        from tttc.report.html import page
-
-        return _written(page(self), path)
-
-    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
-        """All of the report as JSON, also written to ``path`` if given.
-
-        Its schema is ``tttc/report/schema.json`` (JSON Schema 2020-12), which says what each field means.
-        """
-        return _written(json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n", path)
-
-    def to_dict(self) -> dict[str, Any]:
-        """What :meth:`to_json` writes: dictionaries, lists, strings, numbers and None."""
-        from tttc.report.document import document
-
-        return document(self)
-
-    def to_svg(self, what: str, path: str | os.PathLike[str] | None = None) -> str:
-        """A picture for a paper as SVG with its own (light) colours, also written to ``path`` if given.
-
-        Args:
-            what: a stage, by its name in :attr:`stages`; or ``"recurrence"``, ``"errors"``, ``"roofline"``, after
-                the scan's name where there are several (``"scan1.recurrence"``).
-            path: where to write it.
-
-        Raises:
-            KeyError: there is no such picture.
-
-        Example:
-            >>> import torch, tttc
-            >>> layer = tttc.nn.TTTLinear(16, num_heads=2, mini_batch_size=4)
-            >>> ex = tttc.explain(layer, torch.randn(1, 8, 16), backend="torch", target="")
-            >>> ex.to_svg("dualise")[:4]
-            '<svg'
-        """
-        from tttc.report.pictures import picture
-
-        return _written(picture(self, what), path)
-
-    def _repr_html_(self) -> str:
-        from tttc.report.html import frame
-
-        return frame(self)
-
-    def __str__(self) -> str:
-        from tttc.report.render import explanation
-        from tttc.report.text import plain
-
-        return plain(*explanation(self))
-
-    def __rich__(self) -> Any:
-        from rich.console import Group
-
-        from tttc.report.render import explanation
-
-        return Group(*explanation(self))
-
-    def __repr__(self) -> str:
-        return (
-            f"<Explanation: {len(self.stages)} stages, {len(self.scans)} distinct scans in "
-            f"{len(self.layers)} layers, {len(self.kernels)} kernels>"
-        )
-
-
-def _written(text: str, path: str | os.PathLike[str] | None) -> str:
-    if path is not None:
-        Path(path).write_text(text, encoding="utf-8")
-    return text
-
-
-def versions() -> dict[str, str]:
-    """Of what a report depends on."""
-    import triton
-
-    return {
-        "tttc": importlib.metadata.version("tttc"),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "python": platform.python_version(),
-    }
+Calls = dict[tuple[str, int], running.Call]
 
 
 def explain(
@@ -171,6 +56,7 @@ def explain(
     *args: Any,
     backend: str | None = None,
     mini_batch_size: int | None = None,
+    backward: bool | None = None,
     check_tokens: int | None = 256,
     target: str | None = None,
     timed: bool | None = None,
@@ -183,6 +69,8 @@ def explain(
         args, kwargs: what the model is called with.
         backend: as for :func:`tttc.compile`; "auto" where nothing else is said.
         mini_batch_size: as for :func:`tttc.compile`.
+        backward: whether the backward of each distinct scan is explained too; None: where a parameter or an input
+            requires a gradient.
         check_tokens: how many tokens of each distinct scan are compared with the naive loop in float64, which
             takes milliseconds a token; None for all, 0 for none.
         target: the GPU for which the kernels' registers, spills and shared memory are given, ``"sm_90"`` or
@@ -215,15 +103,22 @@ def explain(
     if isinstance(model, torch.nn.Module):
         held = [*model.named_parameters(), *model.named_buffers()]
         explanation._parameters = {x.data_ptr(): name for name, x in held if x.numel()}
-    calls: dict[tuple[str, int], running.Call] = {}
+    calls: Calls = {}
     _add_models(explanation, recording, calls)
     target = default_target() if target is None else target
     _add_scans(explanation, recording, calls, check_tokens)
+    if _wants_gradients(model, args, kwargs) if backward is None else backward:
+        _add_backwards(explanation, recording, calls, check_tokens)
     _add_kernels(explanation, recording, calls, target)
     _add_times(explanation, calls, target, timed)
-    explanation.kernels += {k.path: k for k in recording.kernels}.values()
     save(explanation.kernels)
     return explanation
+
+
+def _wants_gradients(model: Any, args: Any, kwargs: Any) -> bool:
+    tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+    tensors += model.parameters() if isinstance(model, torch.nn.Module) else []
+    return any(x.requires_grad for x in tensors)
 
 
 def _name_of(model: Any) -> str:
@@ -238,7 +133,7 @@ def _name_of(model: Any) -> str:
 def _add_models(
     explanation: Explanation,
     recording: _recorder.Recording,
-    calls: dict[tuple[str, int], running.Call],
+    calls: Calls,
 ) -> None:
     several = sum(s.name == "captured" for s in recording.stages) > 1
     for stage in recording.stages:
@@ -318,7 +213,7 @@ def _scan_report(name: str, sites: list[_recorder.Site], call: running.Call | No
         names = leaf_names(interned(first.key))
         report.recurrence = recurrence_of(program, names)
         if program.full is not None:
-            report.orders = orders_of(program.full.orders, names)
+            report.orders = orders_of(program.full, names)
     return report
 
 
@@ -368,21 +263,86 @@ def _add_stages(
         )
 
 
+def _add_backwards(
+    explanation: Explanation,
+    recording: _recorder.Recording,
+    calls: Calls,
+    check_tokens: int | None,
+) -> None:
+    programs = {(s.key, s.mini_batch_size): s.program for s in recording.sites if s.program}
+    for report in explanation.scans:
+        key = (report.key, report.mini_batch_size)
+        program, call = programs.get(key), calls.get(key)
+        if program is None or call is None or call.empty or not call.lowered:
+            continue
+        graphs = {s.name: s.graph for s in report.stages}
+        report.backward, stages = backward_of(program, call, graphs)
+        prefix = f"{report.name}." if len(explanation.scans) > 1 else ""
+        for name, (body, inputs) in stages.items():
+            explanation.stages[prefix + name] = body.gm
+            explanation._inputs[prefix + name] = inputs
+        if stages and check_tokens != 0:
+            # Two mini-batches and a token of a third: autograd through the naive loop is slow.
+            most = min(2 * report.unit + 1, call.length)
+            checked = most if check_tokens is None else min(most, check_tokens)
+            report.backward.errors = gradient_errors(call, checked)
+            report.backward.checked = checked
+
+
 def _add_kernels(
     explanation: Explanation,
     recording: _recorder.Recording,
-    calls: Mapping[tuple[str, int], running.Call],
+    calls: Calls,
     target: str,
 ) -> None:
+    """The kernels of scans, of their backwards and of regions, compiled together for their figures."""
     programs = {(s.key, s.mini_batch_size): s.program for s in recording.sites if s.program}
-    reports = {(r.key, r.mini_batch_size): r for r in explanation.scans}
-    for key, program in programs.items():
-        call = calls.get(key)
-        if call is None or call.empty:
+    wanted: list[tuple[Kernel, Request | None]] = []
+    owners: list[list[Kernel]] = []
+
+    def want(launches: list[Launch], owner: list[Kernel]) -> None:
+        for x in launches:
+            wanted.append((replace(x.kernel, cost={"bytes": launch_bytes(x)}), x.request()))
+            owners.append(owner)
+
+    for report in explanation.scans:
+        key = (report.key, report.mini_batch_size)
+        program, call = programs.get(key), calls.get(key)
+        if program is None or call is None or call.empty:
             continue
-        made = kernels_of(scan_launches(program, call), target)
-        reports[key].kernels = made
-        explanation.kernels += made
+        want(scan_launches(program, call), report.kernels)
+        if report.backward is not None and report.backward.stages:
+            launches, report.backward.reason = backward_launches(program, call)
+            want(launches, report.backward.kernels)
+    around = {str(k.path): k for k in recording.kernels}
+    found = _region_requests(explanation, recording)
+    for path, kernel in around.items():
+        region, request = found.get(path, (None, None))
+        cost = {"bytes": region.bytes_after} if region is not None else None
+        wanted.append((replace(kernel, cost=cost), request))
+        owners.append([])
+    for kernel, owner in zip(with_resources(wanted, target), owners, strict=True):
+        owner.append(kernel)
+        explanation.kernels.append(kernel)
+
+
+def _region_requests(
+    explanation: Explanation, recording: _recorder.Recording
+) -> dict[str, tuple[RegionReport, Request | None]]:
+    """What compiles the kernels of fused regions, by file; explanations get what shares each."""
+    made: dict[str, tuple[RegionReport, Request | None]] = {}
+    for stage in recording.stages:
+        if stage.name != "fused" or stage.inputs is None:
+            continue
+        sizes = sizes_of(stage.module, stage.inputs)
+        for path, regions in regions_of(stage.module).items():
+            report = region_report(regions, sizes)
+            if path in made:
+                made[path][0].count += report.count
+            else:
+                made[path] = (report, region_request(regions[0], sizes))
+    explanation.regions = {path: report for path, (report, _) in made.items()}
+    return made
 
 
 def _add_times(

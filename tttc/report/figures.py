@@ -7,7 +7,7 @@ import math
 
 from markupsafe import Markup
 
-from tttc.report.records import Roofline, ScanReport
+from tttc.report.records import RecurrenceReport, Roofline, ScanReport
 from tttc.report.svg import figure, text
 from tttc.report.text import count, several
 from tttc.report.text import error as shown_error
@@ -19,11 +19,24 @@ PARTS = {
     "outputs": ("outputs", "all {units} at once"),
 }
 
+BACKWARD_PARTS = {
+    **PARTS,
+    "before": ("of tokens and saved states", "all {units} at once"),
+    "outputs": ("cotangents of tokens", "all {units} at once"),
+}
 
-def recurrence(scan: ScanReport, *, alone: bool = False) -> Markup:
-    """Three mini-batches (or tokens): the states between them, what each waits for, and what runs beside it."""
-    found = scan.recurrence
-    assert found is not None
+
+def part_words(found: RecurrenceReport, name: str) -> tuple[str, str]:
+    """What a part is, and when it runs."""
+    what, when = (BACKWARD_PARTS if found.reverse else PARTS)[name]
+    return what, when.format(unit=found.unit, units=several(2, found.unit)[2:])
+
+
+def recurrence(found: RecurrenceReport, name: str, *, alone: bool = False) -> Markup:
+    """Three mini-batches (or tokens): the states between them, what each waits for, and what runs beside it.
+
+    Of a backward they run from the last to the first, and what passes between them are cotangents.
+    """
     unit = found.unit
     shown = [p for p in found.parts if p.nodes and p.name != "invariant"]
     names = [p.name for p in shown]
@@ -31,15 +44,13 @@ def recurrence(scan: ScanReport, *, alone: bool = False) -> Markup:
     y = {name: i * row + 26.0 for i, name in enumerate(names)}
     parts = ['<g class="fig">']
     for p in shown:
-        what, when = PARTS[p.name]
+        what, when = part_words(found, p.name)
         parts.append(text(0, y[p.name] + 14, what, "b"))
-        parts.append(
-            text(0, y[p.name] + 29, when.format(unit=unit, units=several(2, unit)[2:]), "s")
-        )
+        parts.append(text(0, y[p.name] + 29, when, "s"))
         parts.append(text(0, y[p.name] + 43, f"{count(p.flops)} FLOPs", "s"))
     for n in range(3):
         x = left + n * (column + gap) + gap
-        which = ("n − 1", "n", "n + 1")[n]
+        which = ("n + 1", "n", "n − 1")[n] if found.reverse else ("n − 1", "n", "n + 1")[n]
         parts.append(text(x + column / 2, 12, f"{unit} {which}", "s c"))
         for p in shown:
             parts.append(
@@ -60,18 +71,18 @@ def recurrence(scan: ScanReport, *, alone: bool = False) -> Markup:
             parts.append(
                 _arrow(x + column / 2, y[above] + high + 1, x + column / 2, y[below] - 1, "")
             )
-        parts.append(text(x - gap / 2, middle - 8, "state", "s c"))
+        parts.append(text(x - gap / 2, middle - 8, "∂ state" if found.reverse else "state", "s c"))
     parts.append("</g>")
     width = left + 3 * (column + gap) + gap
     described = (
-        f"{found.part('recurrence').nodes} operators are on the critical path from the state {', '.join(found.states)} "
-        f"of one {unit} to that of the next, {100 * found.share:.0f} % of the FLOPs. The others run beside it."
+        f"{found.part('recurrence').nodes} operators are on the critical path from {'the cotangent of ' if found.reverse else 'the state '}"
+        f"{', '.join(found.states)} of one {unit} to that of the next, {100 * found.share:.0f} % of the FLOPs. The others run beside it."
     )
     return figure(
         "".join(parts),
         width,
         len(shown) * row,
-        f"The recurrence of {scan.name}: state, critical path, and what runs beside it",
+        f"The recurrence of {name}: state, critical path, and what runs beside it",
         described,
         alone=alone,
     )
@@ -126,6 +137,8 @@ def roofline(roof: Roofline, name: str, *, alone: bool = False) -> Markup:
     ]
     if roof.measured:
         points.append(("measured", "compiled, measured:", roof.after, roof.measured))
+    labels: list[str] = []
+    taken = [(left + width - 4 - SMALL * len(peak), left + width, py(roof.peak) - 6)]
     for kind, said, x, y in points:
         parts.append(f'<path class="drop" d="M{px(x):.1f} {py(y):.1f}V{top + height}"/>')
         shape = (
@@ -136,9 +149,8 @@ def roofline(roof: Roofline, name: str, *, alone: bool = False) -> Markup:
             else f'<path class="p-{kind}" d="M{px(x):.1f} {py(y) - 7:.1f}l7 7-7 7-7-7z"/>'
         )
         parts.append(shape)
-        ends = "r" if px(x) > left + width * 0.62 else ""
-        at = px(x) - 10 if ends else px(x) + 10
-        parts.append(text(at, py(y) + 18, f"{said} {count(y)}FLOP/s", f"s {ends}".strip()))
+        labels.append(_label(px(x), py(y), f"{said} {count(y)}FLOP/s", left + width, taken))
+    parts += labels
     parts.append(text(left + width / 2, top + height + 32, "FLOPs a byte of device memory", "c"))
     parts.append(text(0, 10, "FLOP/s", "s"))
     parts.append("</g>")
@@ -153,6 +165,27 @@ def roofline(roof: Roofline, name: str, *, alone: bool = False) -> Markup:
     return figure(
         "".join(parts), left + width + 10, top + height + 36, title, described, alone=alone
     )
+
+
+SMALL = 5.6  # pixels of a character of small text, at most
+
+
+def _label(
+    x: float, y: float, words: str, right: float, taken: list[tuple[float, float, float]]
+) -> str:
+    """Text beside a point where no other text is; ``taken``: the ends and the baseline of each other text."""
+    wide = SMALL * len(words)
+    at_left = x + 10 + wide > right
+    for down in (-8, 18, 34, -24, 50) if at_left else (18, -8, 34, -24, 50):
+        start = x - 10 - wide if at_left else x + 10
+        free = all(
+            start > end or start + wide < begin or abs(y + down - line) >= 14
+            for begin, end, line in taken
+        )
+        if free:
+            break
+    taken.append((start, start + wide, y + down))
+    return text(x - 10 if at_left else x + 10, y + down, words, f"s {'r ' * at_left}halo")
 
 
 def errors(scan: ScanReport, *, alone: bool = False) -> Markup:

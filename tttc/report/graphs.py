@@ -17,6 +17,7 @@ from tttc.ir.spec import parse
 from tttc.report.records import GraphReport, NodeReport
 
 ROLES = {"anchor": "state", "carry": "state", "token": "token", "shared": "parameter"}
+COTANGENTS = {"gstate": "state", "goutput": "token"}
 VIEWS = ("rename", "last", "broadcast", "at_last")
 CONTRACTIONS = ("mm", "bmm", "mv", "dot", "addmm", "baddbmm", "einsum", "matmul", "linear", "convolution",
                 "_scaled_dot_product_flash_attention", "scaled_dot_product_attention")  # fmt: skip
@@ -27,21 +28,29 @@ MOVES = ("view", "reshape", "_unsafe_view", "t", "transpose", "permute", "expand
          "sym_size", "unbind", "split", "chunk", "lift_fresh_copy", "broadcast_to")  # fmt: skip
 
 
-def stage_graph(stage: Body | fx.GraphModule, names: Mapping[str, str]) -> GraphReport:
-    """The graph of a stage of a scan; ``names`` are the user's, as :func:`tttc.report.leaves.leaf_names` has them."""
+def stage_graph(
+    stage: Body | fx.GraphModule, names: Mapping[str, str], wanted: Sequence[str] | None = None
+) -> GraphReport:
+    """The graph of a stage of a scan.
+
+    ``names`` are the user's, as :func:`tttc.report.leaves.leaf_names` has them; ``wanted``: of a VJP, the arguments
+    whose cotangents it returns.
+    """
     if isinstance(stage, Body):
-        return GraphReport(_body_nodes(stage, names))
+        return GraphReport(_body_nodes(stage, names, wanted))
     kinds = [k for k, n in zip(ROLES, stage.meta.get("counts", ()), strict=False) for _ in range(n)]
     first = {k: kinds.index(k) for k in kinds}
     roles = [f"{k}_{i - first[k]}" for i, k in enumerate(kinds)]
     return aten_graph(stage, names, roles)
 
 
-def _body_nodes(body: Body, names: Mapping[str, str]) -> list[NodeReport]:
+def _body_nodes(
+    body: Body, names: Mapping[str, str], wanted: Sequence[str] | None
+) -> list[NodeReport]:
     nodes = []
     for node in body.gm.graph.nodes:
         if node.op == "placeholder" and node.users:
-            kind = ROLES.get(role(node)[0], "constant")
+            kind = (ROLES | COTANGENTS).get(role(node)[0], "constant")
             said = names.get(str(node.target), str(node.target))
             nodes.append(NodeReport(node.name, kind, said, "", dims_of(node), ()))
         elif node.op == "call_function":
@@ -52,6 +61,8 @@ def _body_nodes(body: Body, names: Mapping[str, str]) -> list[NodeReport]:
     for i, node in enumerate(body.results):
         key = f"state_{i}" if i < body.states else f"output_{i - body.states}"
         said = names.get(key, key)
+        if wanted is not None:
+            key, said = f"g{wanted[i]}", f"∂ {names.get(wanted[i], wanted[i])}"
         nodes.append(NodeReport(key, "result", said, "", dims_of(node), (node.name,)))
     return nodes
 
@@ -118,6 +129,8 @@ def aten_graph(
 
     def shape(node: fx.Node) -> tuple[str, ...]:
         value = node.meta.get("val", node.meta.get("example_value"))
+        if isinstance(value, (tuple, list)) and value:  # several results: like the first
+            value = value[0]
         if not isinstance(value, torch.Tensor):
             return ()
         return tuple(str(_number(n, sizes)) for n in value.shape)

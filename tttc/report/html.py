@@ -13,13 +13,13 @@ from tttc.report import figures
 from tttc.report.costs import StageCost, expression
 from tttc.report.drawing import draw
 from tttc.report.model import model_graph
-from tttc.report.records import GraphReport, RecurrenceReport, ScanReport, SourceReport, StageReport
-from tttc.report.render import options_of, shortened
+from tttc.report.records import GraphReport, ScanReport, SourceReport, StageReport
+from tttc.report.render import options_of, recurrence_words, shortened
 from tttc.report.text import byte_count, count, error, seconds, several
 
 if TYPE_CHECKING:
     from tttc.codegen.kernel import Kernel
-    from tttc.report.explain import Explanation
+    from tttc.report.explanation import Explanation
 
 FORMS = {
     "dual": ("Dual form.", "A mini-batch of tokens at a time; no token’s fast weights are made."),
@@ -45,6 +45,7 @@ def page(ex: Explanation) -> str:
     """The whole document."""
     environment = _environment()
     in_scans = {id(k) for scan in ex.scans for k in scan.kernels}
+    in_scans |= {id(k) for scan in ex.scans if scan.backward for k in scan.backward.kernels}
     return environment.get_template("report.html.j2").render(
         ex=ex,
         excerpts=list(_excerpts(ex)),
@@ -52,7 +53,6 @@ def page(ex: Explanation) -> str:
         style=_style(),
         forms=FORMS,
         kinds=KINDS,
-        parts=figures.PARTS,
         figures=figures,
         shortened=shortened,
         python=_python,
@@ -69,17 +69,20 @@ def page(ex: Explanation) -> str:
         first_paragraph=_first_paragraph,
         rest=_rest,
         brief=_brief,
-        recurrence_words=_recurrence_words,
+        recurrence_words=recurrence_words,
+        backward_words=_backward_words,
+        options_of=options_of,
         roofline_words=_roofline_words,
     )
 
 
 def frame(ex: Explanation) -> str:
     """The document in a frame of its own, for notebooks: its style touches nothing else."""
-    return Markup(
+    shown = Markup(
         '<iframe title="What tttc did" sandbox="" style="width:100%;height:80vh;border:1px solid #8886" '
         'srcdoc="{}"></iframe>'
     ).format(page(ex))
+    return str(shown)  # what a notebook puts together with it must not be escaped
 
 
 @cache
@@ -121,16 +124,22 @@ def _python(text: str, first: int = 1) -> Markup:
     return Markup(highlight(text, PythonLexer(), form))
 
 
-def _kernel(kernel: Kernel) -> Markup:
+def _kernel(kernel: Kernel, level: int = 4) -> Markup:
     schedule = kernel.config.get("schedule")
+    reasons = dict(schedule.reasons) if schedule is not None else {}
+    options = options_of(kernel)
+    default = type(schedule)().choices() if schedule is not None else options
+    chosen = {k: v for k, v in options.items() if k in reasons or v != default[k]}
     return Markup(
         _environment()
         .get_template("kernel.html.j2")
         .render(
             k=kernel,
+            level=level,
             r=kernel.resources,
-            options=options_of(kernel),
-            reasons=dict(schedule.reasons) if schedule is not None else {},
+            chosen=chosen,
+            usual={k: v for k, v in options.items() if k not in chosen},
+            reasons=reasons,
             source=_python(kernel.source),
         )
     )
@@ -179,9 +188,9 @@ def _opened(scan: ScanReport) -> str:
     return next((n for n in OPENED if n in names), "")
 
 
-def _share(scan: ScanReport, stage: StageReport, what: str) -> str:
+def _share(stages: Sequence[StageReport], stage: StageReport, what: str) -> str:
     """A stage's share of the largest cost of its kind, in percent."""
-    largest = max(s.cost.number(what) for s in scan.stages if s.cost is not None)
+    largest = max(s.cost.number(what) for s in stages if s.cost is not None)
     return f"{100 * stage.cost.number(what) / largest:.0f}" if stage.cost and largest else "0"
 
 
@@ -233,14 +242,23 @@ def _rest(text: str) -> str:
     return text.partition("\n\n")[2]
 
 
-def _recurrence_words(found: RecurrenceReport) -> str:
-    critical = found.part("recurrence")
-    beside = sum(p.nodes for p in found.parts) - critical.nodes
-    return (
-        f"From one {found.unit} to the next: {', '.join(found.states) or 'no states'}. On the way from one state to the "
-        f"next lie {several(critical.nodes, 'operator')}, {100 * found.share:.0f} % of the FLOPs; the longest chain has "
-        f"{critical.depth}, with {several(critical.products, 'contraction')}. Beside it: {several(beside, 'operator')}."
+def _backward_words(scan: ScanReport) -> str:
+    back = scan.backward
+    assert back is not None
+    if not back.stages:
+        return f"None was derived: {back.reason}."
+    after, cost = scan.after, back.cost
+    words = (
+        f"The vector-Jacobian product of {back.of}, the body that runs, derived operator by operator; no gradient of any "
+        f"layer is written by hand. Mini-batches go from the last to the first, the state of each saved by the forward or "
+        f"computed again; the cotangents of {shortened(back.wanted, 6)} come out."
     )
+    if after is not None and cost is not None:
+        ratio = cost.number("flops") / max(after.number("flops"), 1.0)
+        words += f" It takes {ratio:.3g} times the FLOPs of the forward."
+    if back.reason:
+        words += f" It runs by torch operations: {back.reason}."
+    return words
 
 
 def _roofline_words(scan: ScanReport) -> str:

@@ -30,7 +30,9 @@ def leaf_names(entry: InternedStep) -> dict[str, str]:
         table[f"state_{i}"] = f"new {said}{path}"
     for i, path in enumerate(_paths(entry.output, len(entry.outputs))):
         table[f"output_{i}"] = f"output{path}"
-    return table
+    # Cotangents, which a backward is given.
+    made = [name for name in table if name.startswith(("state_", "output_"))]
+    return table | {f"g{name}": f"∂ {table[name]}" for name in made}
 
 
 def _paths(structure: Any, count: int) -> list[str]:

@@ -14,7 +14,7 @@ from tttc.report.records import GraphReport
 from tttc.report.scans import SCANS
 
 if TYPE_CHECKING:
-    from tttc.report.explain import Explanation
+    from tttc.report.explanation import Explanation
 
 MOST = 60  # nodes of an excerpt
 

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
+from torch import fx
+
+from tttc.ir.body import Body
+from tttc.ir.build import ancestors, dims_of
 from tttc.ir.order import Order, Path
+from tttc.report.graphs import operation_of
 from tttc.report.records import OrderChoice, OrderReport
 
 REJECTED = 12  # orders kept of those rejected: the cheapest
 
 
-def orders_of(orders: Sequence[Order], names: Mapping[str, str]) -> list[OrderReport]:
-    """Each distinct product, dearest at once first; ``names`` are the user's for arguments."""
-    distinct = dict.fromkeys(_said(order, names) for order in orders)
-    return sorted(map(_report, distinct), key=lambda r: -r.at_once)
+def orders_of(body: Body, names: Mapping[str, str]) -> list[OrderReport]:
+    """Each distinct product of a body, dearest at once first; ``names`` are the user's for arguments."""
+    distinct = dict.fromkeys(_said(order, names) for order in body.orders)
+    nodes = {n.name: n for n in body.nodes}
+    reports = [_report(order, nodes, names) for order in distinct]
+    return sorted(reports, key=lambda r: -r.at_once)
 
 
 def _said(order: Order, names: Mapping[str, str]) -> Order:
@@ -43,7 +50,15 @@ def _letters(order: Order) -> dict[str, str]:
     return table
 
 
-def _report(order: Order) -> OrderReport:
+def _meaning(node: fx.Node, names: Mapping[str, str]) -> str:
+    """What a value is: the operator that makes it, its dimensions, and the arguments it is made of."""
+    _, operation, _ = operation_of(node)
+    arguments = [n for n in ancestors([node]) if n.op == "placeholder"]
+    made_of = sorted(names.get(str(n.target), str(n.target)) for n in arguments)
+    return f"{operation} [{' '.join(dims_of(node))}], made of {', '.join(made_of) or 'numbers'}"
+
+
+def _report(order: Order, nodes: Mapping[str, fx.Node], names: Mapping[str, str]) -> OrderReport:
     operands = [f"{name or 'mask'}[{' '.join(labels)}]" for name, labels in order.operands]
     return OrderReport(
         operands,
@@ -51,6 +66,7 @@ def _report(order: Order) -> OrderReport:
         _choice(order, order.path, order.operations),
         order.at_once,
         [_choice(order, path, n) for path, n in order.alternatives()[:REJECTED]],
+        {name: _meaning(nodes[name], names) for name, _ in order.operands if name in nodes},
     )
 
 

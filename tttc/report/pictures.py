@@ -10,7 +10,7 @@ from tttc.report.html import drawing_of
 from tttc.report.model import model_graph
 
 if TYPE_CHECKING:
-    from tttc.report.explain import Explanation
+    from tttc.report.explanation import Explanation
 
 
 def picture(ex: Explanation, what: str) -> str:
@@ -25,11 +25,16 @@ def _pictures(ex: Explanation) -> dict[str, Callable[[], str]]:
     table: dict[str, Callable[[], str]] = {}
     for scan in ex.scans:
         prefix = f"{scan.name}." if len(ex.scans) > 1 else ""
-        for stage in scan.stages:
+        back = scan.backward
+        for stage in [*scan.stages, *(back.stages if back is not None else ())]:
             name = prefix + stage.name
             table[name] = lambda n=name, s=stage: drawing_of(n, s.graph, alone=True)  # type: ignore[misc]
-        if scan.recurrence is not None:
-            table[f"{prefix}recurrence"] = lambda s=scan: figures.recurrence(s, alone=True)  # type: ignore[misc]
+        found = {"recurrence": scan.recurrence, "backward_recurrence": back and back.recurrence}
+        for name, one in found.items():
+            if one is not None:
+                table[prefix + name] = lambda r=one, s=scan: figures.recurrence(
+                    r, s.name, alone=True
+                )  # type: ignore[misc]
         if any(s.error is not None for s in scan.stages):
             table[f"{prefix}errors"] = lambda s=scan: figures.errors(s, alone=True)  # type: ignore[misc]
         roof = scan.roofline

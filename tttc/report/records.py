@@ -91,7 +91,7 @@ class OrderChoice:
 class OrderReport:
     """A product whose order of evaluation was chosen.
 
-    ``operands`` are written with their labels, ``names`` say which of the step's arguments they are.
+    ``operands`` are written with their labels; ``meanings`` say of those computed before, by name, what they are.
     ``rejected`` has the best order for each other first step, cheapest first.
     """
 
@@ -100,6 +100,7 @@ class OrderReport:
     chosen: OrderChoice
     at_once: int
     rejected: list[OrderChoice]
+    meanings: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -125,6 +126,7 @@ class RecurrenceReport:
     unit: str  # "mini-batch", "chunk" or "token": what runs one after another
     states: list[str]
     parts: list[PartReport]
+    reverse: bool = False  # of a backward: cotangents of the states, from the last to the first
 
     def part(self, name: str) -> PartReport:
         """A part by name."""
@@ -156,6 +158,35 @@ class Roofline:
     def attainable(self, intensity: float) -> float:
         """The most FLOP/s that the roofs allow."""
         return min(self.peak, intensity * self.bandwidth)
+
+
+@dataclass
+class BackwardReport:
+    """The backward of a scan: the vector-Jacobian product of the body that runs, from the last mini-batch to the first.
+
+    ``of`` is the stage it is derived from, ``wanted`` the arguments whose cotangents it makes. ``reason`` says why it
+    runs by torch operations and has no kernels. ``errors`` are those of the gradients of the compiled scan, by argument,
+    against autograd through the naive loop in float64, over the first ``checked`` tokens of the first sequence.
+    """
+
+    of: str
+    wanted: list[str]
+    stages: list[StageReport]
+    recurrence: RecurrenceReport | None = None
+    kernels: list[Kernel] = field(default_factory=list)
+    reason: str | None = None
+    errors: dict[str, float] = field(default_factory=dict)
+    checked: int = 0
+
+    @property
+    def error(self) -> float | None:
+        """The largest error of a gradient."""
+        return max(self.errors.values(), default=None)
+
+    @property
+    def cost(self) -> StageCost | None:
+        """The cost of what runs."""
+        return self.stages[-1].cost if self.stages else None
 
 
 @dataclass
@@ -195,6 +226,7 @@ class ScanReport:
     element_size: int = 4  # bytes of an element of a token, and of what the step computes in
     compute_size: int = 4
     kernels: list[Kernel] = field(default_factory=list)
+    backward: BackwardReport | None = None
     seconds: float | None = None
     timed_on: str | None = None
     roofline: Roofline | None = None
@@ -253,6 +285,16 @@ class Comparison:
         """FLOPs a byte."""
         before, after = (f / max(b, 1.0) for f, b in zip(self.flops, self.bytes, strict=True))
         return before, after
+
+
+@dataclass
+class RegionReport:
+    """Regions of the model that share a kernel: how many, their operators, bytes one moves unfused and fused."""
+
+    count: int
+    operators: list[str]
+    bytes_before: float
+    bytes_after: float
 
 
 @dataclass

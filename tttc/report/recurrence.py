@@ -9,6 +9,7 @@ from torch import fx
 from tttc.ir import ops
 from tttc.ir.cost import flops, size_table
 from tttc.ir.program import Program
+from tttc.passes.backward import Backward
 from tttc.passes.prune_state import live_states
 from tttc.passes.split import Part, split
 from tttc.report.graphs import KNOWN, operation_of
@@ -28,8 +29,26 @@ def recurrence_of(program: Program, names: Mapping[str, str]) -> RecurrenceRepor
     sizes = size_table(body, program.unit)
     parts = [_part(name, getattr(made, name), sizes) for name in PARTS]
     said = [names.get(f"carry_{i}", f"carry_{i}") for i in sorted(live)]
-    unit = "mini-batch" if program.chunk_size is None else "chunk"
-    return RecurrenceReport("token" if program.sequential else unit, said, parts)
+    return RecurrenceReport(_unit(program), said, parts)
+
+
+def backward_recurrence(
+    program: Program, made: Backward, names: Mapping[str, str]
+) -> RecurrenceReport:
+    """The same of the VJP of that body: what the cotangents of the state before wait for."""
+    body = made.body
+    known = ("token", "goutput", "anchor", "carry")
+    parts_of = split(body, range(body.states), ("gstate",), known)
+    sizes = size_table(body, program.unit)
+    parts = [_part(name, getattr(parts_of, name), sizes) for name in PARTS]
+    said = [names.get(name, name) for name in made.wanted[: body.states]]
+    return RecurrenceReport(_unit(program), list(dict.fromkeys(said)), parts, reverse=True)
+
+
+def _unit(program: Program) -> str:
+    if program.sequential:
+        return "token"
+    return "mini-batch" if program.chunk_size is None else "chunk"
 
 
 def _part(name: str, part: Part, sizes: Mapping[object, int]) -> PartReport:

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Group
+from rich.console import Console, ConsoleOptions, Group
 from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from tttc.report.costs import expression, kinds
-from tttc.report.text import byte_count, count, error, seconds
+from tttc.report.costs import expression
+from tttc.report.text import NARROW, byte_count, count, error, seconds, several
 
 if TYPE_CHECKING:
     from tttc.codegen.kernel import Kernel
-    from tttc.report.benchmark import BenchmarkResult
-    from tttc.report.explain import Explanation
-    from tttc.report.records import ModelReport, ScanReport
+    from tttc.report.explanation import Explanation
+    from tttc.report.records import (
+        BackwardReport,
+        ModelReport,
+        RecurrenceReport,
+        ScanReport,
+        StageReport,
+    )
+    from tttc.report.results import BenchmarkResult
 
 FORMS = {
     "dual": "dual form: a mini-batch at a time",
@@ -56,6 +62,12 @@ def _table(*columns: str, left: int = 1) -> Table:
     return table
 
 
+def _facts() -> Table:
+    table = _table("", "", left=2)
+    table.show_header = False
+    return table
+
+
 def _models(models: list[ModelReport]) -> Padding:
     table = _table(
         "graph", "operators captured", "ATen", "fused", "regions", "bytes, memory-bound ops"
@@ -71,8 +83,7 @@ def _models(models: list[ModelReport]) -> Padding:
 
 def _scan(ex: Explanation, scan: ScanReport) -> Iterator[Any]:
     yield Text(f"\n{scan.name}: {scan.step}", style="bold")
-    facts = _table("", "", left=2)
-    facts.show_header = False
+    facts = _facts()
     if scan.where:
         facts.add_row("step", escape(scan.where))
     if any(scan.layers):
@@ -101,11 +112,26 @@ def _scan(ex: Explanation, scan: ScanReport) -> Iterator[Any]:
     yield Padding(facts, (0, 0, 0, 2))
     if scan.stages:
         yield Text("  Each stage, for one mini-batch and head:", style="dim")
-        yield _stages(ex, scan)
+        yield _stages(ex, scan, scan.stages)
         yield from _costs(scan)
     if scan.orders:
         yield Text("  Products whose order of evaluation was chosen, in operations:", style="dim")
         yield _orders(scan)
+    if scan.backward is not None:
+        yield from _backward(ex, scan, scan.backward)
+
+
+def recurrence_words(found: RecurrenceReport) -> str:
+    """What goes from one mini-batch to the next, and how much waits for it."""
+    critical = found.part("recurrence")
+    beside = sum(p.nodes for p in found.parts) - critical.nodes
+    carried = f"{'cotangents of ' if found.reverse else ''}{', '.join(found.states) or 'no states'}"
+    start, one = ("From the last", "cotangent") if found.reverse else ("From one", "state")
+    return (
+        f"{start} {found.unit} to the {'first' if found.reverse else 'next'}: {carried}. On the way from one {one} to the "
+        f"next lie {several(critical.nodes, 'operator')}, {100 * found.share:.0f} % of the FLOPs; the longest chain has "
+        f"{critical.depth}, with {several(critical.products, 'contraction')}. Beside it: {several(beside, 'operator')}."
+    )
 
 
 def _orders(scan: ScanReport) -> Padding:
@@ -121,31 +147,59 @@ def _orders(scan: ScanReport) -> Padding:
     return Padding(table, (0, 0, 0, 4))
 
 
-def _stages(ex: Explanation, scan: ScanReport) -> Padding:
-    table = _table(
-        "stage",
-        "",
-        "nodes",
-        "contractions",
-        "FLOPs",
-        "bytes op by op",
-        "largest value",
-        "error",
-        left=2,
-    )
-    for s in scan.stages:
-        name = s.name if s.name in ex.stages else f"{scan.name}.{s.name}"
-        products = kinds(ex.stages[name]).get("contraction", 0)
-        costs = ("", "", "", "")
-        if s.cost is not None:
-            costs = (
-                str(products),
-                count(s.cost.number("flops")),
-                byte_count(scan.compute_size * s.cost.number("op_by_op")),
-                byte_count(scan.compute_size * s.cost.number("largest")),
-            )
-        table.add_row(name, s.title, str(s.nodes), *costs, error(s.error))
-    return Padding(table, (0, 0, 0, 4))
+class Fitted:
+    """What is made for the width there is."""
+
+    def __init__(self, made: Callable[[bool], Any]) -> None:
+        self.made = made
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Any]:
+        yield self.made(options.max_width >= NARROW)
+
+
+def _stages(ex: Explanation, scan: ScanReport, stages: Sequence[StageReport]) -> Fitted:
+    def made(wide: bool) -> Padding:
+        says = ("",) if wide else ()
+        numbers = ("nodes", "products", "FLOPs", "bytes op by op", "largest value", "error")
+        if not wide:
+            numbers = ("nodes", "products", "FLOPs", "bytes", "largest", "error")
+        table = _table("stage", *says, *numbers, left=1 + len(says))
+        for s in stages:
+            name = s.name if s.name in ex.stages else f"{scan.name}.{s.name}"
+            products = sum(n.kind == "contraction" for n in s.graph.nodes)
+            costs = ("", "", "")
+            if s.cost is not None:
+                costs = (
+                    count(s.cost.number("flops")),
+                    byte_count(scan.compute_size * s.cost.number("op_by_op")),
+                    byte_count(scan.compute_size * s.cost.number("largest")),
+                )
+            title = (s.title,) if wide else ()
+            table.add_row(name, *title, str(s.nodes), str(products), *costs, error(s.error))
+        return Padding(table, (0, 0, 0, 4 if wide else 2))
+
+    return Fitted(made)
+
+
+def _backward(ex: Explanation, scan: ScanReport, back: BackwardReport) -> Iterator[Any]:
+    if not back.stages:
+        yield Text(f"  Backward: none was derived: {back.reason}", style="dim")
+        return
+    yield Text(f"  Backward, the vector-Jacobian product of {back.of}:", style="dim")
+    yield _stages(ex, scan, back.stages)
+    facts = _facts()
+    if back.recurrence is not None:
+        facts.add_row("recurrence", recurrence_words(back.recurrence))
+    if back.reason:
+        facts.add_row("kernels", f"none: {escape(back.reason)}")
+    if back.errors:
+        worst = max(back.errors, key=lambda n: back.errors[n])
+        facts.add_row(
+            "gradients",
+            f"largest error {error(back.error)}, of {escape(worst)}, against the naive loop in float64 "
+            f"(first {back.checked} tokens)",
+        )
+    yield Padding(facts, (0, 0, 0, 4))
 
 
 def _costs(scan: ScanReport) -> Iterator[Any]:
@@ -172,20 +226,40 @@ def _costs(scan: ScanReport) -> Iterator[Any]:
 
 
 def kernels(items: list[Kernel]) -> Padding:
-    """Name, launch options, resources and source of kernels."""
-    table = _table("kernel", "options", "registers", "spilled", "shared", left=2)
-    for k in items:
-        resources = k.resources or {}
-        options = " ".join(f"{n}={v}" for n, v in options_of(k).items() if v is not None)
-        table.add_row(
-            escape(k.name),
-            escape(options),
-            str(resources.get("registers", "")),
-            _bytes(resources.get("spill_bytes")),
-            _bytes(resources.get("shared_bytes")),
-        )
-    sources = "\n".join(f"source: {k.path}" for k in items)
-    return Padding(Group(table, Text(sources, style="dim", overflow="fold")), (0, 0, 0, 2))
+    """What each kernel takes, what was chosen for it, and the file it is in."""
+
+    def made(wide: bool) -> Table:
+        says = ("chosen",) if wide else ()
+        table = _table("kernel", *says, "registers", "spilled", "shared", left=1 + len(says))
+        for k in items:
+            resources = k.resources or {}
+            chosen = (escape(_chosen(k)),) if wide else ()
+            table.add_row(
+                escape(k.name),
+                *chosen,
+                str(resources.get("registers", "error" if "error" in resources else "")),
+                _bytes(resources.get("spill_bytes")),
+                _bytes(resources.get("shared_bytes")),
+            )
+        return table
+
+    wrong = [
+        Text(f"{k.name}: {k.resources['error']}") for k in items if "error" in (k.resources or {})
+    ]
+    files = "\n".join(f"  {k.path.name}" for k in items)
+    text = f"sources, in that order, in {items[0].path.parent}:\n{files}"
+    return Padding(
+        Group(Fitted(made), *wrong, Text(text, style="dim", overflow="fold")), (0, 0, 0, 2)
+    )
+
+
+def _chosen(kernel: Kernel) -> str:
+    """The choices of a kernel that are not those of every kernel."""
+    schedule = kernel.config.get("schedule")
+    usual = type(schedule)().choices() if schedule is not None else {}
+    always = ("num_warps", "num_stages")
+    options = options_of(kernel).items()
+    return " ".join(f"{n}={v}" for n, v in options if n in always or usual.get(n) != v)
 
 
 def options_of(kernel: Kernel) -> dict[str, Any]:

@@ -143,18 +143,24 @@ def one_head(call: Call, count: int) -> Groups:
 
 def stage_inputs(stage: Body | fx.GraphModule, groups: Groups) -> tuple[Tensor, ...]:
     """Arguments of a stage: one mini-batch of one head, or its first token where it handles one token."""
-    anchor, carry, tokens, shared = groups
     if not isinstance(stage, Body):
+        anchor, carry, tokens, shared = groups
         return (*anchor, *carry, *(x[0] for x in tokens), *shared)
+    given = given_arguments(stage, groups)
+    return tuple(given[kind][i] for kind, i in map(role, stage.placeholders))
+
+
+def given_arguments(stage: Body, groups: Groups) -> dict[str, list[Tensor]]:
+    """The arguments of a body by kind, axes of size 1 squeezed away."""
+    anchor, carry, tokens, shared = groups
     lead = 1 if stage.batched else 0
-    given = {
+    return {
         "anchor": [squeeze_features(x, 0) for x in anchor],
         "carry": [squeeze_features(x, 0) for x in carry],
         "token": [squeeze_features(x if lead else x[0], lead) for x in tokens],
         "shared": [squeeze_features(x, 0) for x in shared],
         "constant": cast(stage.constants, anchor[0].dtype),
     }
-    return tuple(given[kind][i] for kind, i in map(role, stage.placeholders))
 
 
 def stage_error(
@@ -192,9 +198,11 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
     """The largest difference over the largest expected value (or 1, if that is smaller than 1e-30)."""
     if not expected.numel():
         return 0.0
-    wide = expected.to(torch.float64)
+    wide = expected.detach().to(torch.float64)
     scale = float(wide.abs().max())
-    return float((got.to(torch.float64) - wide).abs().max()) / (scale if scale > 1e-30 else 1.0)
+    return float((got.detach().to(torch.float64) - wide).abs().max()) / (
+        scale if scale > 1e-30 else 1.0
+    )
 
 
 def source_of_step(key: str) -> str | None:

@@ -19,12 +19,15 @@ TITLES = {
     "continued": "from its middle",
     "chunkwise": "solved for a chunk",
     "update_at_anchor": "an approximation",
+    "backward": "vector-Jacobian product",
+    "simplify_backward": "simplified, runs",
 }
 MODULES = {
     "capture": "tttc.capture.step",
     "simplify_step": "tttc.passes.simplify",
     "at_carry": "tttc.passes.at_anchor",
     "continued": "tttc.passes.dualise",
+    "simplify_backward": "tttc.passes.simplify",
 }
 COMES_FROM = {"continued": "batch"}  # where that is not the stage before
 

@@ -18,7 +18,7 @@ COLOURS = """
 .k-contraction rect{fill:#cfe1ff}.k-elementwise rect{fill:#e9edf2}.k-reduction rect{fill:#ffe3b8}.k-view rect{fill:#fff;stroke-dasharray:3 2}
 .k-other rect{fill:#fff}.k-state rect{fill:#e5d4fb}.k-token rect{fill:#cdeee0}.k-parameter rect,.k-constant rect{fill:#f4efc4}.k-result rect{fill:#e5d4fb;stroke-width:2}
 .n.new rect,.n.changed rect{stroke:#c2410c;stroke-width:2.4}.n.changed rect{stroke-dasharray:5 2}circle.m{fill:#c2410c}.n text.m{font-weight:700;fill:#fff;font-size:12px}
-.t{text-anchor:start}.t.c{text-anchor:middle}.t.r{text-anchor:end}.t.s{font-size:10px;fill:#4a5361}.t.b{font-weight:700}
+.t{text-anchor:start}.t.c{text-anchor:middle}.t.r{text-anchor:end}.t.s{font-size:10px;fill:#4a5361}.t.b{font-weight:700}.t.halo{paint-order:stroke;stroke:#fff;stroke-width:4px;stroke-linejoin:round}
 .axis{stroke:#5b6472;fill:none}.grid{stroke:#dfe4ea;fill:none}.roof{stroke:#1d4ed8;stroke-width:2;fill:none}
 .p-before{fill:#b45309}.p-after{fill:#1d4ed8}.p-measured{fill:#047857}.drop{stroke-dasharray:4 3;fill:none;stroke:#8b95a3}
 .box{stroke:#5b6472}.box.before,.box.outputs{fill:#cdeee0}.box.recurrence{fill:#cfe1ff;stroke-width:2}.box.state{fill:#e5d4fb}.box.invariant{fill:#f4efc4}
@@ -57,5 +57,6 @@ def path_data(points: Sequence[tuple[float, float]]) -> str:
 
 
 def text(x: float, y: float, words: str, classes: str = "") -> str:
-    """A line of text; ``classes``: c (centred), r (ends at x), s (small), b (bold)."""
+    """A line of text; ``classes``: c (centred), r (ends at x), s (small), b (bold), halo (on the ground's
+    colour, where lines cross it)."""
     return f'<text class="{f"t {classes}".strip()}" x="{x:.1f}" y="{y:.1f}">{escape(words)}</text>'

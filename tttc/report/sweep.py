@@ -17,7 +17,7 @@ from tttc._checks import check_positive
 from tttc.progress import doing
 
 if TYPE_CHECKING:
-    from tttc.report.benchmark import BenchmarkResult, Row
+    from tttc.report.results import BenchmarkResult, Row
 
 MINI_BATCH = "mini_batch_size"
 AXES = {"B": 0, "T": 1}
@@ -212,6 +212,8 @@ def plot(sweep: SweepResult, path: str | os.PathLike[str]) -> None:
 
 
 def _panel(axis: Any, sweep: SweepResult, along: str, value: Callable[..., float | None]) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
     styles = ("-", "--", ":", "-.")
     lines: dict[tuple[str, str], list[tuple[int, float]]] = {}
     for point in sweep.points:
@@ -240,5 +242,11 @@ def _panel(axis: Any, sweep: SweepResult, along: str, value: Callable[..., float
         axis.set_yscale("log")
     values = sweep.sizes[along]
     axis.set_xticks(values, [str(v) for v in values])
-    axis.minorticks_off()
+    axis.set_xticks([], minor=True)
+    # Where values lie within one power of ten, no power has a tick: others get numbers.
+    low, high = axis.get_ylim()
+    if axis.get_yscale() == "log" and high < 20 * low:
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.3g}"))
+        axis.set_yticks([], minor=True)
     axis.grid(alpha=0.3)

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 WIDTH = 110  # columns of a report where no terminal says otherwise
-NARROW, WIDE = 100, 160
+LEAST, NARROW, WIDE = 80, 100, 160  # columns; under NARROW tables say less
 
 
 def count(x: float) -> str:
@@ -58,7 +58,7 @@ def error(x: float | None) -> str:
 def plain(*renderables: Any, width: int | None = None) -> str:
     """What rich would print, without colours; as wide as the terminal within reason."""
     if width is None:
-        width = min(max(shutil.get_terminal_size((WIDTH, 24)).columns, NARROW), WIDE)
+        width = min(max(shutil.get_terminal_size((WIDTH, 24)).columns, LEAST), WIDE)
     out = io.StringIO()
     console = Console(
         file=out, width=width, color_system=None, force_terminal=False, highlight=False

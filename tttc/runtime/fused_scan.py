@@ -13,6 +13,7 @@ from tttc._scan_op import interned, scan_info
 from tttc.codegen.torch_scan import run_program
 from tttc.codegen.torch_scan_backward import save_interval, saved_bytes, saved_leaves
 from tttc.ir.errors import NotLowerable
+from tttc.ir.program import Program
 from tttc.pipeline import build_program
 from tttc.runtime.ranges import scan_range
 from tttc.runtime.triton_scan import run_kernels, scan_kernels
@@ -156,12 +157,19 @@ def saving_interval(
     compute = compute_dtype(anchor, tokens, shared)
     if not runs_by_kernels(backend, tokens[0].device, compute):
         return save_interval(program, leaves, token_bytes, compute.itemsize)
-    if program.sequential and mini_batch_size > 1:
+    return kernels_interval(program, leaves, token_bytes, compute.itemsize)
+
+
+def kernels_interval(
+    program: Program, leaves: tuple[str, ...], token_bytes: int, element_bytes: int
+) -> int:
+    """The mini-batches from one saved state to the next where the backward runs by kernels; 0: it does not."""
+    if program.sequential and program.mini_batch_size > 1:
         return 0
     if program.save_interval is not None:
         return program.save_interval
     # Every state is kept where those of a mini-batch are not much larger than its tokens.
-    state_bytes = saved_bytes(program, leaves, compute.itemsize)
+    state_bytes = saved_bytes(program, leaves, element_bytes)
     return 1 if state_bytes <= 8 * program.unit * token_bytes else SEGMENT
 
 

@@ -1,0 +1,342 @@
+"""The tables and sentences with measured numbers in README.md and docs/numbers.md, made from the records.
+
+    python benchmarks/tables.py            # write them, from the newest record of each kind in benchmarks/results
+    python benchmarks/tables.py --check    # exit 1, with the difference, where a page says something else
+
+A page marks the place of what is made: ``<!-- made by benchmarks/tables.py: NAME -->``, up to ``<!-- end -->``. NAME is
+one of BLOCKS below.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = ("README.md", "docs/numbers.md")
+MARK = re.compile(
+    r"(<!-- made by benchmarks/tables\.py: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL
+)
+NAMES = {
+    "ttt_linear_b16": "TTT-Linear, mini-batch 16",
+    "ttt_mlp_b16": "TTT-MLP, causal mini-batch 16",
+    "ttt_mlp_chunk64": "TTT-MLP, whole-chunk update of 64",
+    "fla chunk_ttt_linear": "flash-linear-attention, chunk",
+    "fla fused_chunk_ttt_linear": "flash-linear-attention, fused chunk",
+}
+RIVALS = {"ttt_linear_b16": ("fla chunk_ttt_linear", "fla fused_chunk_ttt_linear")}
+DIRECTIONS = {"us": "forward", "training_us": "forward and backward"}
+
+
+class Record:
+    """A record of one kind: its file, as pages link to it, and what it holds."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+
+    def link(self, page: str) -> str:
+        """A link to it from a page."""
+        up = "../" * page.count("/")
+        return f"[{self.path.name}]({up}benchmarks/results/{self.path.name})"
+
+    @property
+    def device(self) -> str:
+        """The card, as people call it."""
+        return re.sub(r" (80|141)GB.*| PCIe.*", "", str(self.data["device"]))
+
+    @property
+    def times(self) -> dict[tuple[str, str, str], float]:
+        """Microseconds by case, shape and direction ("us" or "training_us")."""
+        rows = [r for k in ("forward", "peers", "training") for r in self.data.get(k, ())]
+        return {
+            (r["case"], r["shape"], direction): r[direction]
+            for r in rows
+            for direction in DIRECTIONS
+            if direction in r
+        }
+
+
+def records(kind: str, folder: Path = RESULTS) -> list[Record]:
+    """The records of a kind, the newest first."""
+    found = [Record(p) for p in folder.glob(f"*-{kind}.json")]
+    return sorted(found, key=lambda r: (str(r.data.get("date", "")), r.path.name), reverse=True)
+
+
+def number(x: float) -> str:
+    """A whole number, its thousands apart: ``22 424``."""
+    return f"{x:,.0f}".replace(",", " ") if x >= 10_000 else f"{x:.0f}"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+# -- scans ------------------------------------------------------------------------------------------------
+
+
+def shapes_of(times: dict[tuple[str, str, str], float]) -> list[str]:
+    """The shapes of a record, in its order."""
+    return list(dict.fromkeys(shape for _, shape, _ in times))
+
+
+def by_shape(record: Record, direction: str) -> str:
+    """A row a case, a column a shape; the fastest of those that compute the same is bold."""
+    times = record.times
+    cases = [c for c in NAMES if any((c, s, direction) in times for s in shapes_of(times))]
+    # Rivals stand under what they rival.
+    ordered = list(dict.fromkeys(c for x in cases for c in (x, *RIVALS.get(x, ())) if c in cases))
+    rows = []
+    for case in ordered:
+        group = next(([c, *r] for c, r in RIVALS.items() if case in (c, *r)), [case])
+        cells = [NAMES[case]]
+        for shape in shapes_of(times):
+            found = times.get((case, shape, direction))
+            others = [times[c, shape, direction] for c in group if (c, shape, direction) in times]
+            shown = "" if found is None else number(found)
+            best = found is not None and len(others) > 1 and found == min(others)
+            cells.append(f"**{shown}**" if best else shown)
+        rows.append(cells)
+    return table([f"{DIRECTIONS[direction]}, µs", *shapes_of(times)], rows)
+
+
+def every_case(record: Record) -> str:
+    """All of a record of scans."""
+    times = record.times
+    floors = {(r["case"], r["shape"]): r.get("floor_us") for r in record.data["forward"]}
+    rows = []
+    for case, shape in dict.fromkeys((c, s) for c, s, _ in times):
+        floor = floors.get((case, shape))
+        cells = [times.get((case, shape, d)) for d in DIRECTIONS]
+        forward, training = ("" if x is None else number(x) for x in cells)
+        rows.append([case, shape, forward, "" if floor is None else number(floor), training])
+    return table(["case", "shape", "forward", "floor", "forward and backward"], rows)
+
+
+def compared(record: Record) -> Iterator[tuple[str, str, str, float]]:
+    """For each case with rivals: case, shape, direction, and how many times as long the best rival takes."""
+    times = record.times
+    for case, shape, direction in times:
+        rivals = [times.get((r, shape, direction)) for r in RIVALS.get(case, ())]
+        known = [x for x in rivals if x is not None]
+        if known:
+            yield case, shape, direction, min(known) / times[case, shape, direction]
+
+
+def verdict(record: Record) -> str:
+    """By how much the rivals are slower, and where they are faster."""
+    parts = []
+    for direction, said in DIRECTIONS.items():
+        found = [(shape, x) for _, shape, d, x in compared(record) if d == direction]
+        ahead = [x for _, x in found if x >= 1]
+        behind = [
+            f"at {shape} it is {1 / x:.1f} times as fast as ours" for shape, x in found if x < 1
+        ]
+        if ahead:
+            low, high = (f"{x:.1f}" for x in (min(ahead), max(ahead)))
+            span = low if low == high else f"{low} to {high}"
+            behind.insert(0, f"takes {span} times as long{'' if behind else ' as ours'}")
+        if behind:
+            text = f"For the {said} of TTT-Linear flash-linear-attention's best kernel {'; '.join(behind)}."
+            parts.append(text)
+    return " ".join(parts)
+
+
+def accuracy(record: Record) -> str:
+    """The largest errors of a record of scans."""
+    outputs: dict[str, list[float]] = {}
+    for row in record.data["forward"]:
+        for what, x in row.get("errors", {}).items():
+            if (length := re.match(r"T\d+", what)) is not None:
+                outputs.setdefault(length[0], []).append(x)
+    gradients = [x for r in record.data.get("training", ()) for x in r.get("gradient_errors", ())]
+    said = ", ".join(f"{max(x):.1e} at {length}" for length, x in outputs.items())
+    text = f"Largest relative error against float64: outputs {said}"
+    return text + (f"; gradients {max(gradients):.1e}." if gradients else ".")
+
+
+def speed(record: Record) -> str:
+    """The sentence under the rule of the README."""
+    times = record.times
+    shape = "B16 T2048"
+    ours = times["ttt_linear_b16", shape, "us"]
+    best = next(x for c, s, d, x in compared(record) if (s, d) == (shape, "us"))
+    return (
+        f"With 32 heads of 64 and mini-batches of 16, a forward of TTT-Linear, which is this with a layer norm, takes "
+        f"{number(ours)} µs for 16 sequences of 2048 tokens on an {record.device}: {best:.1f} times as fast as "
+        f"flash-linear-attention's fastest kernel, written by hand."
+    )
+
+
+# -- rules, memory ----------------------------------------------------------------------------------------
+
+
+def rules(record: Record) -> str:
+    """Times of other rules beside their peers, and errors of all."""
+    data = record.data
+    parts = []
+    rows = []
+    for name, directions in data.get("times", {}).items():
+        for direction, contenders in directions.items():
+            if not isinstance(contenders, dict) or "us" not in contenders.get("tttc", {}):
+                continue
+            others = [
+                f"{n} {number(r['us'])}" for n, r in contenders.items() if n != "tttc" and "us" in r
+            ]
+            ours = number(contenders["tttc"]["us"])
+            rows.append([name.replace("_", " "), direction, ours, ", ".join(others)])
+    if rows:
+        parts.append(table(["rule", "direction", "tttc", "peers"], rows))
+    rows = [
+        [name.replace("_", " "), str(found["form"]), f"{found['output']:.1e}", f"{worst:.1e}"]
+        for name, found in data.get("errors", {}).items()
+        if "output" in found
+        for worst in [max(x for k, x in found.items() if k.startswith("gradient"))]
+    ]
+    if rows:
+        head = ["rule", "form", "error of outputs", "largest error of a gradient"]
+        parts.append(table(head, rows))
+    return "\n".join(parts)
+
+
+def memory(record: Record) -> str:
+    """Peak memory against length."""
+    cases = record.data["cases"]
+    lengths = [r["length"] for r in next(iter(cases.values()))["rows"]]
+    rows = [
+        [NAMES.get(case, case), *(f"{r['peak_bytes'] / 2**20:.0f}" for r in found["rows"])]
+        for case, found in cases.items()
+    ]
+    return table(["peak, MiB", *(f"T{n}" for n in lengths)], rows)
+
+
+def memory_words(record: Record) -> str:
+    """The same in a sentence."""
+    ratios = [r["ratio"] for r in record.data["cases"]["ttt_linear_b16"]["rows"]]
+    return (
+        f"Peak memory of forward and backward grows in proportion to T: {min(ratios):.1f} to {max(ratios):.1f} times "
+        "the bytes of q, k, v, the output and their gradients for TTT-Linear"
+    )
+
+
+# -- pages ------------------------------------------------------------------------------------------------
+
+
+def of_newest(kind: str, made: Callable[[Record], str]) -> Callable[[str], str]:
+    """A block made from the newest record of a kind; empty where there is none."""
+
+    def block(page: str) -> str:
+        found = records(kind)
+        return made(found[0]).rstrip("\n") if found else ""
+
+    return block
+
+
+def with_link(kind: str, made: Callable[[Record], str]) -> Callable[[str], str]:
+    """The same, with a link to the record."""
+
+    def block(page: str) -> str:
+        found = records(kind)
+        return f"{made(found[0])} ({found[0].link(page)})." if found else ""
+
+    return block
+
+
+def heading(record: Record) -> str:
+    """What was measured, on what, by what."""
+    versions = record.data["versions"]
+    said = ", ".join(
+        f"{n} {str(versions[n]).partition('+')[0]}"
+        for n in ("torch", "triton", "flash-linear-attention")
+        if n in versions
+    )
+    command = str(record.data.get("command", "")).split(" benchmarks/results")[0]
+    return f"One {record.device}, {record.data['date']}, {said}; `{command} OUT.json`"
+
+
+def earlier(page: str) -> str:
+    """Links to the records that no table shows."""
+    kinds = ("scans", "rules", "memory", "schedules")
+    old = [r for kind in kinds for r in records(kind)[0 if kind == "schedules" else 1 :]]
+    return "".join(f"- {r.link(page)}: {r.device}\n" for r in old).rstrip("\n")
+
+
+BLOCKS: dict[str, Callable[[str], str]] = {
+    "speed": of_newest("scans", speed),
+    "scans": with_link("scans", heading),
+    "forward": of_newest("scans", lambda r: by_shape(r, "us")),
+    "training": of_newest("scans", lambda r: by_shape(r, "training_us")),
+    "verdict": of_newest("scans", verdict),
+    "accuracy": of_newest("scans", accuracy),
+    "every-case": of_newest("scans", every_case),
+    "rules": with_link(
+        "rules", lambda r: f"Other rules, {r.data['shape']}, microseconds: {heading(r)}"
+    ),
+    "rules-tables": of_newest("rules", rules),
+    "memory": with_link("memory", memory_words),
+    "memory-table": of_newest("memory", memory),
+    "earlier": earlier,
+}
+
+
+def wrapped(text: str, width: int = 120) -> str:
+    """A sentence in lines as pages have them; tables and lists stay as they are."""
+    if text.startswith(("|", "- ")):
+        return text
+    lines, line = [], ""
+    for word in text.split():
+        if line and len(line) + 1 + len(word) > width:
+            lines.append(line)
+            line = word
+        else:
+            line = f"{line} {word}".lstrip()
+    return "\n".join([*lines, line])
+
+
+def made(page: str, text: str) -> str:
+    """A page with its blocks as the records say."""
+
+    def block(found: re.Match[str]) -> str:
+        if found[2] not in BLOCKS:
+            raise ValueError(f"{page}: expected one of {', '.join(BLOCKS)}, got {found[2]!r}")
+        content = wrapped(BLOCKS[found[2]](page))
+        return f"{found[1]}{content}\n{found[3]}" if content else f"{found[1]}{found[3]}"
+
+    return MARK.sub(block, text)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write the pages, or check them; the exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; 1 where a page differs"
+    )
+    check = parser.parse_args(arguments).check
+    differs = False
+    for page in PAGES:
+        path = ROOT / page
+        before = path.read_text(encoding="utf-8")
+        after = made(page, before)
+        differs |= before != after
+        if before != after and check:
+            lines = (x.splitlines(keepends=True) for x in (before, after))
+            sys.stdout.writelines(difflib.unified_diff(*lines, page, f"{page} as the records say"))
+        elif before != after:
+            path.write_text(after, encoding="utf-8")
+            print(f"wrote {page}")
+    return int(differs and check)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
