@@ -119,17 +119,14 @@ def capture_step(
         step: the user's function.
         trees: maps flat lists (anchor, carry, tokens, shared) to the trees the step takes.
         shapes: of one token, of the leaves of anchor, tokens and shared.
-        dtypes: likewise; whatever is floating is traced in float32.
+        dtypes: likewise, as the step sees them: numbers may depend on them (PyTorch rounds some to the dtype they meet).
 
     Returns:
-        An ATen graph on float32; its flat arguments are those of anchor, carry, tokens and shared
+        An ATen graph; its flat arguments are those of anchor, carry, tokens and shared
         (``meta["counts"]`` says how many of each), its results those of the new carry, then of the output.
     """
     state, tokens, shared = (
-        [
-            torch.zeros(shape, dtype=torch.float32 if dtype.is_floating_point else dtype)
-            for shape, dtype in zip(shapes_of, dtypes_of, strict=True)
-        ]
+        [torch.zeros(shape, dtype=dtype) for shape, dtype in zip(shapes_of, dtypes_of, strict=True)]
         for shapes_of, dtypes_of in zip(shapes, dtypes, strict=True)
     )
     counts = (len(state), len(state), len(tokens), len(shared))
