@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import tttc
 
 sys.path.append(str(Path(__file__).parents[1] / "examples" / "rules"))
-from _run import Example, errors, results  # noqa: E402
+from _run import Example, errors, results
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-3}
 
