@@ -363,6 +363,9 @@ class Dualiser:
         if result is not None:
             labels = tuple(x for x in result if x in labels)
         real = [o for o in pair if o.node is not None]
+        if not real:  # two masks: one of them is made
+            real = [_Operand(self._ones(pair[0].pending[0]), pair[0].labels)]
+            pending = pair[1].pending
         due = [r for r in pending if r.earlier not in labels or r.later not in labels]
         later = tuple(r for r in pending if r not in due)
         if len(real) == 1 and not due and set(labels) == set(real[0].labels):
@@ -373,6 +376,19 @@ class Dualiser:
         if len(due) > 1:
             real = [self._apply(o, due[1:]) for o in real]
         return _Operand(self._product(real, labels, due[0] if due else None), labels, later)
+
+    def _ones(self, relation: Relation) -> fx.Node:
+        """One for every pair of tokens for which the relation holds."""
+        key = ("ones", relation.strict)
+        if key not in self.memo:
+            like = next(
+                self.env[p] for p in self.body.placeholders
+                if TOKEN in dims_of(p) and str(p.target) not in self.body.whole
+            )  # fmt: skip
+            each = self.builder.call(ops.broadcast, (), (1.0, like), (TOKEN,))
+            text = str(Relation(EARLIER, TOKEN, relation.strict))
+            self.memo[key] = self.builder.running_product(text, each, (TOKEN, EARLIER))
+        return self.memo[key]
 
     def _apply(self, operand: _Operand, relations: Sequence[Relation]) -> _Operand:
         node = operand.node

@@ -13,6 +13,8 @@ from torch.nn import functional as F
 import tttc
 
 sys.path.append(str(Path(__file__).parents[1] / "examples" / "rules"))
+import itertools
+
 from _run import Example, errors, results
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-3}
@@ -138,3 +140,41 @@ def test_shapes_that_fit_two_readings_are_tried_silently(caplog):
     with caplog.at_level(logging.ERROR):
         same(linear, numbers(3, 3, 2), {"k": grid(3, B=3)})
     assert not caplog.records
+
+
+def sums_of_another_state(anchor, carry, token, rate):
+    """The gradient of a number is a sum over features of what depends on another leaf."""
+    m = 0.9 * carry["m"] + 0.1 * token["k"]
+    g = (token["k"] * m * anchor["w"]).sum()
+    return {"m": m, "w": 0.9 * carry["w"] - rate * g}, token["k"] * carry["w"]
+
+
+def test_a_sum_over_features_is_no_multiple_of_its_operand():
+    """A leaf that adds the sum of what depends on another leaf was taken to add what is summed."""
+    init = {"m": numbers(3, 4), "w": numbers(3)}
+    same(sums_of_another_state, init, {"k": grid(4)}, torch.sigmoid(numbers(3)))
+
+
+def momentum_of_decay(anchor, carry, token, shared):
+    """Momentum and weight decay in the loss, the state read by a product with another."""
+    W, S = carry["W"], carry["S"]
+    g = torch.outer(token["k"], token["v"]) + 0.1 * anchor["W"] * token["rate"][:, None]
+    S = token["beta"] * S - g
+    W = W + S
+    return {"W": W, "S": S}, torch.tanh(token["k"] @ W)
+
+
+def deep(anchor, carry, token, shared):
+    """More feature dimensions than there were letters before the name of a kernel's loop variable."""
+    x = token["k"]
+    new = [W + 0.1 * torch.outer(W.sum(1), W.sum(0)) for W in carry]
+    for W in carry:
+        x = torch.tanh(x @ W)
+    return new, x
+
+
+def test_names_of_dimensions_are_no_names_of_kernels():
+    """The sixth dimension of a step was called as the loop over tokens."""
+    widths = [2, 3, 4, 5, 6, 7, 8, 9]
+    init = [numbers(3, m, n) for m, n in itertools.pairwise(widths)]
+    same(deep, init, {"k": grid(2, T=2)}, b=2, backend="triton")

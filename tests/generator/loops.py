@@ -25,6 +25,8 @@ def start(w: Writer, tree: str, name: str) -> str:
         first = at_token(w, "k", "0")
         return f"torch.zeros_like({first})" if rank else f"torch.zeros_like({first[:-1]}, 0])"
     parameter = f"self.{name}"
+    if grid == "T" and w.program.loop.state == "attribute":
+        parameter = f"1.0 * {parameter}"  # modules take no tensor where they had a parameter
     if grid != "T":
         sizes = ", ".join(["-1"] * (rank + (grid != "BT")))
         parameter = (
@@ -117,7 +119,7 @@ def lines(w: Writer) -> list[str]:
         )  # fmt: skip
     if anchored and loop.anchor == "before":
         inside += [f"if t % {p.b} == 0:", *indented(renew)]
-    inside += ["def f(w, x):", *indented(model)] + apart + updating + after
+    inside += ["def f(w, x):", *indented(model), *apart, *updating, *after]
     for o, z in zip(outs, parts, strict=True):
         if loop.output == "preallocated":
             inside += [f"{at_token(w, o, 't')} = {z}"]

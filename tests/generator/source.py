@@ -247,7 +247,7 @@ class Writer:
     def extra(self) -> list[str]:
         """Lines before the gradient that renew what else is carried."""
         k = self.rows("k", self.program.d)
-        beta = self.number("0.9", 1)
+        beta = "0.9"
         return {
             "previous": [f"new_p = {k}"],
             "centred": [f"new_m = 0.9 * old_m + 0.1 * {k}"],

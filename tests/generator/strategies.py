@@ -35,7 +35,7 @@ DECAYS = (
 )
 UPDATES = ("descent", "descent", "since anchor", "momentum", "averaged", "nesterov", "several", "adaptive", "clipped",
            "squashed")  # fmt: skip
-AFTER = ("none", "none", "none", "none", "norm", "columns", "towards")
+AFTER = ("none",) * 8 + ("norm", "columns", "towards")
 EXTRAS = ("none", "none", "none", "previous", "centred", "count", "sum", "unused")
 READINGS = (
     "after",
@@ -53,9 +53,9 @@ AROUND = ("none", "before", "after", "both")
 
 
 @st.composite
-def layers(draw, d: int) -> tuple[Layer, ...]:
+def layers(draw, d: int, small: bool = False) -> tuple[Layer, ...]:
     """Up to four layers with fast weights, and what lies between them."""
-    depth = draw(st.sampled_from([1, 1, 2, 2, 3, 4]))
+    depth = draw(st.sampled_from([1, 1, 2] if small else [1, 1, 2, 2, 3, 4]))
     made: list[Layer] = []
     width = d
     for _ in range(depth):
@@ -67,7 +67,7 @@ def layers(draw, d: int) -> tuple[Layer, ...]:
         inner = draw(WIDTHS) if kind == "swiglu" else 0
         made.append(Layer(kind, name, wide, inner))
         width = wide or width
-        for _ in range(draw(st.sampled_from([0, 1, 1, 2]))):
+        for _ in range(draw(st.sampled_from([0, 1] if small else [0, 1, 1, 2]))):
             kind = draw(st.sampled_from(["activation"] * 3 + ["norm", "residual", "slow", "gated"]))
             names = ACTIVATIONS if kind == "activation" else NORMS if kind == "norm" else [""]
             made.append(Layer(kind, draw(st.sampled_from(sorted(names)))))
@@ -81,13 +81,13 @@ def layers(draw, d: int) -> tuple[Layer, ...]:
 
 
 @st.composite
-def sizes(draw, largest: int = 16) -> dict[str, int]:
+def sizes(draw, largest: int = 16, small: bool = False) -> dict[str, int]:
     """Batch, heads, mini-batch, and at most three mini-batches of tokens."""
     b = draw(st.sampled_from([x for x in (4, 1, 2, 3, 7, 16) if x <= largest]))
     T = draw(st.integers(1, min(3 * b, b + 8)))
     return {
-        "B": draw(st.integers(1, 3)),
-        "H": draw(st.integers(1, 3)),
+        "B": draw(st.integers(1, 2 if small else 3)),
+        "H": draw(st.integers(1, 2 if small else 3)),
         "b": b,
         "T": T,
         "d": draw(WIDTHS),
@@ -99,7 +99,7 @@ def rules(draw) -> dict[str, object]:
     """What scans and loops have in common."""
     of = lambda xs: draw(st.sampled_from(xs))  # noqa: E731
     return {
-        "loss": of(sorted(LOSSES)), "update": of(UPDATES), "at": of(["anchor"] * 3 + ["carry"]),
+        "loss": of(sorted(LOSSES)), "update": of(UPDATES), "at": of(["anchor"] * 5 + ["carry"]),
         "rate": of(RATES), "decay": of(DECAYS), "beta": of(["constant", "token", "shared", "channels"]),
         "after": of(AFTER), "extra": of(EXTRAS), "mask": draw(st.integers(0, 5)) == 5,
         "used": of(["all"] * 3 + ["outputs", "states"]), "seed": draw(st.integers(0, 2**16)),
@@ -108,11 +108,15 @@ def rules(draw) -> dict[str, object]:
 
 @st.composite
 def scans(
-    draw, path: str = "direct", dtypes: tuple[str, ...] = ("float64",), largest: int = 16
+    draw,
+    path: str = "direct",
+    dtypes: tuple[str, ...] = ("float64",),
+    largest: int = 16,
+    small: bool = False,
 ) -> Program:
     """A step of ``tttc.scan``."""
     of = lambda xs: draw(st.sampled_from(xs))  # noqa: E731
-    size, rule = draw(sizes(largest)), draw(rules())
+    size, rule = draw(sizes(largest, small)), draw(rules())
     cut = (
         draw(st.integers(1, size["T"] - 1)) if size["T"] > 1 and draw(st.integers(0, 4)) == 4 else 0
     )
@@ -123,7 +127,7 @@ def scans(
     if rule["extra"] in ("count",) and tile:
         rule["extra"] = "none"
     return Program(
-        layers=draw(layers(size["d"])), **size, **rule, tile=tile, output=output, cut=cut,
+        layers=draw(layers(size["d"], small)), **size, **rule, tile=tile, output=output, cut=cut,
         gradient="value" if output == "value" else "func", container=of(CONTAINERS), batched=of([True, False]),
         strided=of([False, True]), around=of(AROUND) if path == "dynamo" else "none",
         wanted=of(["all"] * 4 + ["none", "tokens", "parameters", "state"]), dtype=of(dtypes), path=path,
@@ -134,9 +138,9 @@ def scans(
 def loops(draw) -> Program:
     """A module with a Python loop over tokens."""
     of = lambda xs: draw(st.sampled_from(xs))  # noqa: E731
-    size, rule = draw(sizes(4)), draw(rules())
-    size["T"] = max(size["T"], 2)
-    made = draw(layers(size["d"]))
+    size, rule = draw(sizes(4, small=True)), draw(rules())
+    size["T"] = max(size["T"], size["b"] + 2)
+    made = draw(layers(size["d"], small=True))
     gradient = of(["func", "func", "autograd", "hand"])
     if gradient == "hand":
         made = (Layer("matrix", of(sorted(PRODUCTS)), draw(WIDTHS)),)
@@ -150,7 +154,7 @@ def loops(draw) -> Program:
     )  # fmt: skip
     return Program(
         layers=made, **size, **rule, output=of(OUTPUTS), around=of(AROUND), path="loop", loop=loop,
-        wanted=of(["all"] * 4 + ["none", "tokens", "parameters"]),
+        wanted="all" if gradient == "autograd" else of(["all"] * 4 + ["none", "tokens", "parameters"]),
     )  # fmt: skip
 
 

@@ -83,6 +83,14 @@ def _select_backward(grad: torch.Tensor, sizes: Sequence[int], dim: int, index: 
     return grad.unsqueeze(dim) if sizes[dim] == 1 else _scattered(grad, sizes, dim, index)
 
 
+def _broadcast_in_dim(x: torch.Tensor, shape: Sequence[int], dims: Sequence[int]) -> Any:
+    """In ATen's operators: a program traced before is functionalised, which refuses views that are not ATen's."""
+    for i in range(len(shape)):
+        if i not in dims:
+            x = x.unsqueeze(i)
+    return x.expand(shape)
+
+
 @functools.cache
 def decomposition_table() -> dict[Any, Callable[..., Any]]:
     """What is taken apart while user code is traced."""
@@ -91,6 +99,7 @@ def decomposition_table() -> dict[Any, Callable[..., Any]]:
         **get_decompositions(_FURTHER),
         aten.select.int: _select,
         aten.select_backward.default: _select_backward,
+        torch.ops.prims.broadcast_in_dim.default: _broadcast_in_dim,
     }
 
 
