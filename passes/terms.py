@@ -16,6 +16,7 @@ from tttc.ir.errors import NotLowerable
 from tttc.ir.functions import FUNCTIONS
 from tttc.ir.spec import Dims, Relation, parse, parse_relation
 
+LARGEST_SUM = 256  # products: what is distributed grows exponentially with how sums and products are nested
 Factor = tuple[Any, Dims]  # a node and the labels of its axes
 
 
@@ -113,6 +114,8 @@ class Expander:
                 terms = [t.times(Term(1.0 / x)) for t in terms]
                 continue
             inner = self.expand(x, tuple(names[d] for d in dims))
+            if len(terms) * len(inner) > LARGEST_SUM:
+                raise NotLowerable(f"distributed, it is a sum of more than {LARGEST_SUM} products")
             terms = [t.times(u) for t in terms for u in inner]
         for d in spec.summed:
             terms = [t if names[d] in t.labels() else self._repeated(t, d) for t in terms]

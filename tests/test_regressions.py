@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from generator.check import check
+from generator.description import Layer, Program
 from torch.nn import functional as F
 
 import tttc
@@ -169,6 +171,17 @@ def test_names_of_dimensions_are_no_names_of_kernels():
     widths = [2, 3, 4, 5, 6, 7, 8, 9]
     init = [numbers(3, m, n) for m, n in itertools.pairwise(widths)]
     same(deep, init, {"k": grid(2, T=2)}, b=2, backend="triton")
+
+
+def test_products_of_sums_are_not_distributed_without_end():
+    """Two inner steps, a layer norm between them: more products than there is memory for."""
+    layers = (Layer("matrix", "linear", 3), Layer("residual"), Layer("norm", "affine"))
+    program = Program(
+        layers, d=1, B=2, H=2, T=3, loss="cross entropy", update="several", rate="projection",
+        decay="shared", after="norm", extra="unused", output="number", wanted="none",
+    )  # fmt: skip
+    outcome = check(program)
+    assert outcome.status == "same" and "more than" in outcome.reason
 
 
 class Views(torch.nn.Module):

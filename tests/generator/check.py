@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import signal
 import sys
 import tempfile
 import time
@@ -22,6 +23,7 @@ from tttc import _scan_op, pipeline
 from tttc.compiler import TTTCWarning
 
 TOLERANCES = {"float64": 1e-8, "float32": 1e-3, "bfloat16": 3e-2}
+LONGEST = 120  # seconds of CPU for one program
 LARGEST = 1e5  # values beyond are no program that anyone would train
 Results = dict[str, list[torch.Tensor]]
 folder = tempfile.TemporaryDirectory(prefix="tttc-random-programs-")
@@ -259,10 +261,20 @@ def largest(found: Results) -> float:
     return top if all(math.isfinite(float(x)) for x in values) else math.inf
 
 
+def _too_long(*_: Any) -> None:
+    raise TimeoutError(f"more than {LONGEST} s")
+
+
 def check(program: Program) -> Outcome:
     """Run a program naively in float64, and compiled; compare results and gradients."""
     start = time.process_time()
-    outcome = _check(program)
+    before = signal.signal(signal.SIGPROF, _too_long)
+    signal.setitimer(signal.ITIMER_PROF, LONGEST)
+    try:
+        outcome = _check(program)
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
     outcome.seconds = time.process_time() - start
     return outcome
 
