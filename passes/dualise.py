@@ -226,7 +226,7 @@ class Dualiser:
     def root(self, node: fx.Node) -> fx.Node:
         """A value evaluated in the cheapest order."""
         result = dims_of(node)
-        expander = Expander(self.opened, self.sizes, self._last_of)
+        expander = Expander(self.opened, self.sizes, self._last_of, self._each)
         terms = collect(expander.expand(node, result), result)
         finals: list[_Final | tuple[float, Any]] = [self.evaluate(t, result) for t in terms]
         return self.whole(self.assemble(finals, result), result)
@@ -381,13 +381,20 @@ class Dualiser:
         """One for every pair of tokens for which the relation holds."""
         key = ("ones", relation.strict)
         if key not in self.memo:
+            text = str(Relation(EARLIER, TOKEN, relation.strict))
+            self.memo[key] = self.builder.running_product(text, self._each(), (TOKEN, EARLIER))
+        return self.memo[key]
+
+    def _each(self) -> fx.Node:
+        """One for every token."""
+        key = ("each",)
+        if key not in self.memo:
             like = next(
                 self.env[p] for p in self.body.placeholders
-                if TOKEN in dims_of(p) and str(p.target) not in self.body.whole
+                if TOKEN in dims_of(p) and str(p.target) not in self.body.whole and p in self.env
             )  # fmt: skip
-            each = self.builder.call(ops.broadcast, (), (1.0, like), (TOKEN,))
-            text = str(Relation(EARLIER, TOKEN, relation.strict))
-            self.memo[key] = self.builder.running_product(text, each, (TOKEN, EARLIER))
+            self.memo[key] = self.builder.call(ops.broadcast, (), (1.0, like), (TOKEN,))
+            self.env[self.memo[key]] = self.memo[key]
         return self.memo[key]
 
     def _apply(self, operand: _Operand, relations: Sequence[Relation]) -> _Operand:

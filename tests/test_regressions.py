@@ -208,3 +208,21 @@ def test_views_that_are_not_atens_in_loops():
     torch._dynamo.reset()
     got = tttc.compile(module, backend="torch", strict=True)(k, v)
     torch.testing.assert_close(got, module(k, v), rtol=1e-10, atol=1e-10)
+
+
+def decayed_in_the_loss(anchor, W, token, shared):
+    g = torch.outer(token["k"], token["k"] @ anchor - token["v"]) + 0.1 * anchor
+    return W - 0.1 * g, token["k"] @ W
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("T", [3, 4, 6])
+def test_what_all_tokens_add_alike_counts_once_for_each(T, backend):
+    """Weight decay in the loss, at the anchor: the state after a mini-batch had it once."""
+    same(
+        decayed_in_the_loss,
+        numbers(3, 2, 3),
+        {"k": grid(2, T=T), "v": grid(3, T=T, seed=1)},
+        b=4,
+        backend=backend,
+    )
