@@ -140,8 +140,11 @@ def results(call: Any, groups: dict[str, Any], w: Writer, parameters: Any = ()) 
     flat = [x for xs in found.values() for x in xs if x.requires_grad]
     gradients: list[torch.Tensor] = []
     if wanted and flat:
-        # Weights that differ, so that no gradient cancels by symmetry.
-        terms = (x * torch.linspace(0.5, 1.5, x.numel()).view(x.shape).to(x) for x in flat)
+        # Weights that differ, so that no gradient cancels by symmetry; those of the oracle are rounded as the others.
+        given = getattr(torch, w.program.dtype)
+        terms = (
+            x * torch.linspace(0.5, 1.5, x.numel()).view(x.shape).to(given).to(x) for x in flat
+        )
         total = sum(x.sum() for x in terms)
         gradients = list(
             torch.autograd.grad(total, wanted, allow_unused=True, materialize_grads=True)

@@ -32,5 +32,4 @@ def has_closed_form(program: Program) -> bool:
         and program.decay in ("none", "constant", "token", "shared", "product")
         and program.rate in ("constant", "token", "sigmoid", "shared", "product", "projection")
         and program.beta in ("constant", "token", "shared")
-        and program.loss != "with decay"
     )
