@@ -40,7 +40,7 @@ FUNCTIONS: dict[str, str] = {
     "or": "{0} | {1}",
     "not": "({0} == 0)",
     "isnan": "{0} != {0}",
-    "float": "tl.where({0}, 1.0, 0.0)",
+    "float": "({0}).to(tl.float32)",
 }
 
 

@@ -215,7 +215,8 @@ def affine_in(node: Any, leaf: fx.Node, system: System) -> Terms:
         if not inside:
             inside = [y for y in operands if touched(y, system.carries)]
         rest = [y for y in operands if y is not inside[0]]
-        if len(inside) != 1 or not all(factor(y, inside[0], x) for y in rest):
+        summed = set(dims_of(inside[0])) != set(dims_of(x))  # where there is no other factor
+        if len(inside) != 1 or summed or not all(factor(y, inside[0], x) for y in rest):
             return None
         coefficient = sympy.Integer(1)
         for y in rest:

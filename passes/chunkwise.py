@@ -201,7 +201,7 @@ class _Solver(Dualiser):
         """What the unknown is, from its definition ``r + sum over earlier tokens of A * unknown``."""
         result = dims_of(definition)
         linear = {n for n in self.reached if linear_kind(n)} & ancestors([definition])
-        expander = Expander(self.opened | linear, self.sizes, self._last_of)
+        expander = Expander(self.opened | linear, self.sizes, self._last_of, self._each)
         known: list[Term] = []
         system: list[Term] = []
         for term in collect(expander.expand(definition, result), result):

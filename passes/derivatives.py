@@ -119,5 +119,5 @@ DERIVATIVES: dict[str, tuple[Rule | None, ...]] = {
     "or": (None, None),
     "not": (None,),
     "isnan": (None,),
-    "float": (None,),
+    "float": (None, None),
 }

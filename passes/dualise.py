@@ -226,7 +226,7 @@ class Dualiser:
     def root(self, node: fx.Node) -> fx.Node:
         """A value evaluated in the cheapest order."""
         result = dims_of(node)
-        expander = Expander(self.opened, self.sizes, self._last_of)
+        expander = Expander(self.opened, self.sizes, self._last_of, self._each)
         terms = collect(expander.expand(node, result), result)
         finals: list[_Final | tuple[float, Any]] = [self.evaluate(t, result) for t in terms]
         return self.whole(self.assemble(finals, result), result)
@@ -363,6 +363,9 @@ class Dualiser:
         if result is not None:
             labels = tuple(x for x in result if x in labels)
         real = [o for o in pair if o.node is not None]
+        if not real:  # two masks: one of them is made
+            real = [_Operand(self._ones(pair[0].pending[0]), pair[0].labels)]
+            pending = pair[1].pending
         due = [r for r in pending if r.earlier not in labels or r.later not in labels]
         later = tuple(r for r in pending if r not in due)
         if len(real) == 1 and not due and set(labels) == set(real[0].labels):
@@ -373,6 +376,26 @@ class Dualiser:
         if len(due) > 1:
             real = [self._apply(o, due[1:]) for o in real]
         return _Operand(self._product(real, labels, due[0] if due else None), labels, later)
+
+    def _ones(self, relation: Relation) -> fx.Node:
+        """One for every pair of tokens for which the relation holds."""
+        key = ("ones", relation.strict)
+        if key not in self.memo:
+            text = str(Relation(EARLIER, TOKEN, relation.strict))
+            self.memo[key] = self.builder.running_product(text, self._each(), (TOKEN, EARLIER))
+        return self.memo[key]
+
+    def _each(self) -> fx.Node:
+        """One for every token."""
+        key = ("each",)
+        if key not in self.memo:
+            like = next(
+                self.env[p] for p in self.body.placeholders
+                if TOKEN in dims_of(p) and str(p.target) not in self.body.whole and p in self.env
+            )  # fmt: skip
+            self.memo[key] = self.builder.call(ops.broadcast, (), (1.0, like), (TOKEN,))
+            self.env[self.memo[key]] = self.memo[key]
+        return self.memo[key]
 
     def _apply(self, operand: _Operand, relations: Sequence[Relation]) -> _Operand:
         node = operand.node

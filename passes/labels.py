@@ -55,10 +55,11 @@ class Labels:
     def name(labels: Iterable[Label], taken: Iterable[str] = ()) -> None:
         """Give each root among the labels a letter, in order of appearance."""
         used = set(taken)
+        # Kernels call their dimensions so too: letters that other names in them begin with are left out.
         letters = (
             f"{letter}{suffix}"
             for suffix in ("", *map(str, range(1, 1000)))
-            for letter in "ijklmnopquvwxyz"
+            for letter in "ijklopquvwz"
         )
         for label in labels:
             root = label.root

@@ -173,6 +173,8 @@ class Normaliser:
     def pointwise(self, function: str, operands: Sequence[Any]) -> Value:
         """An elementwise function of values and numbers, broadcast as torch does."""
         values = [x if isinstance(x, Value) else Value(x, ()) for x in operands]
+        if function == "where" and all(type(v.node) in (int, float) for v in values[1:]):
+            values[1] = self.floating(values[1])
         if function in NUMBERS and all(not isinstance(v.node, fx.Node) for v in values):
             axes = self.retrying(lambda vs: Value(0, self.broadcast(vs)), values).axes
             return Value(NUMBERS[function](*(v.node for v in values)), axes)
@@ -186,6 +188,14 @@ class Normaliser:
             return Value(node, axes)
 
         return self.retrying(build, values)
+
+    def floating(self, value: Value) -> Value:
+        """A number as a value of the dtype computed in: alone, neither it nor what it is chosen by says which."""
+        roles = dict(zip(self.roles, self.captured.graph.find_nodes(op="placeholder"), strict=True))
+        usable = [r for r in roles if r not in self.whole and not r.startswith("carry")]
+        like = self.env[roles[min(usable, key=lambda r: r.startswith("anchor"))]]
+        owned = [(), self.own(like)]
+        return Value(self.emit(ops.broadcast, (), [value.node, like.node], owned, ()), value.axes)
 
     def broadcast(self, values: list[Value]) -> list[Axis]:
         """The axes of the result of an elementwise operation, the operands' axes unified."""
@@ -375,7 +385,7 @@ class Normaliser:
 
     def call(self, node: fx.Node) -> Any:
         """One ATen operator."""
-        packet = getattr(node.target, "overloadpacket", node.target)
+        packet = _functional(node)
         args: list[Any] = [self.env[a] if isinstance(a, fx.Node) else a for a in node.args]
         if not any(isinstance(a, Value) for a in _flatten(args)) and isinstance(
             node.meta.get("val"), torch.Tensor
@@ -406,7 +416,7 @@ class Normaliser:
         if target.is_floating_point and source.is_floating_point:
             return value
         if target.is_floating_point:
-            return self.pointwise("float", [value])
+            return self.pointwise("float", [value, self.floating(Value(1.0, ()))])
         raise NotLowerable(f"a cast from {source} to {target} inside a step", self.where)
 
     def from_nothing(self, node: fx.Node) -> Value:
@@ -526,6 +536,17 @@ def _repeated_in(labels: Sequence[Label]) -> list[Label]:
 
 def _is_argument(value: Value) -> bool:
     return isinstance(value.node, fx.Node) and value.node.op == "placeholder"
+
+
+def _functional(node: fx.Node) -> Any:
+    """A node's operator. Decompositions of torch write over what they have just made: the same as making it anew."""
+    packet: Any = getattr(node.target, "overloadpacket", node.target)
+    name = getattr(packet, "__name__", "")
+    if name.endswith("_") and not name.endswith("__") and isinstance(node.args[0], fx.Node):
+        written = node.args[0]
+        if written.op == "call_function" and set(written.users) == {node}:
+            return getattr(aten, name[:-1], packet)
+    return packet
 
 
 def _dtype(node: Any) -> torch.dtype | None:
@@ -685,7 +706,7 @@ HANDLERS: dict[Any, Callable[..., Any]] = {
     aten.pow: _power, prims.pow: _power, aten.cosh: _cosh, aten.sinh: _sinh, aten.exp2: _exp2,
     aten.log2: _log2, aten.clamp: _clamp, aten.clamp_min: _clamp, aten.relu: _relu,
     aten.permute: _permute, aten.t: _transpose, aten.transpose: _transpose,
-    aten.unsqueeze: _unsqueeze, aten.squeeze: _squeeze, aten.squeeze_: _squeeze, prims.squeeze: _squeeze,
+    aten.unsqueeze: _unsqueeze, aten.squeeze: _squeeze, prims.squeeze: _squeeze,
     aten.view: lambda n, node, args: n.view(args[0], args[1]),
     aten._unsafe_view: lambda n, node, args: n.view(args[0], args[1]),
     aten.reshape: lambda n, node, args: n.view(args[0], args[1]),

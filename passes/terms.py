@@ -16,6 +16,9 @@ from tttc.ir.errors import NotLowerable
 from tttc.ir.functions import FUNCTIONS
 from tttc.ir.spec import Dims, Relation, parse, parse_relation
 
+LARGEST_SUM = (
+    256  # products: what is distributed grows exponentially with how sums and products are nested
+)
 Factor = tuple[Any, Dims]  # a node and the labels of its axes
 
 
@@ -65,10 +68,12 @@ class Expander:
         opened: set[fx.Node],
         sizes: Mapping[str, int],
         last: Callable[[fx.Node, str], fx.Node],
+        each: Callable[[], fx.Node],
     ) -> None:
         self.opened = opened
         self.sizes = sizes
         self.last = last  # makes the node of a factor at the last token
+        self.each = each  # makes the node that is one for each token
         self._fresh = (f"z{i}" for i in itertools.count())
 
     def expand(self, node: Any, labels: Dims) -> list[Term]:
@@ -113,6 +118,8 @@ class Expander:
                 terms = [t.times(Term(1.0 / x)) for t in terms]
                 continue
             inner = self.expand(x, tuple(names[d] for d in dims))
+            if len(terms) * len(inner) > LARGEST_SUM:
+                raise NotLowerable(f"distributed, it is a sum of more than {LARGEST_SUM} products")
             terms = [t.times(u) for t in terms for u in inner]
         for d in spec.summed:
             terms = [t if names[d] in t.labels() else self._repeated(t, d) for t in terms]
@@ -138,7 +145,11 @@ class Expander:
                     dim = dims_of(x)[labels.index(label)]
                     x, labels = self.last(x, dim), tuple(y for y in labels if y != label)
                 factors.append((x, labels))
-            terms.append(Term(term.coefficient, tuple(factors), relations))
+            kept = Term(term.coefficient, tuple(factors), relations)
+            # What earlier tokens add alike, each of them adds.
+            for earlier in {r.earlier for r in term.relations if r.later == label} - kept.labels():
+                kept = kept.times(Term(1.0, ((self.each(), (earlier,)),)))
+            terms.append(kept)
         return terms
 
 
@@ -162,6 +173,7 @@ def _canonical(term: Term, result: Dims) -> Any:
         for x in (r.earlier, r.later):
             names.setdefault(x, f"#{len(names)}")
     return (
-        tuple((f.name, tuple(names[x] for x in labels)) for f, labels in factors),
+        # Not their names: factors at the last token are of another graph.
+        tuple((f, tuple(names[x] for x in labels)) for f, labels in factors),
         tuple(sorted((names[r.earlier], names[r.later], r.strict) for r in term.relations)),
     )

@@ -38,9 +38,11 @@ class Normal:
 def results(scan: Callable[..., Any], example: Example) -> dict[str, list[torch.Tensor]]:
     """States, outputs and the gradients of all arguments."""
     leaves, spec = pytree.tree_flatten(example[:3])
-    leaves = [x if x is None else x.detach().clone().requires_grad_() for x in leaves]
+    leaves = [
+        x if x is None else x.detach().clone().requires_grad_(x.is_floating_point()) for x in leaves
+    ]
     state, z = scan(*pytree.tree_unflatten(leaves, spec))
-    leaves = [x for x in leaves if x is not None]
+    leaves = [x for x in leaves if x is not None and x.requires_grad]
     named = {"state": pytree.tree_leaves(state.carry), "output": pytree.tree_leaves(z)}
     flat = [x for xs in named.values() for x in xs if x.requires_grad]
     # A sum with weights that differ, so that no gradient cancels by symmetry.

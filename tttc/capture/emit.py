@@ -238,6 +238,9 @@ class Writer:
             self.line(f"_{node.name} = {self._aligned(text, rest, names)}")
         elif node.target is ops.broadcast:
             (text, have), (like, like_names) = inputs
+            if set(like_names) - set(names):  # axes that say nothing
+                like += f"[{', '.join(':' if n in names else '0' for n in like_names)}]"
+                like_names = tuple(n for n in like_names if n in names)
             shape = f"{self._aligned(like, like_names, names)}"
             one = self._aligned(text, have, names) if have else text
             self.line(f"_{node.name} = {one} + _torch.zeros_like({shape})")

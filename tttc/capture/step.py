@@ -83,6 +83,14 @@ def _select_backward(grad: torch.Tensor, sizes: Sequence[int], dim: int, index: 
     return grad.unsqueeze(dim) if sizes[dim] == 1 else _scattered(grad, sizes, dim, index)
 
 
+def _broadcast_in_dim(x: torch.Tensor, shape: Sequence[int], dims: Sequence[int]) -> Any:
+    """In ATen's operators: a program traced before is functionalised, which refuses views that are not ATen's."""
+    for i in range(len(shape)):
+        if i not in dims:
+            x = x.unsqueeze(i)
+    return x.expand(shape)
+
+
 @functools.cache
 def decomposition_table() -> dict[Any, Callable[..., Any]]:
     """What is taken apart while user code is traced."""
@@ -91,6 +99,7 @@ def decomposition_table() -> dict[Any, Callable[..., Any]]:
         **get_decompositions(_FURTHER),
         aten.select.int: _select,
         aten.select_backward.default: _select_backward,
+        torch.ops.prims.broadcast_in_dim.default: _broadcast_in_dim,
     }
 
 
@@ -119,17 +128,14 @@ def capture_step(
         step: the user's function.
         trees: maps flat lists (anchor, carry, tokens, shared) to the trees the step takes.
         shapes: of one token, of the leaves of anchor, tokens and shared.
-        dtypes: likewise; whatever is floating is traced in float32.
+        dtypes: likewise, as the step sees them: numbers may depend on them (PyTorch rounds some to the dtype they meet).
 
     Returns:
-        An ATen graph on float32; its flat arguments are those of anchor, carry, tokens and shared
+        An ATen graph; its flat arguments are those of anchor, carry, tokens and shared
         (``meta["counts"]`` says how many of each), its results those of the new carry, then of the output.
     """
     state, tokens, shared = (
-        [
-            torch.zeros(shape, dtype=torch.float32 if dtype.is_floating_point else dtype)
-            for shape, dtype in zip(shapes_of, dtypes_of, strict=True)
-        ]
+        [torch.zeros(shape, dtype=dtype) for shape, dtype in zip(shapes_of, dtypes_of, strict=True)]
         for shapes_of, dtypes_of in zip(shapes, dtypes, strict=True)
     )
     counts = (len(state), len(state), len(tokens), len(shared))

@@ -75,5 +75,5 @@ FUNCTIONS: dict[str, Function] = {
     "or": Function(lambda x, y: x | y),
     "not": Function(lambda x: ~x),
     "isnan": Function(torch.isnan),
-    "float": Function(lambda x: x.to(torch.get_default_dtype())),
+    "float": Function(lambda x, like: x.to(like.dtype)),
 }

@@ -117,7 +117,7 @@ def _run(
             program, anchor, carry, tokens, shared, place, info, states, saved, interval
         )
         if out is not None:
-            return _unaliased(out, [*anchor, *carry])
+            return _unaliased(out, [*anchor, *carry, *tokens, *shared])
     starts: list[list[Tensor]] | None = [] if interval else None
     outputs = _empty_outputs(tokens, key, info)
     new_anchor, new_carry, _ = run_program(
@@ -128,7 +128,7 @@ def _run(
         for x, i in zip(saved, live, strict=True):
             torch.stack([leaves[i].reshape(anchor[i].shape) for leaves in starts], 2, out=x)
     kept = [*new_anchor, *new_carry] if states else []
-    return _unaliased([*kept, *outputs, *saved], [*anchor, *carry])
+    return _unaliased([*kept, *outputs, *saved], [*anchor, *carry, *tokens, *shared])
 
 
 def floating_leaves(tokens: Sequence[Tensor], shared: Sequence[Tensor]) -> tuple[str, ...]:
