@@ -36,6 +36,8 @@ STEP_LATENCY = 16  # of a matrix unit, for 16 more of the inner dimension
 OPERAND_COST = (
     2.5  # instructions for each number of an operand: rounded, stored, loaded as the unit takes it
 )
+SPILLED_COST = 30  # instructions for each number that is stored and loaded again in every turn
+SLACK = 1.1  # the assembler computes a few values again rather than keep them
 OVERHEAD_REGISTERS = 44  # addresses, masks, counters
 REGISTER_FACTOR = 1.25  # layouts, and what the assembler keeps alive longer than the graph says
 
@@ -63,26 +65,42 @@ class Timeline:
     def __init__(self, loop: Loop, device: Device, element_size: int) -> None:
         self.loop, self.device, self.element_size = loop, device, element_size
         self.used = used(loop)
+        self._elements: dict[Dims, int] = {}
         self.fetched, self.kept = through_memory(loop)
         self.nodes = self._varying()
         self.dotted = {d for n in self.used if n.op == "call_function" and self.on_unit(n)
                        for d in parse(spec_of(n)).labels}  # fmt: skip
-        self.states = {s.name: n for n, s in loop.sources.items() if s.kind == "state"}
         self._orders: dict[str, list[fx.Node]] = {}
         self._spec_of = {n: parse(spec_of(n)) for n in self.nodes}
+        # Places of values: of a state there is one, whichever node reads it.
+        places: dict[object, int] = {}
+        self._slots: dict[fx.Node, int] = {}
+        for node in loop.graph.nodes:
+            source = loop.sources.get(node)
+            name: object = source.name if source is not None and source.kind == "state" else node
+            self._slots[node] = places.setdefault(name, len(places))
+        # Instructions of a load: a vector of 16 bytes each, and its conversion.
+        self._loaded = {
+            n: (0.0, *(self.elements(dims_of(n)) * (1 + size / 4) for size in (element_size, 4)))
+            for n in self.fetched
+        }
+        self._kept = [self._slots[n] for n in self.kept]
+        self._stored = [2.0 * self.elements(dims_of(n)) for n in self.kept]
+        new = {s.name: self._slots[n] for n, s in loop.sinks if s.kind == "state"}
+        self._renewed = [(places[name], slot) for name, slot in new.items() if name in places]
+        self._steps: dict[str, list[tuple[fx.Node, int, tuple[int, ...]]]] = {}
         # What only some fields of a schedule change is worked out once.
         self._costs: dict[object, dict[fx.Node, tuple[float, float]]] = {}
         self._registers: dict[object, int] = {}
-        self._elements: dict[Dims, int] = {}
 
     def _varying(self) -> list[fx.Node]:
         varying = {n for n, s in self.loop.sources.items() if s.kind not in ("shared", "constant")}
         found = []
         for node in self.loop.graph.nodes:
-            if node.op == "call_function" and node in self.used:
-                if any(x in varying for x in node.all_input_nodes):
-                    varying.add(node)
-                    found.append(node)
+            operator = node.op == "call_function" and node in self.used
+            if operator and any(x in varying for x in node.all_input_nodes):
+                varying.add(node)
+                found.append(node)
         return found
 
     def on_unit(self, node: fx.Node) -> bool:
@@ -123,66 +141,62 @@ class Timeline:
 
     def turn(self, schedule: Schedule) -> Turn:
         """The turn under a schedule."""
-        warps, order = schedule.num_warps, self.order(schedule.order)
+        warps = schedule.num_warps
         registers, costs = self.registers(schedule), self.costs(schedule)
-        limit = min(
-            self.device.thread_registers, self.device.registers // (self.device.warp * warps)
+        limit = self.device.registers // (self.device.warp * warps)
+        limit = schedule.maxnreg or min(self.device.thread_registers, limit)
+        spilled = max(registers - SLACK * limit, 0)
+        width, all_ = min(warps, SCHEDULERS) * self.device.warp, SCHEDULERS * self.device.warp
+        wide = [self._loaded[n][1 if narrow(self.loop, n, schedule) else 2] for n in self.fetched]
+        hidden = schedule.num_stages > 1 and not schedule.prefetch
+        arrives = COPY_LATENCY if hidden else MEMORY_LATENCY
+        fetched = [(self._slots[n], count) for n, count in zip(self.fetched, wide, strict=True)]
+        fetching = dict(fetched)
+        steps = (
+            self._steps[schedule.order] if schedule.order in self._steps else self._made(schedule)
         )
-        spilled = max(registers - (schedule.maxnreg or limit), 0)
-        ready: dict[object, float] = {}
-        now, issue = 0.0, 0.0
-        ends = []
-        width = min(warps, SCHEDULERS)
-
-        def spend(count: float) -> None:
-            nonlocal now, issue
-            now += count / self.device.warp / width
-            issue += count / self.device.warp / SCHEDULERS
-
-        def fetch(node: fx.Node) -> None:
-            """The load of a node: a vector of 16 bytes an instruction, and its conversion."""
-            count = self.elements(dims_of(node))
-            wide = not narrow(self.loop, node, schedule)
-            spend(count * (1 + (4 if wide else self.element_size) / 4))
-            hidden = schedule.num_stages > 1 and not schedule.prefetch
-            ready[node] = now + (COPY_LATENCY if hidden else MEMORY_LATENCY)
-
+        outside = sum(wide) + sum(self._stored) + SPILLED_COST * spilled * warps * self.device.warp
+        issue = (sum(c for c, _ in costs.values()) + outside) / all_
+        ready = [0.0] * len(self._slots)
+        now, ends = 0.0, []
         for _ in range(3):  # until turns are alike
-            issue = 0.0
-            arrived: dict[object, float] = {}
-            late: set[fx.Node] = set()
+            late = fetching if schedule.late_loads else {}
+            arrived = dict.fromkeys(late, False)
+            ahead: dict[int, float] = {}
             if schedule.prefetch:
-                arrived = {n: ready.get(n, 0.0) for n in self.fetched}
-                for node in self.fetched:
-                    fetch(node)
-            elif schedule.late_loads:
-                late = set(self.fetched)
-            else:
-                for node in self.fetched:
-                    fetch(node)
-            for node in order:
-                for x in node.all_input_nodes:
-                    if x in late:
-                        late.discard(x)
-                        fetch(x)
-                for x in node.all_input_nodes:
-                    now = max(now, arrived[x] if x in arrived else ready.get(self._state(x), 0.0))
+                ahead = {slot: ready[slot] for slot in fetching}
+            if not late:
+                for slot, count in fetched:
+                    now += count / width
+                    ready[slot] = now + arrives
+            for node, slot, inputs in steps:
+                for x in inputs:
+                    if x in arrived and not arrived[x]:
+                        arrived[x] = True
+                        now += late[x] / width
+                        ready[x] = now + arrives
+                for x in inputs:
+                    there = ahead.get(x, ready[x]) if ahead else ready[x]
+                    now = max(now, there)
                 cost, latency = costs[node]
-                spend(cost)
-                ready[node] = now + latency
-            for node in self.kept:
-                now = max(now, ready.get(self._state(node), 0.0))
-                spend(2 * self.elements(dims_of(node)))
-            spend(6.0 * spilled * warps * self.device.warp)
-            for node, sink in self.loop.sinks:
-                if sink.kind == "state":
-                    ready[sink.name] = ready.get(self._state(node), now)
+                now += cost / width
+                ready[slot] = now + latency
+            for slot, count in zip(self._kept, self._stored, strict=True):
+                now = max(now, ready[slot]) + count / width
+            now += SPILLED_COST * spilled * warps * self.device.warp / width
+            for old, new in self._renewed:
+                ready[old] = ready[new]
             ends.append(now)
         return Turn(ends[-1] - ends[-2], issue, registers, self.shared(schedule))
 
-    def _state(self, node: fx.Node) -> object:
-        source = self.loop.sources.get(node)
-        return source.name if source is not None and source.kind == "state" else node
+    def _made(self, schedule: Schedule) -> list[tuple[fx.Node, int, tuple[int, ...]]]:
+        """The operators of an order with the places of their values."""
+        made = [
+            (n, self._slots[n], tuple(self._slots[x] for x in n.all_input_nodes))
+            for n in self.order(schedule.order)
+        ]
+        self._steps[schedule.order] = made
+        return made
 
     def costs(self, schedule: Schedule) -> dict[fx.Node, tuple[float, float]]:
         """Of every operator: see :meth:`_cost`."""
