@@ -105,7 +105,7 @@ def candidates(loop: Loop, crowd: int, backward: bool = False) -> list[Schedule]
         crowd: of :func:`tttc.codegen.heuristics.crowding`.
         backward: the loop of a VJP.
     """
-    exact = replace(default_schedule(loop, crowd, backward), reasons=())
+    exact = replace(default_schedule(loop, crowd, backward), reasons=(), origin="candidate")
     made = [exact]
     for parts in itertools.product(*(choice(loop, exact) for choice in CHOICES)):
         made.append(replace(exact, **{k: v for part in parts for k, v in part.items()}))

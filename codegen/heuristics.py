@@ -127,7 +127,13 @@ def default_schedule(loop: Loop, crowd: int, backward: bool = False) -> Schedule
         )
         reasons = (*(r for r in reasons if r[0] != "nan"), narrow, ignored)
         chosen = replace(chosen, nan="ignored", narrow=True)
-    return replace(chosen, stages=count, repeat_vectors=False, reasons=reasons)
+    return replace(
+        chosen,
+        stages=count,
+        repeat_vectors=False,
+        reasons=reasons,
+        origin="rules, without measuring",
+    )
 
 
 def _small(loop: Loop, crowd: int) -> Schedule:

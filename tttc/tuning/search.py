@@ -1,0 +1,358 @@
+"""The search for a plan: the cost model ranks, processes compile, spills prune, the device decides.
+
+Every kernel of a loop is searched for by itself: what passes between kernels has the same form in all candidates, so
+times add up. After a first round of the best by the model a second one changes single choices of the fastest.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from tttc.codegen.candidates import candidates, neighbours, plans, shortlist
+from tttc.codegen.cost_model import CostModel
+from tttc.codegen.devices import device_of
+from tttc.codegen.loop import Loop
+from tttc.codegen.resources import Request, ResourceError, Resources, compile_all
+from tttc.codegen.schedule import Schedule
+from tttc.codegen.stages import stages
+from tttc.codegen.triton_loop import render
+from tttc.ir.errors import KernelTooLarge, NotLowerable
+from tttc.progress import counting, phase
+from tttc.runtime.launch import Launch, launch
+from tttc.runtime.staged import run_staged, staged
+from tttc.tuning.plan import Plan, Setting
+
+Tensor = torch.Tensor
+Timer = Callable[[Callable[[], None]], float]  # seconds that a launch takes
+Done = Callable[[int], None]
+Compiler = Callable[[Sequence[Request], float, Done], list[Resources | ResourceError]]
+log = logging.getLogger("tttc.schedule")
+
+TRIED = 8  # schedules of each kernel, in the first round
+CHANGED = 4  # and in the second
+PLANS = 3  # ways to split a loop
+WORSE = 1.6  # a split whose estimate is so much longer than another's is not tried
+SPILLS = 256  # bytes of a thread that are not worth a thought
+WRONG = {
+    2: 3e-2,
+    4: 1e-2,
+}  # relative errors, by bytes of a number, that no order of summation explains
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of a call of a loop, as :func:`tttc.runtime.staged.run_staged` takes them."""
+
+    tensors: Mapping[str, Tensor]
+    batch: int
+    heads: int
+    length: int
+    place: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search leaves: the plan, its seconds, how many schedules were timed."""
+
+    plan: Plan
+    seconds: float
+    timed: int
+
+
+def budget() -> float:
+    """Seconds that the search for one loop may take: ``$TTTC_TUNE_SECONDS``, else 12."""
+    given = os.environ.get("TTTC_TUNE_SECONDS", "12")
+    try:
+        return float(given)
+    except ValueError:
+        raise ValueError(
+            f"TTTC_TUNE_SECONDS: expected a number of seconds, got {given!r}"
+        ) from None
+
+
+def time_on_device(run: Callable[[], None]) -> float:
+    """The median of repeated launches on the current GPU, its cache cleared before each."""
+    from triton.testing import do_bench
+
+    return 1e-3 * do_bench(run, warmup=4, rep=16, return_mode="median")
+
+
+def compile_for(device: torch.device) -> Compiler:
+    """Compiles for a device that is there, in as many processes as there are processors to spare."""
+    found = torch.cuda.get_device_properties(device)
+    name = getattr(found, "gcnArchName", "").partition(":")[0]
+    target = name if torch.version.hip else f"sm_{found.major}{found.minor}"
+    workers = max(len(os.sched_getaffinity(0)) - 2, 1)
+
+    def run(
+        requests: Sequence[Request], timeout: float, done: Done
+    ) -> list[Resources | ResourceError]:
+        return compile_all(requests, target, workers, timeout, done)
+
+    return run
+
+
+@dataclass
+class _Kernel:
+    """One kernel of a split loop, and what is known of its schedules."""
+
+    loop: Loop
+    model: CostModel
+    ranked: list[Schedule]
+    times: dict[Schedule, float] = field(default_factory=dict)
+    refused: set[Schedule] = field(default_factory=set)
+
+    def fastest(self) -> Schedule:
+        return min(self.times, key=self.times.__getitem__)
+
+
+@dataclass
+class _Split:
+    """A way to split a loop, and its kernels."""
+
+    whole: Loop
+    stages: int
+    kernels: list[_Kernel]
+
+    def seconds(self) -> float:
+        """Of its fastest kernels; infinite where one has none."""
+        return sum(min(k.times.values(), default=float("inf")) for k in self.kernels)
+
+
+def search(
+    loop: Loop,
+    call: Call,
+    setting: Setting,
+    backward: bool,
+    timer: Timer = time_on_device,
+    compiler: Compiler | None = None,
+    seconds: float | None = None,
+) -> Found | None:
+    """The fastest plan of a loop for a call, or None where none could be timed.
+
+    Args:
+        loop: before it is split into stages.
+        call: real arguments; its results are written over.
+        timer: seconds of a launch.
+        compiler: compiles ahead of launches, and tells what spills; None for neither.
+        seconds: after which nothing more is tried.
+    """
+    end = time.monotonic() + (budget() if seconds is None else seconds)
+    with phase("schedule", f"tuning {loop.name}"):
+        splits = _splits(loop, call, setting, backward)
+        for split in splits:
+            options = {k.loop.name: shortlist(k.ranked, TRIED) for k in split.kernels}
+            _round(split, options, call, timer, compiler, end)
+        best = min(splits, key=_Split.seconds)
+        if best.seconds() < float("inf") and time.monotonic() < end:
+            options = {k.loop.name: _changed(k) for k in best.kernels}
+            _round(best, options, call, timer, compiler, end)
+        if best.seconds() == float("inf"):
+            log.warning("%s: no schedule could be timed", loop.name)
+            return None
+        plan = Plan(tuple((k.loop.name, k.fastest()) for k in best.kernels))
+        timed = sum(len(k.times) for s in splits for k in s.kernels)
+        log.info("%s: %.0f us by %s", loop.name, best.seconds() * 1e6, plan)
+        return Found(plan, best.seconds(), timed)
+
+
+def _splits(loop: Loop, call: Call, setting: Setting, backward: bool) -> list[_Split]:
+    """The ways to split a loop that are worth a measurement: one for each number of kernels, the default's first."""
+    device = device_of(setting.device)
+    sizes = (call.batch, call.heads, call.length)
+    found: list[tuple[float, dict[str, Any], list[tuple[Loop, CostModel]]]] = []
+    seen: dict[tuple[str, ...], int] = {}
+    for common in plans(loop, setting.crowd, backward):
+        parts = stages(loop, common["stages"])
+        models = [(p, CostModel(p, sizes, device, call.dtype.itemsize)) for p in parts]
+        first = [candidates(p, setting.crowd, backward)[0] for p in parts]
+        estimate = sum(
+            m.estimate(replace(s, **common)).seconds
+            for (_, m), s in zip(models, first, strict=True)
+        )
+        names = tuple(p.name for p in parts)
+        if names not in seen:
+            seen[names] = len(found)
+            found.append((estimate, common, models))
+        elif estimate < found[seen[names]][0]:
+            found[seen[names]] = (estimate, common, models)
+    least = min(x[0] for x in found)
+    kept = [found[0], *(x for x in sorted(found[1:], key=lambda x: x[0]) if x[0] <= WORSE * least)]
+    splits = []
+    for _, common, models in kept[:PLANS]:
+        kernels = []
+        for part, model in models:
+            all_ = [replace(s, **common) for s in candidates(part, setting.crowd, backward)]
+            ranked = [s for s, _ in model.rank(all_)]
+            kernels.append(_Kernel(part, model, list(dict.fromkeys([all_[0], *ranked]))))
+        splits.append(_Split(loop, common["stages"], kernels))
+    return splits
+
+
+def _changed(kernel: _Kernel) -> list[Schedule]:
+    """Schedules that were not tried, and differ from the fastest in one choice: the best by the model."""
+    untried = [s for s in kernel.ranked if s not in kernel.times and s not in kernel.refused]
+    return neighbours(kernel.fastest(), untried)[:CHANGED]
+
+
+def _round(
+    split: _Split,
+    options: Mapping[str, Sequence[Schedule]],
+    call: Call,
+    timer: Timer,
+    compiler: Compiler | None,
+    end: float,
+) -> None:
+    """Compile and time schedules of each kernel of a split, and write down what came of them."""
+    if not any(options.values()) or time.monotonic() > end:
+        return
+    kernels = {k.loop.name: k for k in split.kernels}
+    base = {name: k.fastest() if k.times else k.ranked[0] for name, k in kernels.items()}
+    try:
+        made = staged(split.whole, split.stages, lambda part: base[part.name])
+    except NotLowerable as error:
+        log.info("%s in %d: %s", split.whole.name, split.stages, error)
+        return
+    launches: list[Launch] = []
+    run_staged(
+        made, call.tensors, call.batch, call.heads, call.length, call.place, call.dtype,
+        launches.append,
+    )  # fmt: skip
+    todo = {
+        x.kernel.name: _variants(x, kernels[x.kernel.name], options[x.kernel.name])
+        for x in launches
+    }
+    if compiler is not None:
+        _prune(todo, kernels, compiler, end)
+    with counting("timing schedules", sum(map(len, todo.values()))) as advance:
+        for standing in launches:
+            name = standing.kernel.name
+            _time(kernels[name], standing, todo[name], timer, end, advance)
+
+
+def _variants(
+    base: Launch, kernel: _Kernel, schedules: Sequence[Schedule]
+) -> dict[Schedule, Launch]:
+    """A launch under each of the schedules."""
+    loop = kernel.loop
+    mini_batches = -(-base.length // loop.mini_batch_size) if loop.tokens else base.length
+    found = {}
+    for schedule in schedules:
+        try:
+            made = render(loop, schedule)
+        except NotLowerable:
+            kernel.refused.add(schedule)
+            continue
+        programs = -(-mini_batches // schedule.group) if loop.parallel else 1
+        tensors = dict(base.tensors)
+        for name in made.config["sums"] if loop.parallel else ():
+            x = tensors[name]
+            tensors[name] = x.new_empty((*x.shape[:2], programs, *x.shape[3:]))
+        found[schedule] = replace(base, kernel=made, tensors=tensors, grid=(base.grid[0], programs))
+    return found
+
+
+def _prune(
+    todo: dict[str, dict[Schedule, Launch]],
+    kernels: Mapping[str, _Kernel],
+    compiler: Compiler,
+    end: float,
+) -> None:
+    """Compile all, the best by the model first, and drop what does not compile in time or spills much."""
+    queue = [
+        (name, schedule)
+        for rank in range(max(map(len, todo.values())))
+        for name, its in todo.items()
+        for schedule in list(its)[rank : rank + 1]
+    ]
+    requests = [
+        todo[name][schedule].request(fast=torch.version.hip is None) for name, schedule in queue
+    ]
+    with counting("compiling schedules", len(queue)) as advance:
+        # Half of the time is left for measuring.
+        seconds = max((end - time.monotonic()) / 2, 1.0)
+        results = compiler(requests, seconds, lambda i: advance(queue[i][0]))
+    spills: dict[str, dict[Schedule, int]] = {name: {} for name in todo}
+    for (name, schedule), result in zip(queue, results, strict=True):
+        if isinstance(result, ResourceError):
+            log.debug("%s under %s: %s", name, schedule, result)
+            kernels[name].refused.add(schedule)
+            del todo[name][schedule]
+        else:
+            spills[name][schedule] = result.spill_bytes
+    for name, found in spills.items():
+        least = min(found.values(), default=0)
+        for schedule, spilled in found.items():
+            if spilled > max(SPILLS, 1.5 * least):
+                log.debug("%s under %s: %d B spilled", name, schedule, spilled)
+                kernels[name].refused.add(schedule)
+                del todo[name][schedule]
+
+
+def _results(loop: Loop, call: Launch) -> list[Tensor]:
+    """What a launch writes, of the first and the last sequence."""
+    prefix = {"state": "new_"}
+    names = [prefix.get(s.kind, "") + s.name for _, s in loop.sinks]
+    names += [f"saved_{name}" for name in loop.save]
+    found = [call.tensors[n] for n in dict.fromkeys(names) if n in call.tensors]
+    return [y for x in found if x.is_floating_point() for y in (x[:1], x[-1:])]
+
+
+def _time(
+    kernel: _Kernel,
+    base: Launch,
+    todo: Mapping[Schedule, Launch],
+    timer: Timer,
+    end: float,
+    advance: Callable[[str], None],
+) -> None:
+    """Time the launches of one kernel; those whose values differ from the first that ran are refused."""
+    expected: list[Tensor] | None = None
+    ran: Launch | None = None
+    for schedule, variant in todo.items():
+        fastest = min(kernel.times.values(), default=float("inf"))
+        advance(f"{kernel.loop.name}" + (f", {fastest * 1e6:.0f} us" if kernel.times else ""))
+        if time.monotonic() > end and ran is not None:
+            break
+        results = _results(kernel.loop, variant)
+        for x in results:
+            x.fill_(float("nan"))
+        try:
+            launch(variant)
+            sums = bool(kernel.loop.parallel and variant.kernel.config["sums"])
+            if expected is None:
+                # Sums of parallel programs differ in how many programs made them.
+                expected = [] if sums else [x.clone() for x in results]
+            elif expected and not _alike(results, expected, base.dtype.itemsize):
+                log.warning(
+                    "%s under %s: other values than under %s", kernel.loop.name, schedule, ran
+                )
+                kernel.refused.add(schedule)
+                continue
+            kernel.times[schedule] = timer(lambda v=variant: launch(v))  # type: ignore[misc]
+            ran = ran or variant
+        except KernelTooLarge:
+            kernel.refused.add(schedule)
+    if ran or kernel.times:
+        # What comes after reads the values of a launch that is right, where the standing one expects them.
+        launch(ran or base)
+
+
+def _alike(got: Sequence[Tensor], expected: Sequence[Tensor], size: int) -> bool:
+    """Whether values agree as far as the order of sums lets them; what is no number in both agrees."""
+    for x, y in zip(got, expected, strict=True):
+        x, y = x.float(), y.float()
+        if not torch.equal(x.isfinite(), y.isfinite()):
+            return False
+        x, y = x.nan_to_num(0, 0, 0), y.nan_to_num(0, 0, 0)
+        if float((x - y).norm()) > WRONG.get(size, WRONG[4]) * float(y.norm()) + 1e-6:
+            return False
+    return True
