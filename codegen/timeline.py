@@ -37,7 +37,7 @@ OPERAND_COST = (
     2.5  # instructions for each number of an operand: rounded, stored, loaded as the unit takes it
 )
 SPILLED_COST = 30  # instructions for each number that is stored and loaded again in every turn
-SLACK = 1.1  # the assembler computes a few values again rather than keep them
+SLACK = 1.2  # the assembler computes a few values again rather than keep them
 OVERHEAD_REGISTERS = 44  # addresses, masks, counters
 REGISTER_FACTOR = 1.25  # layouts, and what the assembler keeps alive longer than the graph says
 
