@@ -132,7 +132,7 @@ def default_schedule(loop: Loop, crowd: int, backward: bool = False) -> Schedule
         stages=count,
         repeat_vectors=False,
         reasons=reasons,
-        origin="rules, without measuring",
+        origin="rules, without a measurement",
     )
 
 

@@ -14,7 +14,7 @@ from tttc.report.costs import StageCost, expression
 from tttc.report.drawing import draw
 from tttc.report.model import model_graph
 from tttc.report.records import GraphReport, RecurrenceReport, ScanReport, SourceReport, StageReport
-from tttc.report.render import options_of, shortened
+from tttc.report.render import options_of, origin_of, shortened
 from tttc.report.text import byte_count, count, error, seconds, several
 
 if TYPE_CHECKING:
@@ -131,6 +131,7 @@ def _kernel(kernel: Kernel) -> Markup:
             r=kernel.resources,
             options=options_of(kernel),
             reasons=dict(schedule.reasons) if schedule is not None else {},
+            origin=origin_of(kernel),
             source=_python(kernel.source),
         )
     )

@@ -184,8 +184,9 @@ def kernels(items: list[Kernel]) -> Padding:
             _bytes(resources.get("spill_bytes")),
             _bytes(resources.get("shared_bytes")),
         )
-    sources = "\n".join(f"source: {k.path}" for k in items)
-    return Padding(Group(table, Text(sources, style="dim", overflow="fold")), (0, 0, 0, 2))
+    notes = [f"source: {k.path}" for k in items]
+    notes += dict.fromkeys(f"schedule by {x}" for k in items if (x := origin_of(k)))
+    return Padding(Group(table, Text("\n".join(notes), style="dim", overflow="fold")), (0, 0, 0, 2))
 
 
 def options_of(kernel: Kernel) -> dict[str, Any]:
@@ -194,6 +195,12 @@ def options_of(kernel: Kernel) -> dict[str, Any]:
     if schedule is not None:
         return schedule.choices()
     return {n: v for n, v in kernel.config.items() if isinstance(v, (bool, int, str))}
+
+
+def origin_of(kernel: Kernel) -> str:
+    """Where the schedule of a kernel comes from, in words; "" where it has none."""
+    schedule = kernel.config.get("schedule")
+    return "" if schedule is None else schedule.origin
 
 
 def _bytes(x: float | None) -> str:

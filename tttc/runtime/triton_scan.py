@@ -105,6 +105,7 @@ def run_kernels(
     save: dict[int, Tensor] | None = None,
     interval: int = 1,
     tune: bool = False,
+    device: torch.device | None = None,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Scan by kernels; arguments and results as :func:`tttc.codegen.torch_scan.run_program`.
 
@@ -112,12 +113,13 @@ def run_kernels(
     ``states=False`` leaves the states out; the lists are then empty. ``launcher`` gets every launch there is:
     one that only records them, on meta tensors, tells what a call would run. ``save`` has a tensor
     ``[B, H, N, ...]`` for each state leaf to store at every mini-batch that starts at its anchor. ``tune`` searches for
-    the schedules of mini-batches where none are remembered.
+    the schedules of mini-batches where none are remembered. ``device`` is what they are chosen for, None for that of
+    the tensors.
     """
     batch, heads, length = tokens[0].shape[:3]
     shapes = [x.shape for x in anchor]
     mini_batches = -(-length // program.unit)
-    setting = setting_of(batch * heads, mini_batches, output_dtype, anchor[0].device)
+    setting = setting_of(batch * heads, mini_batches, output_dtype, device or anchor[0].device)
     named: dict[str, Tensor] = constant_tensors(program.token, anchor[0].device)
     named |= {f"shared_{i}": squeeze_features(x, 1) for i, x in enumerate(shared)}
     now_anchor = [squeeze_features(x, 2) for x in anchor]
