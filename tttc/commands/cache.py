@@ -29,11 +29,11 @@ class Entry:
 
 def files(kind: str | None = None) -> Iterator[tuple[str, Path]]:
     """The files of the cache, or those of one kind, with the kind of each."""
-    for kind in KINDS if kind is None else (kind,):
-        folder = cache_dir() / kind
+    for which in KINDS if kind is None else (kind,):
+        folder = cache_dir() / which
         for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
             if path.is_file() and OURS.fullmatch(path.name):
-                yield kind, path
+                yield which, path
 
 
 def _about(path: Path) -> str:

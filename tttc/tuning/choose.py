@@ -32,13 +32,13 @@ _given: _Means | None = None
 
 @contextmanager
 def timed_by(timer: Timer, compiler: Compiler | None = None) -> Iterator[None]:
-    """Search by another clock: ``timer`` gets a function that launches a kernel and says how many seconds it took.
+    """Search by another clock: ``timer`` gets a :class:`tttc.runtime.launch.Launch` and says how many seconds it takes.
 
     With one, searches run on any device that runs kernels, Triton's interpreter too.
 
     Example:
         >>> from tttc.tuning.choose import timed_by
-        >>> with timed_by(lambda run: 1e-3):
+        >>> with timed_by(lambda call: 1e-3):
         ...     pass
     """
     global _given
@@ -94,7 +94,7 @@ def plan_for(
             found = search(whole, call, setting, backward, means.timer, means.compiler)
             if found is not None:
                 program.plans[known] = remember(
-                    whole, setting, found.plan, found.seconds, found.timed
+                    whole, setting, found.plan, found.seconds, len(found.times)
                 )
         return program.plans[known]
 

@@ -30,15 +30,14 @@ from tttc.runtime.staged import run_staged, staged
 from tttc.tuning.plan import Plan, Setting
 
 Tensor = torch.Tensor
-Timer = Callable[[Callable[[], None]], float]  # seconds that a launch takes
+Timer = Callable[[Launch], float]  # runs a launch, and says how many seconds it takes
 Done = Callable[[int], None]
 Compiler = Callable[[Sequence[Request], float, Done], list[Resources | ResourceError]]
 log = logging.getLogger("tttc.schedule")
 
 TRIED = 8  # schedules of each kernel, in the first round
 CHANGED = 4  # and in the second
-PLANS = 3  # ways to split a loop
-WORSE = 1.6  # a split whose estimate is so much longer than another's is not tried
+WORSE = 1.6  # times as long as another: a split with such an estimate is not tried
 SPILLS = 256  # bytes of a thread that are not worth a thought
 WRONG = {
     2: 3e-2,
@@ -60,11 +59,11 @@ class Call:
 
 @dataclass(frozen=True)
 class Found:
-    """What a search leaves: the plan, its seconds, how many schedules were timed."""
+    """What a search leaves: the plan, its seconds, and those of every schedule that was timed, by kernel."""
 
     plan: Plan
     seconds: float
-    timed: int
+    times: Mapping[tuple[str, Schedule], float]
 
 
 def budget() -> float:
@@ -78,11 +77,11 @@ def budget() -> float:
         ) from None
 
 
-def time_on_device(run: Callable[[], None]) -> float:
+def time_on_device(call: Launch) -> float:
     """The median of repeated launches on the current GPU, its cache cleared before each."""
     from triton.testing import do_bench
 
-    return 1e-3 * do_bench(run, warmup=4, rep=16, return_mode="median")
+    return 1e-3 * do_bench(lambda: launch(call), warmup=4, rep=16, return_mode="median")
 
 
 def compile_for(device: torch.device) -> Compiler:
@@ -135,6 +134,9 @@ def search(
     timer: Timer = time_on_device,
     compiler: Compiler | None = None,
     seconds: float | None = None,
+    *,
+    tried: int | None = None,
+    worse: float = WORSE,
 ) -> Found | None:
     """The fastest plan of a loop for a call, or None where none could be timed.
 
@@ -144,14 +146,17 @@ def search(
         timer: seconds of a launch.
         compiler: compiles ahead of launches, and tells what spills; None for neither.
         seconds: after which nothing more is tried.
+        tried: schedules of each kernel in the first round.
+        worse: a way to split the loop is not tried where its estimate is so much longer than that of another.
     """
+    tried = TRIED if tried is None else tried
     end = time.monotonic() + (budget() if seconds is None else seconds)
     with phase("schedule", f"tuning {loop.name}"):
-        splits = _splits(loop, call, setting, backward)
-        for split in splits:
-            options = {k.loop.name: shortlist(k.ranked, TRIED) for k in split.kernels}
+        found = _splits(loop, call, setting, backward, worse)
+        for split in found:
+            options = {k.loop.name: shortlist(k.ranked, tried) for k in split.kernels}
             _round(split, options, call, timer, compiler, end)
-        best = min(splits, key=_Split.seconds)
+        best = min(found, key=_Split.seconds)
         if best.seconds() < float("inf") and time.monotonic() < end:
             options = {k.loop.name: _changed(k) for k in best.kernels}
             _round(best, options, call, timer, compiler, end)
@@ -159,12 +164,17 @@ def search(
             log.warning("%s: no schedule could be timed", loop.name)
             return None
         plan = Plan(tuple((k.loop.name, k.fastest()) for k in best.kernels))
-        timed = sum(len(k.times) for s in splits for k in s.kernels)
+        times = {
+            (k.loop.name, s): t
+            for split in found
+            for k in split.kernels
+            for s, t in k.times.items()
+        }
         log.info("%s: %.0f us by %s", loop.name, best.seconds() * 1e6, plan)
-        return Found(plan, best.seconds(), timed)
+        return Found(plan, best.seconds(), times)
 
 
-def _splits(loop: Loop, call: Call, setting: Setting, backward: bool) -> list[_Split]:
+def _splits(loop: Loop, call: Call, setting: Setting, backward: bool, worse: float) -> list[_Split]:
     """The ways to split a loop that are worth a measurement: one for each number of kernels, the default's first."""
     device = device_of(setting.device)
     sizes = (call.batch, call.heads, call.length)
@@ -185,9 +195,9 @@ def _splits(loop: Loop, call: Call, setting: Setting, backward: bool) -> list[_S
         elif estimate < found[seen[names]][0]:
             found[seen[names]] = (estimate, common, models)
     least = min(x[0] for x in found)
-    kept = [found[0], *(x for x in sorted(found[1:], key=lambda x: x[0]) if x[0] <= WORSE * least)]
+    kept = [found[0], *(x for x in sorted(found[1:], key=lambda x: x[0]) if x[0] <= worse * least)]
     splits = []
-    for _, common, models in kept[:PLANS]:
+    for _, common, models in kept:
         kernels = []
         for part, model in models:
             all_ = [replace(s, **common) for s in candidates(part, setting.crowd, backward)]
@@ -337,7 +347,7 @@ def _time(
                 )
                 kernel.refused.add(schedule)
                 continue
-            kernel.times[schedule] = timer(lambda v=variant: launch(v))  # type: ignore[misc]
+            kernel.times[schedule] = timer(variant)
             ran = ran or variant
         except KernelTooLarge:
             kernel.refused.add(schedule)
