@@ -194,9 +194,7 @@ def main() -> None:
             raise SystemExit(f"{options.out} is of {before['device']}, {before['versions']}")
         document = before
     done = {
-        (r["shape"], r["direction"])
-        for r in document["rows"]
-        if not {"error", "partial"} & set(r)
+        (r["shape"], r["direction"]) for r in document["rows"] if not {"error", "partial"} & set(r)
     }
     study = Study(options.candidates, options.seconds)
     choose.search = study  # type: ignore[assignment]

@@ -236,10 +236,11 @@ def _round(
         made, call.tensors, call.batch, call.heads, call.length, call.place, call.dtype,
         launches.append,
     )  # fmt: skip
-    todo = {
-        x.kernel.name: _variants(x, kernels[x.kernel.name], options[x.kernel.name])
-        for x in launches
-    }
+    todo = {}
+    for x in launches:
+        kernel, its = kernels[x.kernel.name], options[x.kernel.name]
+        todo[kernel.loop.name] = variants(x, kernel.loop, its)
+        kernel.refused |= set(its) - set(todo[kernel.loop.name])
     if compiler is not None:
         _prune(todo, kernels, compiler, end)
     with counting("timing schedules", sum(map(len, todo.values()))) as advance:
@@ -248,25 +249,22 @@ def _round(
             _time(kernels[name], standing, todo[name], timer, end, advance)
 
 
-def _variants(
-    base: Launch, kernel: _Kernel, schedules: Sequence[Schedule]
-) -> dict[Schedule, Launch]:
-    """A launch under each of the schedules."""
-    loop = kernel.loop
+def variants(base: Launch, loop: Loop, schedules: Sequence[Schedule]) -> dict[Schedule, Launch]:
+    """A launch of a loop's kernel under each of the schedules that it can be rendered under."""
     mini_batches = -(-base.length // loop.mini_batch_size) if loop.tokens else base.length
     found = {}
     for schedule in schedules:
         try:
             made = render(loop, schedule)
         except NotLowerable:
-            kernel.refused.add(schedule)
             continue
         programs = -(-mini_batches // schedule.group) if loop.parallel else 1
         tensors = dict(base.tensors)
         for name in made.config["sums"] if loop.parallel else ():
             x = tensors[name]
             tensors[name] = x.new_empty((*x.shape[:2], programs, *x.shape[3:]))
-        found[schedule] = replace(base, kernel=made, tensors=tensors, grid=(base.grid[0], programs))
+        grid = (base.grid[0], programs)
+        found[schedule] = replace(base, kernel=made, tensors=tensors, grid=grid)
     return found
 
 
