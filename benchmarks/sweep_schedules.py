@@ -28,7 +28,8 @@ from tttc.codegen.torch_scan_backward import live_cotangents, saved_leaves
 
 from tttc._scan_op import scan_info
 from tttc.runtime import fused_scan, launch, triton_scan, triton_scan_backward
-from tttc.tuning.search import compile_for, time_on_device, variants
+from tttc.runtime.ahead import compiler_for
+from tttc.tuning.search import time_on_device, variants
 
 CASES = ("ttt_linear_b16", "ttt_mlp_chunk64", "ttt_mlp_b16")
 WEIGHTS = {"A": (32, 0.25, 2), "B": (8, 0.1, 0.5)}  # of computing again, see tttc.codegen.stages
@@ -143,7 +144,7 @@ def sweep(
         loop = parts[call.kernel.name]
         tried = variants(call, loop, grid(loop, sizes, direction, count))
         requests = [x.request(fast=True) for x in tried.values()]
-        compile_for(torch.device("cuda"))(requests, 600, lambda i: None)
+        compiler_for(torch.device("cuda"))(requests, 600, lambda i: None)
         for schedule, variant in tried.items():
             row = {"case": name, "B": batch, "T": length, "direction": direction, "stages": count,
                    "weights": weights, "kernel": call.kernel.name, "schedule": described(schedule)}  # fmt: skip

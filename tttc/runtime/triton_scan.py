@@ -120,7 +120,7 @@ def run_kernels(
     shapes = [x.shape for x in anchor]
     mini_batches = -(-length // program.unit)
     setting = setting_of(batch * heads, mini_batches, output_dtype, device or anchor[0].device)
-    named: dict[str, Tensor] = constant_tensors(program.token, anchor[0].device)
+    named: dict[str, Tensor] = constant_tensors(program, anchor[0].device)
     named |= {f"shared_{i}": squeeze_features(x, 1) for i, x in enumerate(shared)}
     now_anchor = [squeeze_features(x, 2) for x in anchor]
     now_carry = [squeeze_features(x, 2) for x in carry] if carry else now_anchor

@@ -115,7 +115,7 @@ def run_backward_kernels(
     batch, heads, length = tokens[0].shape[:3]
     b = program.unit
     setting = setting_of(batch * heads, -(-length // b), dtype, anchor[0].device)
-    named = constant_tensors(program.token, anchor[0].device)
+    named = constant_tensors(program, anchor[0].device)
     named |= {f"shared_{i}": squeeze_features(x, 1) for i, x in enumerate(shared)}
     now_anchor = [squeeze_features(x, 2) for x in anchor]
     now_carry = [squeeze_features(x, 2) for x in carry] if carry else now_anchor

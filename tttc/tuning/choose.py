@@ -12,9 +12,10 @@ import torch
 
 from tttc.codegen.loop import Loop
 from tttc.ir.program import Program
+from tttc.runtime.ahead import Compiler, compiler_for
 from tttc.tuning.plan import Plan, Setting
 from tttc.tuning.remembered import recall, remember
-from tttc.tuning.search import Call, Compiler, Timer, compile_for, search, time_on_device
+from tttc.tuning.search import Call, Timer, search, time_on_device
 
 _lock = threading.RLock()
 
@@ -105,4 +106,4 @@ def _means(device: torch.device) -> _Means | None:
         return _given
     if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return None
-    return _Means(time_on_device, compile_for(device))
+    return _Means(time_on_device, compiler_for(device))

@@ -19,20 +19,19 @@ from tttc.codegen.candidates import candidates, neighbours, plans, shortlist
 from tttc.codegen.cost_model import CostModel
 from tttc.codegen.devices import device_of
 from tttc.codegen.loop import Loop
-from tttc.codegen.resources import Request, ResourceError, Resources, compile_all
+from tttc.codegen.resources import ResourceError
 from tttc.codegen.schedule import Schedule
 from tttc.codegen.stages import stages
 from tttc.codegen.triton_loop import render
 from tttc.ir.errors import KernelTooLarge, NotLowerable
 from tttc.progress import counting, phase
+from tttc.runtime.ahead import Compiler, fast
 from tttc.runtime.launch import Launch, launch
 from tttc.runtime.staged import run_staged, staged
 from tttc.tuning.plan import Plan, Setting
 
 Tensor = torch.Tensor
 Timer = Callable[[Launch], float]  # runs a launch, and says how many seconds it takes
-Done = Callable[[int], None]
-Compiler = Callable[[Sequence[Request], float, Done], list[Resources | ResourceError]]
 log = logging.getLogger("tttc.schedule")
 
 TRIED = 8  # schedules of each kernel, in the first round
@@ -82,21 +81,6 @@ def time_on_device(call: Launch) -> float:
     from triton.testing import do_bench
 
     return 1e-3 * do_bench(lambda: launch(call), warmup=4, rep=16, return_mode="median")
-
-
-def compile_for(device: torch.device) -> Compiler:
-    """Compiles for a device that is there, in as many processes as there are processors to spare."""
-    found = torch.cuda.get_device_properties(device)
-    name = getattr(found, "gcnArchName", "").partition(":")[0]
-    target = name if torch.version.hip else f"sm_{found.major}{found.minor}"
-    workers = max(len(os.sched_getaffinity(0)) - 2, 1)
-
-    def run(
-        requests: Sequence[Request], timeout: float, done: Done
-    ) -> list[Resources | ResourceError]:
-        return compile_all(requests, target, workers, timeout, done)
-
-    return run
 
 
 @dataclass
@@ -281,9 +265,7 @@ def _prune(
         for name, its in todo.items()
         for schedule in list(its)[rank : rank + 1]
     ]
-    requests = [
-        todo[name][schedule].request(fast=torch.version.hip is None) for name, schedule in queue
-    ]
+    requests = [todo[name][schedule].request(fast=fast()) for name, schedule in queue]
     with counting("compiling schedules", len(queue)) as advance:
         # Half of the time is left for measuring.
         seconds = max((end - time.monotonic()) / 2, 1.0)
