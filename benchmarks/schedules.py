@@ -16,6 +16,7 @@ import datetime
 import json
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,8 +119,7 @@ def _by_rules(loop: Loop, setting: Setting, backward: bool) -> Plan:
     parts = stages(loop, whole.stages)
     return Plan(
         tuple(
-            (p.name, search.replace(default_schedule(p, setting.crowd, backward), **common))
-            for p in parts
+            (p.name, replace(default_schedule(p, setting.crowd, backward), **common)) for p in parts
         )
     )
 

@@ -14,7 +14,7 @@ from tttc.codegen.torch_scan_backward import saved_leaves
 import tttc
 from tttc._scan_op import scan_info
 from tttc.nn import TTTMLP, TTTLinear
-from tttc.runtime import ahead, fused_scan
+from tttc.runtime import fused_scan
 from tttc.runtime.triton_scan import run_kernels
 from tttc.runtime.triton_scan_backward import run_backward_kernels
 
@@ -136,28 +136,3 @@ def test_constants_are_brought_to_a_device_once():
     first["more"] = torch.zeros(1)
     again = constant_tensors(program, torch.device("meta"))
     assert set(again) == {"constant_0"} and again["constant_0"] is first["constant_0"]
-
-
-def test_new_kernels_are_compiled_together(monkeypatch, tmp_path):
-    monkeypatch.setenv("TTTC_CACHE_DIR", str(tmp_path))
-    asked = []
-
-    def compiler(requests, seconds, done):
-        asked.append([r.name for r in requests])
-        return []
-
-    monkeypatch.setattr(ahead, "compiler_for", lambda device: compiler)
-    monkeypatch.setattr(ahead, "workers", lambda: 4)
-    call, program, _ = call_of(TTTLinear, T=38, d=16, b=8)
-    anchor, tokens, shared = (
-        [x.float().to("meta") for x in g] for g in (call.anchor, call.tokens, call.shared)
-    )
-    launches = []
-    run_kernels(program, anchor, [], tokens, shared, 3, torch.float32, launcher=launches.append)
-    ahead.compile_ahead(launches, torch.device("cuda"))
-    names = {x.kernel.name for x in launches}
-    assert len(asked) == 1 and set(asked[0]) == names
-    # Those that were launched before are found by Triton.
-    ahead.compile_ahead(launches, torch.device("cuda"))
-    assert len(asked) == 1
-    program.kernels.clear()

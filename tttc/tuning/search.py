@@ -216,10 +216,14 @@ def _round(
         log.info("%s in %d: %s", split.whole.name, split.stages, error)
         return
     launches: list[Launch] = []
-    run_staged(
-        made, call.tensors, call.batch, call.heads, call.length, call.place, call.dtype,
-        launches.append,
-    )  # fmt: skip
+    try:
+        run_staged(
+            made, call.tensors, call.batch, call.heads, call.length, call.place, call.dtype,
+            launches.append,
+        )  # fmt: skip
+    except torch.OutOfMemoryError:  # what would pass between kernels: the model leaves no room
+        log.info("%s in %d: no memory for what kernels pass on", split.whole.name, split.stages)
+        return
     todo = {}
     for x in launches:
         kernel, its = kernels[x.kernel.name], options[x.kernel.name]
