@@ -159,7 +159,7 @@ class Timeline:
         issue = (sum(c for c, _ in costs.values()) + outside) / all_
         ready = [0.0] * len(self._slots)
         now, ends = 0.0, []
-        for _ in range(3):  # until turns are alike
+        for _ in range(2):  # the second finds the state as the first left it
             late = fetching if schedule.late_loads else {}
             arrived = dict.fromkeys(late, False)
             ahead: dict[int, float] = {}

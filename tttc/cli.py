@@ -39,7 +39,7 @@ EXIT_CODES = """exit codes:
 ENVIRONMENT = """environment:
   TTTC_LOGS       what to log, in the manner of TORCH_LOGS: TTTC_LOGS="+passes,schedule,kernels"
   TTTC_CACHE_DIR  where emitted kernels and schedules are kept (default ~/.cache/tttc)
-  TTTC_TUNE       1: search for schedules on the GPU at hand; TTTC_TUNE_SECONDS: for how long at most (default 12)
+  TTTC_TUNE       1: search for schedules on the GPU at hand; TTTC_TUNE_SECONDS: for how long at most (default 11)
   TTTC_PROGRESS   0: show no progress on a terminal
 """
 

@@ -19,7 +19,7 @@ from tttc.codegen.candidates import candidates, neighbours, plans, shortlist
 from tttc.codegen.cost_model import CostModel
 from tttc.codegen.devices import device_of
 from tttc.codegen.loop import Loop
-from tttc.codegen.resources import ResourceError
+from tttc.codegen.resources import Request, ResourceError
 from tttc.codegen.schedule import Schedule
 from tttc.codegen.stages import stages
 from tttc.codegen.triton_loop import render
@@ -37,6 +37,7 @@ log = logging.getLogger("tttc.schedule")
 TRIED = 8  # schedules of each kernel, in the first round
 CHANGED = 4  # and in the second
 WORSE = 1.6  # times as long as another: a split with such an estimate is not tried
+COMPILING = 0.75  # of the time that is left; measuring takes less
 SPILLS = 256  # bytes of a thread that are not worth a thought
 WRONG = {
     2: 3e-2,
@@ -66,8 +67,8 @@ class Found:
 
 
 def budget() -> float:
-    """Seconds that the search for one loop may take: ``$TTTC_TUNE_SECONDS``, else 12."""
-    given = os.environ.get("TTTC_TUNE_SECONDS", "12")
+    """Seconds that the search for one loop may take: ``$TTTC_TUNE_SECONDS``, else 11."""
+    given = os.environ.get("TTTC_TUNE_SECONDS", "11")
     try:
         return float(given)
     except ValueError:
@@ -137,13 +138,12 @@ def search(
     end = time.monotonic() + (budget() if seconds is None else seconds)
     with phase("schedule", f"tuning {loop.name}"):
         found = _splits(loop, call, setting, backward, worse)
-        for split in found:
-            options = {k.loop.name: shortlist(k.ranked, tried) for k in split.kernels}
-            _round(split, options, call, timer, compiler, end)
+        options = [{k.loop.name: shortlist(k.ranked, tried) for k in x.kernels} for x in found]
+        _try(found, options, call, timer, compiler, end)
         best = min(found, key=_Split.seconds)
         if best.seconds() < float("inf") and time.monotonic() < end:
-            options = {k.loop.name: _changed(k) for k in best.kernels}
-            _round(best, options, call, timer, compiler, end)
+            options = [{k.loop.name: _changed(k) for k in best.kernels}]
+            _try([best], options, call, timer, compiler, end)
         if best.seconds() == float("inf"):
             log.warning("%s: no schedule could be timed", loop.name)
             return None
@@ -197,44 +197,105 @@ def _changed(kernel: _Kernel) -> list[Schedule]:
     return neighbours(kernel.fastest(), untried)[:CHANGED]
 
 
-def _round(
-    split: _Split,
-    options: Mapping[str, Sequence[Schedule]],
+def _try(
+    splits: Sequence[_Split],
+    options: list[dict[str, list[Schedule]]],
     call: Call,
     timer: Timer,
     compiler: Compiler | None,
     end: float,
 ) -> None:
-    """Compile and time schedules of each kernel of a split, and write down what came of them."""
-    if not any(options.values()) or time.monotonic() > end:
-        return
+    """Compile and time schedules of the kernels of each split, and write down what came of them."""
+    if compiler is not None:
+        _compile(splits, options, call, compiler, end)
+    with counting("timing schedules", sum(len(x) for o in options for x in o.values())) as advance:
+        for split, its in zip(splits, options, strict=True):
+            if any(its.values()) and time.monotonic() < end:
+                _measure(split, its, call, timer, end, advance)
+
+
+def _launches(split: _Split, call: Call, tensors: Mapping[str, Tensor]) -> list[Launch]:
+    """The launches of a split's kernels under the fastest schedules, or the defaults; none is made."""
+    base = {k.loop.name: k.fastest() if k.times else k.ranked[0] for k in split.kernels}
+    found: list[Launch] = []
+    made = staged(split.whole, split.stages, lambda part: base[part.name])
+    run_staged(
+        made, tensors, call.batch, call.heads, call.length, call.place, call.dtype, found.append
+    )
+    return found
+
+
+def _compile(
+    splits: Sequence[_Split],
+    options: list[dict[str, list[Schedule]]],
+    call: Call,
+    compiler: Compiler,
+    end: float,
+) -> None:
+    """Compile all, the best by the model first; drop what does not compile in time or spills much."""
+    abstract = {
+        k: torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+        for k, x in call.tensors.items()
+    }
+    queue: list[tuple[int, _Kernel, list[Schedule], Schedule, Request]] = []
+    for split, its in zip(splits, options, strict=True):
+        by_name = {k.loop.name: k for k in split.kernels}
+        try:
+            launches = _launches(split, call, abstract)
+        except NotLowerable:
+            continue  # measuring says so
+        for x in launches:
+            kernel = by_name[x.kernel.name]
+            made = variants(x, kernel.loop, its[x.kernel.name])
+            queue += [
+                (rank, kernel, its[x.kernel.name], schedule, y.request(fast=fast()))
+                for rank, (schedule, y) in enumerate(made.items())
+            ]
+    queue.sort(key=lambda x: x[0])
+    with counting("compiling schedules", len(queue)) as advance:
+        seconds = max(COMPILING * (end - time.monotonic()), 1.0)
+        results = compiler(
+            [x[-1] for x in queue], seconds, lambda i: advance(queue[i][1].loop.name)
+        )
+    spills: dict[int, list[int]] = {}
+    for (_, kernel, *_), result in zip(queue, results, strict=True):
+        if not isinstance(result, ResourceError):
+            spills.setdefault(id(kernel), []).append(result.spill_bytes)
+    for (_, kernel, listed, schedule, _), result in zip(queue, results, strict=True):
+        if isinstance(result, ResourceError):
+            reason = str(result)
+        elif result.spill_bytes > max(SPILLS, 1.5 * min(spills[id(kernel)])):
+            reason = f"{result.spill_bytes} B spilled"
+        else:
+            continue
+        log.debug("%s under %s: %s", kernel.loop.name, schedule, reason)
+        kernel.refused.add(schedule)
+        listed.remove(schedule)
+
+
+def _measure(
+    split: _Split,
+    options: Mapping[str, Sequence[Schedule]],
+    call: Call,
+    timer: Timer,
+    end: float,
+    advance: Callable[[str], None],
+) -> None:
+    """Time schedules of the kernels of one split."""
     kernels = {k.loop.name: k for k in split.kernels}
-    base = {name: k.fastest() if k.times else k.ranked[0] for name, k in kernels.items()}
     try:
-        made = staged(split.whole, split.stages, lambda part: base[part.name])
+        launches = _launches(split, call, call.tensors)
     except NotLowerable as error:
         log.info("%s in %d: %s", split.whole.name, split.stages, error)
         return
-    launches: list[Launch] = []
-    try:
-        run_staged(
-            made, call.tensors, call.batch, call.heads, call.length, call.place, call.dtype,
-            launches.append,
-        )  # fmt: skip
     except torch.OutOfMemoryError:  # what would pass between kernels: the model leaves no room
         log.info("%s in %d: no memory for what kernels pass on", split.whole.name, split.stages)
         return
-    todo = {}
-    for x in launches:
-        kernel, its = kernels[x.kernel.name], options[x.kernel.name]
-        todo[kernel.loop.name] = variants(x, kernel.loop, its)
-        kernel.refused |= set(its) - set(todo[kernel.loop.name])
-    if compiler is not None:
-        _prune(todo, kernels, compiler, end)
-    with counting("timing schedules", sum(map(len, todo.values()))) as advance:
-        for standing in launches:
-            name = standing.kernel.name
-            _time(kernels[name], standing, todo[name], timer, end, advance)
+    for standing in launches:
+        kernel, its = kernels[standing.kernel.name], options[standing.kernel.name]
+        made = variants(standing, kernel.loop, its)
+        kernel.refused |= set(its) - set(made)
+        _time(kernel, standing, made, timer, end, advance)
 
 
 def variants(base: Launch, loop: Loop, schedules: Sequence[Schedule]) -> dict[Schedule, Launch]:
@@ -254,41 +315,6 @@ def variants(base: Launch, loop: Loop, schedules: Sequence[Schedule]) -> dict[Sc
         grid = (base.grid[0], programs)
         found[schedule] = replace(base, kernel=made, tensors=tensors, grid=grid)
     return found
-
-
-def _prune(
-    todo: dict[str, dict[Schedule, Launch]],
-    kernels: Mapping[str, _Kernel],
-    compiler: Compiler,
-    end: float,
-) -> None:
-    """Compile all, the best by the model first, and drop what does not compile in time or spills much."""
-    queue = [
-        (name, schedule)
-        for rank in range(max(map(len, todo.values())))
-        for name, its in todo.items()
-        for schedule in list(its)[rank : rank + 1]
-    ]
-    requests = [todo[name][schedule].request(fast=fast()) for name, schedule in queue]
-    with counting("compiling schedules", len(queue)) as advance:
-        # Half of the time is left for measuring.
-        seconds = max((end - time.monotonic()) / 2, 1.0)
-        results = compiler(requests, seconds, lambda i: advance(queue[i][0]))
-    spills: dict[str, dict[Schedule, int]] = {name: {} for name in todo}
-    for (name, schedule), result in zip(queue, results, strict=True):
-        if isinstance(result, ResourceError):
-            log.debug("%s under %s: %s", name, schedule, result)
-            kernels[name].refused.add(schedule)
-            del todo[name][schedule]
-        else:
-            spills[name][schedule] = result.spill_bytes
-    for name, found in spills.items():
-        least = min(found.values(), default=0)
-        for schedule, spilled in found.items():
-            if spilled > max(SPILLS, 1.5 * least):
-                log.debug("%s under %s: %d B spilled", name, schedule, spilled)
-                kernels[name].refused.add(schedule)
-                del todo[name][schedule]
 
 
 def _results(loop: Loop, call: Launch) -> list[Tensor]:
