@@ -316,7 +316,12 @@ def check_scan_leaves(step, anchor, carry, place, tokens, mini_batch_size, share
         anchors = _with_batch(anchors, step, anchor, tokens, shared, batch, heads)
     compute = compute_dtype(token_leaves, shared_tensors, anchors, carries)
     info = ScanInfo(batch, heads, length, compute, output_dtype(token_leaves, compute))
-    return [x.to(compute) for x in anchors], [x.to(compute) for x in carries], info
+    return _in_dtype(anchors, compute), _in_dtype(carries, compute), info
+
+
+def _in_dtype(tensors: list[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
+    """The tensors in a dtype; those that have it give captured graphs no operator to carry."""
+    return [x if x.dtype == dtype else x.to(dtype) for x in tensors]
 
 
 def _check_alike(anchor: Any, carry: Any, anchors: list[Any], carries: list[Any]) -> None:
