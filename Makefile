@@ -28,6 +28,8 @@ speed: $(VENV)/installed
 bench: $(VENV)/installed
 	$(RUN) -m pip install $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[bench]'
 	$(RUN) benchmarks/scan_forward.py benchmarks/results/$(shell date +%F)-scans.json
+	$(RUN) benchmarks/schedules.py benchmarks/results/$(shell date +%F)-picked.json --seconds 3600
+	$(RUN) benchmarks/compile_time.py benchmarks/results/$(shell date +%F)-compile-time.json
 	$(RUN) benchmarks/tables.py
 
 docs: $(VENV)/installed

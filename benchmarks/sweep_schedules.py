@@ -2,72 +2,49 @@
 
     python benchmarks/sweep_schedules.py OUT.json [case ...] [shape, as in B16T2048 ...] [forward] [backward]
 
-Every launch of a call is timed under every schedule of its grid; what it passes on comes from the first of them.
+Every launch of a call is timed under the best candidates by the cost model; what it passes on comes from the default.
+Beside schedules it sweeps what computing again is worth where a loop is split; benchmarks/schedules.py compares what is
+picked with what is best.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
-import multiprocessing
 import sys
-import time
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import triton
 from scans import SHAPES, Case, make_case
 from tttc.codegen import stages as stage_pass
+from tttc.codegen.candidates import candidates, shortlist
+from tttc.codegen.cost_model import CostModel
+from tttc.codegen.devices import device_of
+from tttc.codegen.heuristics import crowding
 from tttc.codegen.loop import Loop
 from tttc.codegen.schedule import Schedule
 from tttc.codegen.stages import stages
 from tttc.codegen.torch_scan_backward import live_cotangents, saved_leaves
-from tttc.codegen.triton_loop import render
 
 from tttc._scan_op import scan_info
 from tttc.runtime import fused_scan, launch, triton_scan, triton_scan_backward
+from tttc.runtime.ahead import compiler_for
+from tttc.tuning.search import time_on_device, variants
 
 CASES = ("ttt_linear_b16", "ttt_mlp_chunk64", "ttt_mlp_b16")
 WEIGHTS = {"A": (32, 0.25, 2), "B": (8, 0.1, 0.5)}  # of computing again, see tttc.codegen.stages
+TRIED = 24  # schedules of each kernel
 COUNTS = {"forward": (1, 2), "backward": (1, 2, 3)}
 
 
-def grid(loop: Loop, name: str, direction: str) -> list[Schedule]:
-    """The schedules tried for one kernel."""
-    small = name == "ttt_linear_b16"
-    choices: dict[str, list[Any]] = {
-        "num_warps": [2, 4] if small else [8],
-        "order": ["products_first", "graph"] if small else ["least_live"],
-        "feature_major": [name == "ttt_mlp_chunk64"],
-        "nan": ["branch", "product"]
-        if direction == "forward" and not loop.parallel
-        else ["ignored"],
-        "group": [8] if small and loop.parallel else [1],
-        "repeat_vectors": [False],
-        "narrow": [True],
-    }
-    if loop.parallel:
-        choices |= {"num_warps": [1, 2, 4] if small else [8], "order": ["products_first"]}
-        if direction == "forward":
-            choices["nan"] = ["branch"]
-    if name == "ttt_mlp_b16":
-        choices |= {"order": ["products_first"], "nan": ["branch"]}
-    # Pipelined loads, loads a turn before, loads at the start and where they are needed.
-    loads = [{"num_stages": 3}, {"num_stages": 1, "prefetch": True}]
-    if not small:
-        loads = [{"num_stages": 1, "late_loads": True}, {"num_stages": 1, "prefetch": True}]
-    elif loop.parallel:
-        loads += [{"num_stages": 1}, {"num_stages": 2, "late_loads": True}]
-    if name == "ttt_mlp_b16":
-        loads += [{"num_stages": 2, "late_loads": True}]
-    return [
-        Schedule(**dict(zip(choices, values, strict=True)), **load)
-        for values in itertools.product(*choices.values())
-        for load in loads
-    ]
+def grid(loop: Loop, sizes: tuple[int, int, int], direction: str, count: int) -> list[Schedule]:
+    """The schedules tried for one kernel, the default first."""
+    device = torch.device("cuda")
+    mini_batches = -(-sizes[2] // loop.mini_batch_size) if loop.tokens else sizes[2]
+    crowd = crowding(sizes[0] * sizes[1], mini_batches, device)
+    found = [replace(s, stages=count) for s in candidates(loop, crowd, direction == "backward")]
+    ranked = CostModel(loop, sizes, device_of(device), 2).rank(found)
+    return list(dict.fromkeys([found[0], *shortlist((s for s, _ in ranked), TRIED)]))
 
 
 @dataclass
@@ -146,65 +123,39 @@ def gradient_errors(name: str, schedule: Schedule) -> list[float]:
     return [float((x.double() - y).norm() / y.norm()) for x, y in zip(got, exact, strict=True)]
 
 
-def variants(
-    call: launch.Launch, parts: dict[str, Loop], name: str, direction: str, count: int
-) -> Iterator[tuple[Schedule, launch.Launch]]:
-    """A launch under every schedule of its grid."""
-    loop = parts[call.kernel.name]
-    mini_batches = -(-call.length // loop.mini_batch_size) if loop.tokens else call.length
-    for schedule in grid(loop, name, direction):
-        schedule = replace(schedule, stages=count)
-        programs = -(-mini_batches // schedule.group) if loop.parallel else 1
-        yield (
-            schedule,
-            replace(call, kernel=render(loop, schedule), grid=(call.grid[0], programs)),
-        )
-
-
 def sweep(
-    name: str,
-    batch: int,
-    length: int,
-    direction: str,
-    count: int,
-    weights: str,
-    measure: bool,
-    share: int = 0,
+    name: str, batch: int, length: int, direction: str, count: int, weights: str
 ) -> list[dict[str, Any]]:
-    """Rows of one case; without ``measure`` only every 14th variant from ``share`` is compiled, nothing timed."""
+    """Rows of one case."""
     stage_pass.FLOPS_PER_BYTE, stage_pass.SHUFFLES_PER_BYTE, stage_pass.ELEMENTS_PER_BYTE = WEIGHTS[
         weights
     ]
     bench = Bench(make_case(name, batch, length), direction)
     parts = {s.name: s for s in stages(bench.loop(), count)}
-    first = grid(next(iter(parts.values())), name, direction)[0]
+    sizes = bench.call.tokens[0].shape[:3]
+    first = grid(next(iter(parts.values())), sizes, direction, count)[0]
     bench.choose(replace(first, stages=count))
     rows: list[dict[str, Any]] = []
-    number = itertools.count()
 
     def launcher(call: launch.Launch) -> None:
         if call.kernel.name not in parts:
             launch.launch(call)
             return
-        for schedule, variant in variants(call, parts, name, direction, count):
-            if not measure and next(number) % 14 != share:
-                continue
+        loop = parts[call.kernel.name]
+        tried = variants(call, loop, grid(loop, sizes, direction, count))
+        requests = [x.request(fast=True) for x in tried.values()]
+        compiler_for(torch.device("cuda"))(requests, 600, lambda i: None)
+        for schedule, variant in tried.items():
             row = {"case": name, "B": batch, "T": length, "direction": direction, "stages": count,
                    "weights": weights, "kernel": call.kernel.name, "schedule": described(schedule)}  # fmt: skip
-            start = time.time()
             try:
                 launch.launch(variant)
                 torch.cuda.synchronize()
-                if measure:
-                    row["us"] = 1e3 * triton.testing.do_bench(
-                        lambda v=variant: launch.launch(v), warmup=4, rep=16, return_mode="median"
-                    )
+                row["us"] = 1e6 * time_on_device(variant)
             except Exception as error:  # a variant that fails is a row of the table
                 row["error"] = f"{type(error).__name__}: {str(error)[:200]}"
-            row["compile_s"] = time.time() - start
             rows.append(row)
-        if measure:
-            launch.launch(call)
+        launch.launch(call)
 
     bench.run(launcher)
     return rows
@@ -216,11 +167,6 @@ def described(schedule: Schedule) -> str:
     return " ".join(f"{k}={v}" for k, v in schedule.choices().items() if v != getattr(plain, k))
 
 
-def _compile(job: tuple[str, str, int, str, int]) -> list[dict[str, Any]]:
-    name, direction, count, weights, share = job
-    return sweep(name, 1, 512, direction, count, weights, False, share)
-
-
 def main() -> None:
     out, *words = sys.argv[1:]
     shapes = [x for x in SHAPES if x.replace(" ", "") in words] or list(SHAPES)
@@ -229,19 +175,11 @@ def main() -> None:
     weights = [x for x in WEIGHTS if x in words] or ["A"]
     plans = [(n, d, c, w) for n in names for d in directions for c in COUNTS[d] for w in weights
              if n == "ttt_linear_b16" or (d, c) != ("backward", 1)]  # fmt: skip
-    jobs = [(*plan, share) for plan in plans for share in range(14)]
-    start = time.time()
-    with ProcessPoolExecutor(14, mp_context=multiprocessing.get_context("spawn")) as pool:
-        compiled = [row for rows in pool.map(_compile, jobs) for row in rows]
-    slowest = max(compiled, key=lambda r: r["compile_s"])
-    print(
-        f"{torch.cuda.get_device_name()}: {len(compiled)} variants in {time.time() - start:.0f} s; slowest {slowest}"
-    )
     rows: list[dict[str, Any]] = []
     for name, direction, count, weight in plans:
         for shape in shapes:
             batch, length = SHAPES[shape]
-            found = sweep(name, batch, length, direction, count, weight, True)
+            found = sweep(name, batch, length, direction, count, weight)
             rows += found
             total = 0.0
             for kernel in dict.fromkeys(r["kernel"] for r in found):

@@ -10,6 +10,7 @@ import math
 from dataclasses import replace
 
 import torch
+from tttc.codegen.devices import device_of
 from tttc.codegen.loop import Loop, used
 from tttc.codegen.schedule import Schedule
 
@@ -28,13 +29,6 @@ GROUP = 8  # mini-batches a program of a parallel kernel handles
 MANY_PRODUCTS = 12  # of a turn of a loop: more need the registers of more warps
 LEAST_MINI_BATCHES = 8  # from which stages pay
 MOST_WARPS = 8  # with 16, matrix products of 64 rows are made more than once
-
-
-def processors(device: torch.device) -> int:
-    """Multiprocessors of a device; those of an H200 where it is no GPU (a kernel is only looked at)."""
-    if device.type != "cuda":
-        return 132
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def state_elements(loop: Loop) -> int:
@@ -75,7 +69,7 @@ def crowding(programs: int, mini_batches: int, device: torch.device) -> int:
 
     Where there are few mini-batches it counts as 1: splitting a kernel in stages would not pay.
     """
-    each = min(programs // processors(device), 2)
+    each = min(programs // device_of(device).processors, 2)
     return 1 if each == 0 and mini_batches < LEAST_MINI_BATCHES else each
 
 
@@ -133,7 +127,13 @@ def default_schedule(loop: Loop, crowd: int, backward: bool = False) -> Schedule
         )
         reasons = (*(r for r in reasons if r[0] != "nan"), narrow, ignored)
         chosen = replace(chosen, nan="ignored", narrow=True)
-    return replace(chosen, stages=count, repeat_vectors=False, reasons=reasons)
+    return replace(
+        chosen,
+        stages=count,
+        repeat_vectors=False,
+        reasons=reasons,
+        origin="rules, without a measurement",
+    )
 
 
 def _small(loop: Loop, crowd: int) -> Schedule:

@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any
 
 log = logging.getLogger("tttc.kernels")
-KINDS = ("kernels",)  # the folders of the cache: what `tttc cache` shows and clears
+KINDS = ("kernels", "schedules")  # the folders of the cache: what `tttc cache` shows and clears
 _lock = threading.Lock()
 _modules: dict[str, ModuleType] = {}
 

@@ -11,6 +11,7 @@ from tttc.passes.backward import Backward
 from tttc.ir import ops
 from tttc.ir.body import Body, role
 from tttc.ir.build import ancestors, dims_of
+from tttc.ir.program import Program
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,13 @@ def only_products_read(loop: Loop, node: fx.Node) -> bool:
     )
 
 
-def constant_tensors(body: Body, device: torch.device) -> dict[str, torch.Tensor]:
-    """The constants of a body by the names a loop gives them."""
-    return {f"constant_{i}": x.to(device) for i, x in enumerate(body.constants)}
+def constant_tensors(program: Program, device: torch.device) -> dict[str, torch.Tensor]:
+    """The constants of a program by the names a loop gives them, brought to a device once.
+
+    Copies from the host make it wait for the device, and cannot be captured in a CUDA graph.
+    """
+    if device not in program.constants:
+        program.constants[device] = {
+            f"constant_{i}": x.to(device) for i, x in enumerate(program.token.constants)
+        }
+    return dict(program.constants[device])

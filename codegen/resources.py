@@ -1,7 +1,7 @@
 """Registers, spills and shared memory of Triton kernels, for targets that need not be at hand.
 
-The kernels are compiled in a process of their own: there they are real ``triton.jit`` functions even where
-this process runs under ``TRITON_INTERPRET=1``, and no device is ever asked for. That process runs this very
+The kernels are compiled in processes of their own: there they are real ``triton.jit`` functions even where
+this process runs under ``TRITON_INTERPRET=1``, and no device is ever asked for. Such a process runs this very
 file as a script, so nothing of ours is imported at the top.
 """
 
@@ -14,7 +14,9 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,34 +101,121 @@ def measure(
         >>> got.spill_bytes
         0
     """
+    found = []
+    for result in compile_all(requests, target, timeout=timeout):
+        if isinstance(result, ResourceError):
+            raise result
+        found.append(result)
+    return found
+
+
+def compile_all(
+    requests: Sequence[Request],
+    target: str = "sm_90",
+    workers: int = 1,
+    timeout: float = 600,
+    done: Callable[[int], None] | None = None,
+) -> list[Resources | ResourceError]:
+    """Compile kernels in processes of their own, in the order given; Triton's cache on disk keeps what they make.
+
+    Args:
+        workers: processes at a time.
+        timeout: seconds after which those not compiled yet are given up.
+        done: called with the number of a request when it is compiled, or is not.
+
+    Returns:
+        For each request its resources, or why there are none.
+
+    Raises:
+        ValueError: ``target`` is of neither form.
+        TypeError: a constant that cannot be handed over.
+    """
     _target(target)
-    if not requests:
-        return []
-    job = {"target": target, "requests": [_plain(r) for r in requests]}
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    try:
-        done = subprocess.run(
+    results: list[Resources | ResourceError] = [
+        ResourceError(f"{r.name} for {target}: compiling took more than {timeout:g} s")
+        for r in requests
+    ]
+    lines = [json.dumps({"target": target, "request": _plain(r)}) for r in requests]
+    waiting = iter(range(len(requests)))
+    lock = threading.Lock()
+    end = time.monotonic() + timeout
+
+    def work() -> None:
+        worker: _Worker | None = None
+        while True:
+            with lock:
+                i = next(waiting, None)
+            if i is None or time.monotonic() > end:
+                break
+            worker = worker or _Worker()
+            made = worker.compile(lines[i], end - time.monotonic())
+            if isinstance(made, str):
+                results[i] = ResourceError(f"{requests[i].name} for {target}: {made}")
+            elif made is not None:
+                results[i] = made
+            if done is not None:
+                done(i)
+            if not worker.alive():
+                worker.close()
+                worker = None
+        if worker is not None:
+            worker.close()
+
+    threads = [threading.Thread(target=work) for _ in range(min(workers, len(requests)))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+class _Worker:
+    """A process that compiles one kernel after another: this file as a script."""
+
+    def __init__(self) -> None:
+        # Real kernels, whatever this process runs; no device is asked for.
+        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        self.errors = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115  (as long as the process)
+        self.process = subprocess.Popen(
             [sys.executable, __file__],
-            input=json.dumps(job),
             env=environment,
-            capture_output=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
             text=True,
-            timeout=timeout,
-            check=False,
         )
-    except subprocess.TimeoutExpired:
-        raise ResourceError(f"compiling for {target} took more than {timeout:g} s") from None
-    lines = [x for x in done.stdout.splitlines() if x.startswith(_MARK)]
-    results = [json.loads(x.removeprefix(_MARK)) for x in lines]
-    if len(results) != len(requests):
-        raise ResourceError(
-            f"{requests[len(results)].name} for {target}: the compiling process ended with "
-            f"{done.returncode}: {done.stderr[-2000:].strip()}"
-        )
-    for request, result in zip(requests, results, strict=True):
-        if "error" in result:
-            raise ResourceError(f"{request.name} for {target}: {result['error']}")
-    return [Resources(**r) for r in results]
+
+    def alive(self) -> bool:
+        return self.process.poll() is None
+
+    def compile(self, line: str, seconds: float) -> Resources | str | None:
+        """What came of a job, in words where it failed; None where it took longer."""
+        timer = threading.Timer(seconds, self.process.kill)
+        timer.start()
+        try:
+            assert self.process.stdin is not None and self.process.stdout is not None
+            self.process.stdin.write(line + "\n")
+            self.process.stdin.flush()
+            # Kernels may print while they compile; results are told apart by their mark.
+            while answer := self.process.stdout.readline():
+                if answer.startswith(_MARK):
+                    result = json.loads(answer.removeprefix(_MARK))
+                    return result["error"] if "error" in result else Resources(**result)
+        except BrokenPipeError:
+            pass
+        finally:
+            late = not timer.is_alive()
+            timer.cancel()
+        if late:
+            return None
+        code = self.process.wait()
+        self.errors.seek(0)
+        return f"the compiling process ended with {code}: {self.errors.read()[-2000:].strip()}"
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+        self.errors.close()
 
 
 _MARK = "@resources "
@@ -158,32 +247,75 @@ def _encoded(name: str, value: Any) -> Any:
 
 # -- in the compiling process -----------------------------------------------------------------------------
 
+_DTYPES = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "i64": "int64",
+           "i32": "int32", "i16": "int16", "i8": "int8", "u8": "uint8", "i1": "bool"}  # fmt: skip
+_INTEGERS = {
+    ("i32", True): 16,
+    ("i32", False): 17,
+    ("i64", True): 1 << 40,
+    ("i64", False): 17 + (1 << 40),
+}
+
+
+class _Pointer:
+    """A tensor as the launch of a kernel looks at it."""
+
+    def __init__(self, kind: str, aligned: bool) -> None:
+        self.dtype = f"torch.{_DTYPES[kind[1:]]}"
+        self.aligned = aligned
+
+    def data_ptr(self) -> int:
+        return 0 if self.aligned else 1
+
+    def stride(self) -> tuple[int, ...]:
+        return (1,)
+
+
+class _Absent:
+    """A device that is not there: enough of one to compile for."""
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget(*_target(self.target))
+
 
 def _compile(request: dict[str, Any], target: str) -> Resources:
-    import triton
     import triton.language as tl
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    from triton.runtime.driver import driver
 
-    spec = importlib.util.spec_from_file_location(Path(request["path"]).stem, request["path"])
+    # As a launch imports it: the name is part of what the cache on disk tells kernels apart by.
+    name = f"tttc_kernels.{Path(request['path']).stem}"
+    spec = importlib.util.spec_from_file_location(name, request["path"])
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     function = getattr(module, request["name"])
-    constants = {
+    given = {
         k: tl.dtype(v["dtype"]) if isinstance(v, dict) else v
         for k, v in request["constexprs"].items()
     }
-    names = list(function.arg_names)
-    missing = [n for n in names if n not in request["signature"] and n not in constants]
+    for argument, kind in request["signature"].items():
+        aligned = argument in request["aligned"]
+        given[argument] = (
+            _Pointer(kind, aligned) if kind.startswith("*") else _INTEGERS[kind, aligned]
+        )
+    missing = [n for n in function.arg_names if n not in given]
     if missing:
         raise ValueError(f"no type and no value for {', '.join(missing)}")
-    signature = {n: "constexpr" if n in constants else request["signature"][n] for n in names}
-    attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in request["aligned"]}
-    source = ASTSource(function, signature, constants, attributes)
-    compiled = triton.compile(
-        source, target=GPUTarget(*_target(target)), options=request["options"]
-    )
+    driver.set_active(_Absent(target))
+    # The very path of a launch, so that one finds in the cache on disk what was made here.
+    function.device_caches.clear()
+    compiled = function.warmup(grid=(1,), **given, **request["options"])
     shared = int(compiled.metadata.shared)
     if "cubin" in compiled.asm:
         return _of_cubin(compiled.asm["cubin"], shared)
@@ -216,11 +348,10 @@ def _of_amdgcn(text: str, shared: int) -> Resources:
 
 
 def _main() -> None:
-    # Kernels may print while they compile; results are told apart by their mark.
-    job = json.load(sys.stdin)
-    for request in job["requests"]:
+    for line in sys.stdin:
+        job = json.loads(line)
         try:
-            result: dict[str, Any] = asdict(_compile(request, job["target"]))
+            result: dict[str, Any] = asdict(_compile(job["request"], job["target"]))
         except Exception as error:
             result = {"error": f"{type(error).__name__}: {error}"}
         print(_MARK + json.dumps(result), flush=True)

@@ -30,6 +30,7 @@ class Schedule:
         group: mini-batches a program of a parallel kernel handles.
         maxnreg: registers a thread may take, None for the compiler's choice.
         reasons: pairs of a choice and why it was made, in words; no part of what is equal to what.
+        origin: where the schedule comes from, in words, as "rules" or "measured: ..."; likewise.
     """
 
     feature_major: bool = False
@@ -47,6 +48,8 @@ class Schedule:
     maxnreg: int | None = None
     reasons: tuple[tuple[str, str], ...] = field(default=(), compare=False, repr=False)
 
+    origin: str = field(default="given", compare=False, repr=False)
+
     def choices(self) -> dict[str, Any]:
         """The choices by name, without the reasons for them."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "reasons"}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.compare}

@@ -272,7 +272,7 @@ def test_a_kernel_too_large_for_the_gpu_leaves_the_backward_to_torch_operations(
     key, groups = flat(*rule("attention", 16, T=22, dtype=torch.float32, seed=5))
     _, expected = gradients(fused, groups, key, 8, 0, "torch", True, 0)
 
-    def refuse(*arguments):
+    def refuse(*arguments, **options):
         raise KernelTooLarge("300000 bytes of shared memory, 232448 there")
 
     monkeypatch.setattr(fused_scan_backward, "run_backward_kernels", refuse)

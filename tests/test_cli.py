@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from tttc.codegen.kernel import Kernel, cache_dir
+from tttc.codegen.kernel import Kernel, cache_dir, write_atomically
 
 from tttc import cli
 from tttc.commands import cache, doctor
@@ -314,6 +314,20 @@ def test_cache_shows_and_clears_what_is_ours_alone(monkeypatch, tmp_path, capsys
     assert "deleted 2 entries" in capsys.readouterr().out
     assert cache.contents()["bytes"] == 0
     assert foreign.read_text() == "mine"
+
+
+def test_cache_of_schedules(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("TTTC_CACHE_DIR", str(tmp_path))
+    Kernel("made_up", "x = 1\n").module()
+    found = {"key": {"device": {"name": "H200"}, "dtype": "bfloat16"}, "seconds": 3.46e-4, "plan": [{}]}  # fmt: skip
+    for i, text in enumerate((json.dumps(found), "damaged")):
+        write_atomically(tmp_path / "schedules" / f"scan_full_{i:016x}.json", text)
+    assert run("cache --kind schedules --entries") == 0
+    shown = capsys.readouterr().out
+    assert "2 entries" in shown and "346 us on H200" in " ".join(shown.split())
+    assert run("cache clear --kind schedules") == 0
+    assert "deleted 2 entries" in capsys.readouterr().out
+    assert [e["kind"] for e in cache.contents()["entries"]] == ["kernels"]
 
 
 def test_cache_of_nothing(monkeypatch, tmp_path, capsys):

@@ -48,6 +48,31 @@ def named_leaves(tree: Any, name: str) -> list[tuple[str, Any]]:
     ]
 
 
+def leaves_of(tree: Any) -> list[Any]:
+    """The leaves of a pytree, in its order. Written out, because TorchDynamo takes long to see through pytree's own."""
+    found: list[Any] = []
+    _collect(tree, found)
+    return found
+
+
+def _collect(tree: Any, found: list[Any]) -> None:
+    if isinstance(tree, torch.Tensor):
+        found.append(tree)
+    elif type(tree) in (tuple, list) or (isinstance(tree, tuple) and hasattr(tree, "_fields")):
+        for child in tree:
+            _collect(child, found)
+    elif type(tree) is dict:
+        for child in tree.values():
+            _collect(child, found)
+    else:
+        found += pytree.tree_leaves(tree)
+
+
+def _named(tree: Any, name: str, i: int) -> str:
+    """What a user would call a leaf: for messages, where it need not be fast."""
+    return named_leaves(tree, name)[i][0]
+
+
 def compute_dtype(*groups: list[torch.Tensor]) -> torch.dtype:
     """The widest floating dtype of the tensors, at least float32."""
     dtype = torch.float32
@@ -67,25 +92,35 @@ def output_dtype(tokens: list[torch.Tensor], compute: torch.dtype) -> torch.dtyp
     return compute if dtype is None else dtype
 
 
-def _check_tensor(name: str, leaf: Any, device: torch.device | None) -> None:
+def _check_tensor(tree: Any, name: str, i: int, leaf: Any, device: torch.device | None) -> None:
+    """Raise unless leaf ``i`` of a tree, ``name`` to the user, is a tensor on the device."""
     if not isinstance(leaf, torch.Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(leaf).__name__}")
+        raise TypeError(f"{_named(tree, name, i)}: expected a tensor, got {type(leaf).__name__}")
     if device is not None and leaf.device != device:
-        raise ValueError(f"{name}: expected device {device}, got {leaf.device}")
+        raise ValueError(f"{_named(tree, name, i)}: expected device {device}, got {leaf.device}")
 
 
 def _check_state_leaf(
-    name: str, leaf: Any, batch: int, heads: int, device: torch.device, batched: bool
+    tree: Any,
+    name: str,
+    i: int,
+    leaf: Any,
+    batch: int,
+    heads: int,
+    device: torch.device,
+    batched: bool,
 ) -> None:
-    _check_tensor(name, leaf, device)
+    _check_tensor(tree, name, i, leaf, device)
     if not leaf.is_floating_point():
-        raise TypeError(f"{name}: expected a floating dtype for a state, got {leaf.dtype}")
+        raise TypeError(
+            f"{_named(tree, name, i)}: expected a floating dtype for a state, got {leaf.dtype}"
+        )
     if leaf.ndim >= 2 and leaf.shape[1] == heads and leaf.shape[0] == batch:
         return
     if batched or leaf.ndim < 1 or leaf.shape[0] != heads:
         shapes = "[B, H, ...]" if batched else "[B, H, ...] or [H, ...]"
         raise ValueError(
-            f"{name}: expected {shapes} with B = {batch} and H = {heads}, "
+            f"{_named(tree, name, i)}: expected {shapes} with B = {batch} and H = {heads}, "
             f"got shape {tuple(leaf.shape)}"
         )
 
@@ -219,25 +254,39 @@ def check_scan_inputs(step, anchor, carry, place, tokens, mini_batch_size, share
 
     Returns ``(anchor, carry, tokens, ScanInfo)``.
     """
+    anchors, carries, info = check_scan_leaves(
+        step, anchor, carry, place, tokens, mini_batch_size, shared
+    )
+    spec = pytree.tree_structure(anchor)
+    if carry is not None:
+        carry = pytree.tree_unflatten(carries, spec)
+    return pytree.tree_unflatten(anchors, spec), carry, tokens, info
+
+
+def check_scan_leaves(step, anchor, carry, place, tokens, mini_batch_size, shared):
+    """As :func:`check_scan_inputs`; the state comes as the leaves of anchor and of carry (none where that is None)."""
     if not callable(step):
         raise TypeError(f"step: expected a function, got {type(step).__name__}")
-    token_leaves = named_leaves(tokens, "tokens")
+    token_leaves = leaves_of(tokens)
     if not token_leaves:
         raise ValueError("tokens: expected at least one tensor [B, H, T, ...], got an empty tree")
-    first_name, first = token_leaves[0]
-    _check_tensor(first_name, first, None)
-    for name, leaf in token_leaves:
-        _check_tensor(name, leaf, first.device)
+    first = token_leaves[0]
+    _check_tensor(tokens, "tokens", 0, first, None)
+    for i, leaf in enumerate(token_leaves):
+        _check_tensor(tokens, "tokens", i, leaf, first.device)
         if leaf.is_complex():
-            raise TypeError(f"{name}: expected a real dtype, got {leaf.dtype}")
+            raise TypeError(
+                f"{_named(tokens, 'tokens', i)}: expected a real dtype, got {leaf.dtype}"
+            )
         if leaf.ndim < 3:
             raise ValueError(
-                f"{name}: expected rank 3 or more, [B, H, T, ...], got {tuple(leaf.shape)}"
+                f"{_named(tokens, 'tokens', i)}: expected rank 3 or more, [B, H, T, ...], "
+                f"got {tuple(leaf.shape)}"
             )
         if leaf.shape[:3] != first.shape[:3]:
             raise ValueError(
-                f"{name}: expected [B, H, T] = {tuple(first.shape[:3])} as in {first_name}, "
-                f"got {tuple(leaf.shape)}"
+                f"{_named(tokens, 'tokens', i)}: expected [B, H, T] = {tuple(first.shape[:3])} "
+                f"as in {_named(tokens, 'tokens', 0)}, got {tuple(leaf.shape)}"
             )
     batch, heads, length = first.shape[:3]
     if isinstance(place, bool) or not isinstance(place, (int, torch.SymInt)):
@@ -247,50 +296,58 @@ def check_scan_inputs(step, anchor, carry, place, tokens, mini_batch_size, share
             f"init.place: expected a place in the mini-batch, 0 to {mini_batch_size - 1}, got {place}"
         )
     shared_tensors = []
-    for name, leaf in named_leaves(shared, "shared"):
+    for i, leaf in enumerate(leaves_of(shared)):
         if isinstance(leaf, torch.Tensor):
-            _check_tensor(name, leaf, first.device)
+            _check_tensor(shared, "shared", i, leaf, first.device)
             if leaf.is_complex():
-                raise TypeError(f"{name}: expected a real dtype, got {leaf.dtype}")
+                raise TypeError(
+                    f"{_named(shared, 'shared', i)}: expected a real dtype, got {leaf.dtype}"
+                )
             if leaf.ndim < 1 or leaf.shape[0] != heads:
                 raise ValueError(
-                    f"{name}: expected [H, ...] with H = {heads}, got shape {tuple(leaf.shape)}"
+                    f"{_named(shared, 'shared', i)}: expected [H, ...] with H = {heads}, "
+                    f"got shape {tuple(leaf.shape)}"
                 )
             shared_tensors.append(leaf)
 
     batched = carry is not None
-    anchor_names = named_leaves(anchor, "init.anchor" if batched else "init")
-    if not anchor_names:
+    root = "init.anchor" if batched else "init"
+    anchors = leaves_of(anchor)
+    if not anchors:
         raise ValueError("init: expected at least one state tensor, got an empty tree")
-    for name, leaf in anchor_names:
-        _check_state_leaf(name, leaf, batch, heads, first.device, batched)
-    anchors = [leaf for _, leaf in anchor_names]
-    carries = []
+    for i, leaf in enumerate(anchors):
+        _check_state_leaf(anchor, root, i, leaf, batch, heads, first.device, batched)
+    carries = leaves_of(carry) if batched else []
     if batched:
-        carry_names = named_leaves(carry, "init.carry")
-        for name, leaf in carry_names:
-            _check_state_leaf(name, leaf, batch, heads, first.device, batched)
-        carries = [leaf for _, leaf in carry_names]
-        if [name.partition(".carry")[2] for name, _ in carry_names] != [
-            name.partition(".anchor")[2] for name, _ in anchor_names
-        ]:
-            raise ValueError(
-                f"init.carry: expected a tree like init.anchor, {pytree.tree_structure(anchor)}, "
-                f"got {pytree.tree_structure(carry)}"
-            )
-        for (name, leaf), (like, other) in zip(carry_names, anchor_names, strict=True):
-            if leaf.shape != other.shape:
-                raise ValueError(
-                    f"{name}: expected the shape of {like}, {tuple(other.shape)}, "
-                    f"got {tuple(leaf.shape)}"
-                )
+        for i, leaf in enumerate(carries):
+            _check_state_leaf(carry, "init.carry", i, leaf, batch, heads, first.device, batched)
+        _check_alike(anchor, carry, anchors, carries)
     else:
         anchors = _with_batch(anchors, step, anchor, tokens, shared, batch, heads)
-    token_tensors = [leaf for _, leaf in token_leaves]
-    compute = compute_dtype(token_tensors, shared_tensors, anchors, carries)
-    info = ScanInfo(batch, heads, length, compute, output_dtype(token_tensors, compute))
-    spec = pytree.tree_structure(anchor)
-    anchor = pytree.tree_unflatten([x.to(compute) for x in anchors], spec)
-    if batched:
-        carry = pytree.tree_unflatten([x.to(compute) for x in carries], spec)
-    return anchor, carry, tokens, info
+    compute = compute_dtype(token_leaves, shared_tensors, anchors, carries)
+    info = ScanInfo(batch, heads, length, compute, output_dtype(token_leaves, compute))
+    return _in_dtype(anchors, compute), _in_dtype(carries, compute), info
+
+
+def _in_dtype(tensors: list[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
+    """The tensors in a dtype; those that have it give captured graphs no operator to carry."""
+    return [x if x.dtype == dtype else x.to(dtype) for x in tensors]
+
+
+def _check_alike(anchor: Any, carry: Any, anchors: list[Any], carries: list[Any]) -> None:
+    """Raise unless the carry is a tree like the anchor, its leaves of the same shapes."""
+    described = _tracing.describe(anchor)
+    alike = described is not None and described == _tracing.describe(carry)
+    if not alike and [n.partition(".carry")[2] for n, _ in named_leaves(carry, ".carry")] != [
+        n.partition(".anchor")[2] for n, _ in named_leaves(anchor, ".anchor")
+    ]:
+        raise ValueError(
+            f"init.carry: expected a tree like init.anchor, {pytree.tree_structure(anchor)}, "
+            f"got {pytree.tree_structure(carry)}"
+        )
+    for i, (leaf, other) in enumerate(zip(carries, anchors, strict=True)):
+        if leaf.shape != other.shape:
+            raise ValueError(
+                f"{_named(carry, 'init.carry', i)}: expected the shape of "
+                f"{_named(anchor, 'init.anchor', i)}, {tuple(other.shape)}, got {tuple(leaf.shape)}"
+            )

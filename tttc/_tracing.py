@@ -136,14 +136,18 @@ def constant_int(n: int) -> int:
 
 def constant_shapes(leaves: list[torch.Tensor], lead: list[int]) -> tuple[tuple[int, ...], ...]:
     """The shapes without their ``lead`` first dimensions, as constants of the captured program."""
+    # Lists, as TorchDynamo takes longer to see through generators.
     return tuple(
-        tuple(constant_int(n) for n in x.shape[skip:]) for x, skip in zip(leaves, lead, strict=True)
+        [
+            tuple([constant_int(n) for n in x.shape[skip:]])
+            for x, skip in zip(leaves, lead, strict=True)
+        ]
     )
 
 
 def seen_dtypes(leaves: list[torch.Tensor], compute: torch.dtype) -> tuple[torch.dtype, ...]:
     """The dtypes in which a step that computes in ``compute`` sees the leaves."""
-    return tuple(compute if x.is_floating_point() else x.dtype for x in leaves)
+    return tuple([compute if x.is_floating_point() else x.dtype for x in leaves])
 
 
 def one_token(structure: Any, shapes: Any, dtypes: Any, device: torch.device) -> Any:

@@ -12,6 +12,7 @@ from importlib import metadata
 from typing import Any
 
 from tttc import logs
+from tttc.codegen.kernel import KINDS
 from tttc.commands.model import (
     DTYPES,
     MODEL_HELP,
@@ -38,7 +39,8 @@ EXIT_CODES = """exit codes:
 """
 ENVIRONMENT = """environment:
   TTTC_LOGS       what to log, in the manner of TORCH_LOGS: TTTC_LOGS="+passes,schedule,kernels"
-  TTTC_CACHE_DIR  where emitted kernels are kept (default ~/.cache/tttc)
+  TTTC_CACHE_DIR  where emitted kernels and schedules are kept (default ~/.cache/tttc)
+  TTTC_TUNE       1: search for schedules on the GPU at hand; TTTC_TUNE_SECONDS: for how long at most (default 11)
   TTTC_PROGRESS   0: show no progress on a terminal
 """
 
@@ -385,10 +387,11 @@ def _add_cache(commands: Any) -> None:
         commands,
         "cache",
         _cache,
-        "show or clear the emitted kernels kept on disk",
-        "tttc cache\ntttc cache show --entries\ntttc cache clear --older-than 30",
+        "show or clear what is kept on disk: emitted kernels, schedules found by measuring",
+        "tttc cache\ntttc cache show --entries\ntttc cache clear --older-than 30\ntttc cache clear --kind schedules",
     )
     parser.add_argument("action", nargs="?", choices=("show", "clear"), default="show")
+    parser.add_argument("--kind", choices=KINDS, help="only these (default: all)")
     parser.add_argument("--entries", action="store_true", help="show: list every entry")
     parser.add_argument(
         "--older-than",
@@ -404,7 +407,7 @@ def _cache(options: argparse.Namespace) -> int:
     from tttc.report.text import byte_count
 
     if options.action == "show":
-        found = cache.contents()
+        found = cache.contents(options.kind)
         if options.json:
             print(json.dumps(found, indent=1))
         else:
@@ -412,7 +415,7 @@ def _cache(options: argparse.Namespace) -> int:
                 console().print(part)
         return 0
     try:
-        found = cache.clear(options.older_than)
+        found = cache.clear(options.older_than, options.kind)
     except OSError as error:
         raise UsageError(f"{error.filename}: can't be deleted: {error.strerror}") from None
     if options.json:

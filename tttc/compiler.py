@@ -29,8 +29,13 @@ from tttc.passes.fuse import decompositions, fuse
 from tttc.pipeline import build_program
 from tttc.progress import phase
 from tttc.runtime.fused_scan import saving_interval
+from tttc.tuning.choose import tuning_wanted
 
 BACKENDS = ("auto", "triton", "torch")
+MODES = {
+    "default": False,
+    "max-autotune": True,
+}  # of torch.compile: whether to search for schedules
 scans_log = logging.getLogger("tttc.scans")
 
 
@@ -42,6 +47,7 @@ class Options:
     mini_batch_size: int | None = None
     strict: bool = False
     verify: bool = False
+    tune: bool = False
 
 
 class TTTCWarning(UserWarning):
@@ -108,7 +114,7 @@ def _lower_scans_of(gm: fx.GraphModule, options: Options) -> None:
                 raise
             warn_once(f"the TTT layer with step {key.rpartition('#')[0]} runs eagerly: {error}")
             continue
-        _replace_scan(gm.graph, node, key, mini_batch_size, options.backend)
+        _replace_scan(gm.graph, node, key, mini_batch_size, options)
     gm.recompile()
 
 
@@ -142,7 +148,7 @@ def requested(key: str, mini_batch_size: int, options: Options) -> tuple[str, in
 
 
 def _replace_scan(
-    graph: fx.Graph, node: fx.Node, key: str, mini_batch_size: int, backend: str
+    graph: fx.Graph, node: fx.Node, key: str, mini_batch_size: int, options: Options
 ) -> None:
     """Put ``tttc::fused_scan`` in the place of a scan; states that nobody reads are not computed."""
     picks = [u for u in node.users if u.target is operator.getitem and not u.users]
@@ -158,6 +164,7 @@ def _replace_scan(
         [x.meta["example_value"] for x in group]  # type: ignore[union-attr]
         for group in node.args[:4]
     )
+    backend = options.backend
     interval = saving_interval(anchor, carry, tokens, shared, key, mini_batch_size, backend)
     with graph.inserting_before(node):
         new = graph.call_function(
@@ -171,6 +178,7 @@ def _replace_scan(
                 states,
                 interval,
                 _recorder.layer_of(node),
+                options.tune,
             ),
         )
         new.meta = dict(node.meta)
@@ -228,9 +236,14 @@ def dynamo_backend(
 ) -> Callable[..., Any]:
     """``torch.compile(model, backend="tttc")``: the same compiler through PyTorch's own door.
 
-    ``options={"backend": ..., "strict": ...}`` takes what :func:`compile` takes.
+    ``options={"backend": ..., "strict": ...}`` takes what :func:`compile` takes; ``mode="max-autotune"`` is
+    ``tune=True``.
     """
-    given = kwargs.get("options") or {}
+    given = dict(kwargs.get("options") or {})
+    mode = kwargs.get("mode") or "default"
+    if mode not in MODES:
+        raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
+    given["tune"] = tuning_wanted(given.get("tune", MODES[mode] or None))
     try:
         options = Options(**given)
     except TypeError:
@@ -283,6 +296,8 @@ class _DirectScans:
             self.options.backend,
             True,
             interval,
+            "",
+            self.options.tune,
         )
         return out[: 2 * len(call.anchor) + len(interned(call.key).outputs)]
 
@@ -397,6 +412,7 @@ def compile(
     mini_batch_size: int | None = None,
     strict: bool = False,
     verify: bool = False,
+    tune: bool | None = None,
 ) -> Any:
     """Compile a model that contains TTT layers.
 
@@ -412,6 +428,9 @@ def compile(
         strict: raise :class:`NotLowerable` where a TTT layer can't be lowered, instead of running it
             eagerly with one warning.
         verify: after every pass run the graph before and after it in float64, and compare to 1e-9.
+        tune: on the first call of each size class time the most promising schedules of every scan's kernels on the
+            GPU at hand, and remember the fastest on disk. None: as the environment's ``TTTC_TUNE`` says (``1`` or
+            ``0``), else False. What was remembered is used either way; where nothing was, rules choose.
 
     Returns:
         A module (same parameters, same ``state_dict`` keys) or a function, called like ``model``.
@@ -429,7 +448,7 @@ def compile(
     """
     if not callable(model):
         raise TypeError(f"model: expected an nn.Module or a function, got {type(model).__name__}")
-    options = check_options(Options(backend, mini_batch_size, strict, verify))
+    options = check_options(Options(backend, mini_batch_size, strict, verify, tuning_wanted(tune)))
     if isinstance(model, CompiledModule):
         return CompiledModule(model._tttc_module, options)
     if isinstance(model, nn.Module):

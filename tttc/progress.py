@@ -46,6 +46,29 @@ def doing(what: str) -> Iterator[Callable[[str], None]]:
             _show()
 
 
+BAR = 20  # characters
+
+
+@contextmanager
+def counting(what: str, total: int) -> Iterator[Callable[[str], None]]:
+    """A bar that fills with each call of the value, which takes words to show beside it; shown as :func:`doing`.
+
+    It may be called from several threads.
+    """
+    done = 0
+    with doing(f"{what} {'·' * BAR} 0/{total}") as change:
+
+        def advance(words: str = "") -> None:
+            nonlocal done
+            with _lock:
+                done += 1
+                filled = BAR * min(done, total) // max(total, 1)
+                bar = "━" * filled + "·" * (BAR - filled)
+                change(f"{what} {bar} {done}/{total} {words}".rstrip())
+
+        yield advance
+
+
 def _show() -> None:
     global _live
     if not _texts:

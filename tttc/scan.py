@@ -10,10 +10,14 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils import _pytree as pytree
 
 from tttc import _scan_op, _tracing
-from tttc._checks import check_mini_batch_size, check_scan_inputs
+from tttc._checks import (
+    check_mini_batch_size,
+    check_scan_inputs,
+    check_scan_leaves,
+    leaves_of,
+)
 from tttc.naive import naive_loop
 
 Step = Callable[[Any, Any, Any, Any], tuple[Any, Any]]
@@ -122,10 +126,10 @@ def _scan_in_capture(step, anchor, carry, place, tokens, mini_batch_size, shared
     # Under capture an int may be a symbol (an attribute of a module that FSDP shards, say); programs are made for one.
     mini_batch_size = _tracing.constant_int(mini_batch_size)
     given = (step, anchor, carry, place, tokens, mini_batch_size, shared)
-    anchor, carry, tokens, info = check_scan_inputs(
+    anchors, carries, info = check_scan_leaves(
         step, anchor, carry, place, tokens, mini_batch_size, shared
     )
-    call = _flatten(step, anchor, carry, tokens, shared, structure, info)
+    call = _flat_call(step, anchors, carries, tokens, shared, structure, info)
     if call is None:
         return _scan_beside_capture(*given)
     out = torch.ops.tttc.scan(
@@ -142,27 +146,31 @@ class _FlatCall(NamedTuple):
     carry: list[torch.Tensor]
     tokens: list[torch.Tensor]
     shared: list[torch.Tensor]
-    spec: Any  # of the state
+    structure: Any  # of the state
 
     def state_and_output(self, out: list[torch.Tensor], place: int) -> tuple[ScanState, Any]:
         """The operator's flat results as a scan returns them."""
         n = len(self.anchor)
-        anchor = pytree.tree_unflatten(list(out[:n]), self.spec)
-        carry = pytree.tree_unflatten(list(out[n : 2 * n]), self.spec)
+        anchor = _tracing.rebuild(self.structure, list(out[:n]))
+        carry = _tracing.rebuild(self.structure, list(out[n : 2 * n]))
         z = _tracing.rebuild(_scan_op.output_structure(self.key), list(out[2 * n :]))
         return ScanState(anchor, carry, place), z
 
 
 def _flatten(step, anchor, carry, tokens, shared, structure, info) -> _FlatCall | None:
     """The call flat, its step interned; None where the step fails on one token."""
-    anchor_leaves, spec = pytree.tree_flatten(anchor)
-    carry_leaves = [] if carry is None else pytree.tree_leaves(carry)
-    token_leaves = pytree.tree_leaves(tokens)
-    shared_leaves = [x for x in pytree.tree_leaves(shared) if isinstance(x, torch.Tensor)]
-    groups = ((anchor_leaves, 2), (token_leaves, 3), (shared_leaves, 1))
+    carries = [] if carry is None else leaves_of(carry)
+    return _flat_call(step, leaves_of(anchor), carries, tokens, shared, structure, info)
+
+
+def _flat_call(step, anchors, carries, tokens, shared, structure, info) -> _FlatCall | None:
+    """As :func:`_flatten`, of the leaves of the state."""
+    token_leaves = leaves_of(tokens)
+    shared_leaves = [x for x in leaves_of(shared) if isinstance(x, torch.Tensor)]
+    groups = ((anchors, 2), (token_leaves, 3), (shared_leaves, 1))
     shapes = tuple(_tracing.constant_shapes(x, [lead] * len(x)) for x, lead in groups)
     dtypes = tuple(_tracing.seen_dtypes(x, info.compute) for x, _ in groups)
     key = _scan_op.intern_step(step, structure, shapes, dtypes, token_leaves[0].device)
     if key is None:
         return None
-    return _FlatCall(key, anchor_leaves, carry_leaves, token_leaves, shared_leaves, spec)
+    return _FlatCall(key, anchors, carries, token_leaves, shared_leaves, structure[2][0])

@@ -1,7 +1,8 @@
-"""``tttc cache``: the emitted kernels kept on disk."""
+"""``tttc cache``: the emitted kernels and the schedules found by measuring, kept on disk."""
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from collections.abc import Iterator
@@ -23,26 +24,41 @@ class Entry:
     name: str
     size: int
     age_days: float
+    about: str = ""  # of a schedule: what was measured, and on what
 
 
-def files() -> Iterator[tuple[str, Path]]:
-    """The files of the cache, with the kind of each."""
-    for kind in KINDS:
-        folder = cache_dir() / kind
+def files(kind: str | None = None) -> Iterator[tuple[str, Path]]:
+    """The files of the cache, or those of one kind, with the kind of each."""
+    for which in KINDS if kind is None else (kind,):
+        folder = cache_dir() / which
         for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
             if path.is_file() and OURS.fullmatch(path.name):
-                yield kind, path
+                yield which, path
 
 
-def contents() -> dict[str, Any]:
-    """What ``tttc cache`` shows: the folder, its entries, their size in bytes."""
+def _about(path: Path) -> str:
+    """What a remembered schedule says of itself; "" for what is none, or is damaged."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        key, us = found["key"], 1e6 * found["seconds"]
+        return (
+            f"{us:.0f} us on {key['device']['name']}, {key['dtype']}, {len(found['plan'])} kernels"
+        )
+    except (OSError, ValueError, TypeError, LookupError):
+        return ""
+
+
+def contents(kind: str | None = None) -> dict[str, Any]:
+    """What ``tttc cache`` shows: the folder, its entries (of one kind, or all), their size in bytes."""
     now, entries, compiled = time.time(), [], 0
-    for kind, path in files():
+    for which, path in files(kind):
         found = path.stat()
         if "__pycache__" in path.parts:
             compiled += found.st_size
             continue
-        entries.append(Entry(kind, path.name, found.st_size, (now - found.st_mtime) / 86400))
+        about = _about(path) if path.suffix == ".json" else ""
+        age = (now - found.st_mtime) / 86400
+        entries.append(Entry(which, path.name, found.st_size, age, about))
     return {
         "folder": str(cache_dir()),
         "bytes": sum(e.size for e in entries) + compiled,
@@ -50,14 +66,14 @@ def contents() -> dict[str, Any]:
     }
 
 
-def clear(older_than_days: float = 0.0) -> dict[str, Any]:
-    """Delete entries not written to for so many days; how many went, and their bytes.
+def clear(older_than_days: float = 0.0, kind: str | None = None) -> dict[str, Any]:
+    """Delete entries (of one kind, or all) not written to for so many days; how many went, and their bytes.
 
     What else lies in the folder stays.
     """
     now, count, size = time.time(), 0, 0
     folders = set()
-    for _, path in list(files()):
+    for _, path in list(files(kind)):
         found = path.stat()
         if now - found.st_mtime < older_than_days * 86400:
             continue
@@ -83,10 +99,16 @@ def shown(found: dict[str, Any], listed: bool) -> Iterator[Any]:
     if not listed:
         return
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
-    for i, name in enumerate(("kind", "entry", "size", "age")):
-        table.add_column(name, justify="left" if i < 2 else "right", overflow="fold")
+    for i, name in enumerate(("kind", "entry", "size", "age", "what")):
+        table.add_column(name, justify="right" if i in (2, 3) else "left", overflow="fold")
     for e in entries:
-        table.add_row(e["kind"], escape(e["name"]), byte_count(e["size"]), _age(e["age_days"]))
+        table.add_row(
+            e["kind"],
+            escape(e["name"]),
+            byte_count(e["size"]),
+            _age(e["age_days"]),
+            escape(e["about"]),
+        )
     yield table
 
 

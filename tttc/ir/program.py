@@ -30,7 +30,10 @@ class Program:
     verified: bool = False
     splits: dict = field(default_factory=dict)  # the full body split for the torch backend
     schedules: dict = field(default_factory=dict)  # of the parts, where one was chosen
+    plans: dict = field(default_factory=dict)  # of loops, where measuring has found one
+    searched: set = field(default_factory=set)  # what plans were searched for in this process
     kernels: dict = field(default_factory=dict)
+    constants: dict = field(default_factory=dict)  # of the bodies, by device
     gradients: dict = field(default_factory=dict)  # what backends derive from the bodies' VJPs
     save_interval: int | None = None  # mini-batches between saved states; None: chosen by cost
     no_kernels: str | None = None  # why Triton can not express it

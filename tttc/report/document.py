@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from tttc.report.costs import StageCost, expression
 from tttc.report.records import BackwardReport, RegionReport, ScanReport, StageReport
-from tttc.report.render import options_of
+from tttc.report.render import options_of, origin_of
 
 if TYPE_CHECKING:
     from tttc.codegen.kernel import Kernel
@@ -133,6 +133,7 @@ def _kernel(
         "source": kernel.source,
         "options": options_of(kernel),
         "reasons": dict(schedule.reasons) if schedule is not None else {},
+        "origin": origin_of(kernel),
         "resources": kernel.resources,
         "bytes": (kernel.cost or {}).get("bytes"),
     }

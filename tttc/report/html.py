@@ -14,7 +14,7 @@ from tttc.report.costs import StageCost, expression
 from tttc.report.drawing import draw
 from tttc.report.model import model_graph
 from tttc.report.records import GraphReport, ScanReport, SourceReport, StageReport
-from tttc.report.render import options_of, recurrence_words, shortened
+from tttc.report.render import options_of, origin_of, recurrence_words, shortened
 from tttc.report.text import byte_count, count, error, seconds, several
 
 if TYPE_CHECKING:
@@ -140,6 +140,7 @@ def _kernel(kernel: Kernel, level: int = 4) -> Markup:
             chosen=chosen,
             usual={k: v for k, v in options.items() if k not in chosen},
             reasons=reasons,
+            origin=origin_of(kernel),
             source=_python(kernel.source),
         )
     )

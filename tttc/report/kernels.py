@@ -57,6 +57,7 @@ def scan_launches(program: Program, call: Call) -> list[Launch]:
             info.output,
             call.arguments.get("states", True),
             launcher=launches.append,
+            device=call.tokens[0].device,
         )
     except NotLowerable:
         return []

@@ -246,8 +246,9 @@ def kernels(items: list[Kernel]) -> Padding:
     wrong = [
         Text(f"{k.name}: {k.resources['error']}") for k in items if "error" in (k.resources or {})
     ]
+    origins = dict.fromkeys(f"schedule by {x}" for k in items if (x := origin_of(k)))
     files = "\n".join(f"  {k.path.name}" for k in items)
-    text = f"sources, in that order, in {items[0].path.parent}:\n{files}"
+    text = "\n".join([f"sources, in that order, in {items[0].path.parent}:\n{files}", *origins])
     return Padding(
         Group(Fitted(made), *wrong, Text(text, style="dim", overflow="fold")), (0, 0, 0, 2)
     )
@@ -268,6 +269,12 @@ def options_of(kernel: Kernel) -> dict[str, Any]:
     if schedule is not None:
         return schedule.choices()
     return {n: v for n, v in kernel.config.items() if isinstance(v, (bool, int, str))}
+
+
+def origin_of(kernel: Kernel) -> str:
+    """Where the schedule of a kernel comes from, in words; "" where it has none."""
+    schedule = kernel.config.get("schedule")
+    return "" if schedule is None else schedule.origin
 
 
 def _bytes(x: float | None) -> str:

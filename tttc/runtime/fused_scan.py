@@ -47,7 +47,7 @@ def uses_triton(backend: str, device: torch.device, compute: torch.dtype) -> boo
 
 
 def _by_kernels(
-    program, anchor, carry, tokens, shared, place, info, states, saved, interval
+    program, anchor, carry, tokens, shared, place, info, states, saved, interval, tune
 ) -> list[Tensor] | None:
     """The scan by kernels; None, and remembered, where they can't be made or the device can't hold them."""
     save = (
@@ -69,6 +69,7 @@ def _by_kernels(
             states,
             save=save,
             interval=interval or 1,
+            tune=tune,
         )
     except NotLowerable as error:
         program.no_kernels = error.reason
@@ -88,8 +89,10 @@ def fused_scan(
     states: bool,
     interval: int,
     layer: str = "",
+    tune: bool = False,
 ) -> list[Tensor]:
-    """A compiled scan; arguments as those of ``torch.ops.tttc.scan``, ``layer`` names it to profilers.
+    """A compiled scan; arguments as those of ``torch.ops.tttc.scan``, ``layer`` names it to profilers, ``tune`` has
+    the schedules of its kernels searched for.
 
     Returns new anchor and new carry leaves where ``states``, then output leaves ``[B, H, T, ...]``, which lie
     in memory as ``[B, T, H, ...]``. Where ``interval`` is not 0, what the backward needs of the states follows:
@@ -98,11 +101,13 @@ def fused_scan(
     program = build_program(interned(key), mini_batch_size)
     place %= mini_batch_size  # which may not be the model's own
     with scan_range("forward", key, layer):
-        return _run(program, anchor, carry, tokens, shared, key, place, backend, states, interval)
+        return _run(
+            program, anchor, carry, tokens, shared, key, place, backend, states, interval, tune
+        )
 
 
 def _run(
-    program, anchor, carry, tokens, shared, key, place, backend, states, interval
+    program, anchor, carry, tokens, shared, key, place, backend, states, interval, tune
 ) -> list[Tensor]:
     info = scan_info(anchor, tokens, shared)
     if 0 in tokens[0].shape[:3]:
@@ -114,7 +119,7 @@ def _run(
     saved = _empty_saved(program, anchor, tokens, shared, place, interval, info, backend)
     if program.no_kernels is None and uses_triton(backend, tokens[0].device, info.compute):
         out = _by_kernels(
-            program, anchor, carry, tokens, shared, place, info, states, saved, interval
+            program, anchor, carry, tokens, shared, place, info, states, saved, interval, tune
         )
         if out is not None:
             return _unaliased(out, [*anchor, *carry, *tokens, *shared])
@@ -223,7 +228,18 @@ def _unaliased(results: list[Tensor], arguments: list[Tensor]) -> list[Tensor]:
 
 
 def _fused_scan_fake(
-    anchor, carry, tokens, shared, key, mini_batch_size, place, backend, states, interval, layer=""
+    anchor,
+    carry,
+    tokens,
+    shared,
+    key,
+    mini_batch_size,
+    place,
+    backend,
+    states,
+    interval,
+    layer="",
+    tune=False,
 ):
     info = scan_info(anchor, tokens, shared)
     outputs = _empty_outputs(tokens, key, info)

@@ -32,6 +32,7 @@ def fused_scan_backward(
     states: bool,
     interval: int,
     layer: str = "",
+    tune: bool = False,
 ) -> list[Tensor]:
     """Cotangents of the arguments of ``tttc::fused_scan`` that are ``wanted``, each like its argument.
 
@@ -53,11 +54,24 @@ def fused_scan_backward(
             backend,
             states,
             interval,
+            tune,
         )
 
 
 def _run(
-    program, grads, anchor, carry, tokens, shared, saved, wanted, place, backend, states, interval
+    program,
+    grads,
+    anchor,
+    carry,
+    tokens,
+    shared,
+    saved,
+    wanted,
+    place,
+    backend,
+    states,
+    interval,
+    tune,
 ) -> list[Tensor]:
     info = scan_info(anchor, tokens, shared)
     out = _empty_cotangents(anchor, carry, tokens, shared, wanted)
@@ -84,7 +98,9 @@ def _run(
     made = None
     if saved and _has_kernels(program, leaves, backend, tokens[0], info.compute):
         try:
-            made = run_backward_kernels(program, leaves, *arguments, interval, rows, info.output)
+            made = run_backward_kernels(
+                program, leaves, *arguments, interval, rows, info.output, tune=tune
+            )
         except KernelTooLarge as error:
             program.no_backward_kernels = error.reason
     if made is None:

@@ -13,7 +13,8 @@ from tttc.codegen.schedule import Schedule
 from tttc.codegen.stages import stages
 from tttc.codegen.triton_loop import render
 from tttc.ir.build import dims_of
-from tttc.runtime.launch import Launch
+from tttc.runtime.ahead import compile_ahead
+from tttc.runtime.launch import Launch, launch
 
 Tensor = torch.Tensor
 Launcher = Callable[[Launch], None]
@@ -100,6 +101,7 @@ def run_staged(
     device = next(iter(tensors.values())).device
     mini_batches = -(-length // made.kernels[0].config["mini_batch_size"])
     results: dict[str, Tensor] = {}
+    launches: list[Launch] = []
 
     def empty(name: str, shape: tuple[int, ...], *, wide: bool = False) -> Tensor:
         kind = dtype if name in made.narrow and not wide else torch.float32
@@ -119,7 +121,12 @@ def run_staged(
         for name, shape in config["sums"].items():
             lead = (batch, heads, programs) if config["parallel"] else (batch, heads)
             results[name] = have[name] = empty(name, (*lead, *shape), wide=True)
-        launcher(Launch(kernel, have, (batch * heads, programs), length, heads, place, dtype))
-        if config["parallel"]:
-            results |= {name: results[name].sum(2) for name in config["sums"]}
+        grid = (batch * heads, programs)
+        launches.append(Launch(kernel, have, grid, length, heads, place, dtype))
+    if device.type == "cuda" and launcher is launch and not made.kernels[-1].compiled:
+        compile_ahead(launches, device)
+    for call in launches:
+        launcher(call)
+        if call.kernel.config["parallel"]:
+            results |= {name: results[name].sum(2) for name in call.kernel.config["sums"]}
     return results

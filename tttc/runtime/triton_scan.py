@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from tttc.codegen.heuristics import crowding, default_schedule
+from tttc.codegen.heuristics import default_schedule
 from tttc.codegen.loop import Loop, constant_tensors, scan_loop
 from tttc.codegen.schedule import Schedule
 from tttc.codegen.torch_scan import run_program, squeeze_features
@@ -16,8 +16,12 @@ from tttc.ir.program import Program
 from tttc.passes.prune_state import live_states
 from tttc.runtime.launch import launch
 from tttc.runtime.staged import Launcher, Staged, run_staged, staged
+from tttc.tuning.choose import plan_for
+from tttc.tuning.plan import Setting, setting_of
+from tttc.tuning.search import Call
 
 Tensor = torch.Tensor
+PLAIN = Setting()
 _lock = threading.Lock()
 
 
@@ -27,8 +31,9 @@ def scan_kernels(
     states: bool = True,
     schedule: Schedule | None = None,
     save: tuple[int, ...] = (),
-    crowd: int = 1,
+    setting: Setting = PLAIN,
     interval: int = 1,
+    call: Call | None = None,
 ) -> Staged:
     """The kernels of a part of a program, rendered once.
 
@@ -38,25 +43,33 @@ def scan_kernels(
         states: whether final states are wanted.
         schedule: None for the one chosen for the part, else the default.
         save: state leaves to store at every ``interval``-th mini-batch.
-        crowd: how full the device is of programs (:func:`tttc.codegen.heuristics.crowding`), which the default
-            depends on.
+        setting: the size class of the call, which the default depends on.
         interval: of the mini-batches at which states are stored.
+        call: arguments to search for a schedule on, where none is known.
 
     Raises:
         NotLowerable: where an operator has no Triton form.
     """
     with _lock:
         schedule = schedule or program.schedules.get(part)
-        key = (part, states, save, interval, schedule or crowd)
+        which = (part, states, save, interval)
+
+        def loop() -> Loop:
+            return _loop(program, part, states, save, interval)
+
+        plan = plan_for(program, which, loop, setting, call=call) if schedule is None else None
+        key = (*which, schedule or plan or setting.crowd)
         if key not in program.kernels:
-            loop = _loop(program, part, states, save, interval)
+            whole = loop()
+
+            def chosen(part: Loop) -> Schedule:
+                if schedule is not None:
+                    return schedule
+                return plan.schedule(part) if plan else default_schedule(part, setting.crowd)
+
             # Outputs made in parallel need the state of every mini-batch.
-            count = 1 if interval > 1 else (schedule or default_schedule(loop, crowd)).stages
-            program.kernels[key] = staged(
-                loop,
-                count,
-                lambda stage: schedule or default_schedule(stage, crowd),
-            )
+            wanted = plan.stages if plan else chosen(whole).stages
+            program.kernels[key] = staged(whole, 1 if interval > 1 else wanted, chosen)
         return program.kernels[key]
 
 
@@ -91,18 +104,23 @@ def run_kernels(
     launcher: Launcher = launch,
     save: dict[int, Tensor] | None = None,
     interval: int = 1,
+    tune: bool = False,
+    device: torch.device | None = None,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Scan by kernels; arguments and results as :func:`tttc.codegen.torch_scan.run_program`.
 
     Tokens keep their dtypes. Outputs are laid out ``[B, T, H, ...]`` in memory, as projections take them.
     ``states=False`` leaves the states out; the lists are then empty. ``launcher`` gets every launch there is:
     one that only records them, on meta tensors, tells what a call would run. ``save`` has a tensor
-    ``[B, H, N, ...]`` for each state leaf to store at every mini-batch that starts at its anchor.
+    ``[B, H, N, ...]`` for each state leaf to store at every mini-batch that starts at its anchor. ``tune`` searches for
+    the schedules of mini-batches where none are remembered. ``device`` is what they are chosen for, None for that of
+    the tensors.
     """
     batch, heads, length = tokens[0].shape[:3]
     shapes = [x.shape for x in anchor]
-    crowd = crowding(batch * heads, -(-length // program.unit), anchor[0].device)
-    named: dict[str, Tensor] = constant_tensors(program.token, anchor[0].device)
+    mini_batches = -(-length // program.unit)
+    setting = setting_of(batch * heads, mini_batches, output_dtype, device or anchor[0].device)
+    named: dict[str, Tensor] = constant_tensors(program, anchor[0].device)
     named |= {f"shared_{i}": squeeze_features(x, 1) for i, x in enumerate(shared)}
     now_anchor = [squeeze_features(x, 2) for x in anchor]
     now_carry = [squeeze_features(x, 2) for x in carry] if carry else now_anchor
@@ -131,12 +149,16 @@ def run_kernels(
     def run(part: str, start: int, count: int, place: int, states: bool) -> None:
         nonlocal now_anchor, now_carry
         stored = tuple(save or ()) if part in ("full", "tokens") else ()
-        kernels = scan_kernels(program, part, states, save=stored, crowd=crowd, interval=interval)
         given = named | saved
         given |= {f"token_{i}": x[:, :, start : start + count] for i, x in enumerate(rows)}
         given |= {f"output_{i}": x[:, :, start : start + count] for i, x in enumerate(results)}
         given |= {f"anchor_{i}": x for i, x in enumerate(now_anchor)}
         given |= {f"carry_{i}": x for i, x in enumerate(now_carry)}
+        searched = tune and part != "continued" and launcher is launch
+        call = Call(given, batch, heads, count, place, output_dtype) if searched else None
+        kernels = scan_kernels(
+            program, part, states, save=stored, setting=setting, interval=interval, call=call
+        )
         try:
             made = run_staged(kernels, given, batch, heads, count, place, output_dtype, launcher)
         except KernelTooLarge:

@@ -7,15 +7,19 @@ from collections.abc import Sequence
 
 import torch
 
-from tttc.codegen.heuristics import crowding, default_schedule
+from tttc.codegen.heuristics import default_schedule
 from tttc.codegen.loop import Loop, backward_loop, constant_tensors, used
+from tttc.codegen.schedule import Schedule
 from tttc.codegen.torch_scan import squeeze_features
 from tttc.codegen.torch_scan_backward import Leaves, derive, live_cotangents
 from tttc.ir.body import role
 from tttc.ir.program import Program
 from tttc.runtime.launch import launch
 from tttc.runtime.staged import Launcher, Staged, narrow_sources, run_staged, staged
-from tttc.runtime.triton_scan import run_kernels
+from tttc.runtime.triton_scan import PLAIN, run_kernels
+from tttc.tuning.choose import plan_for
+from tttc.tuning.plan import Setting, setting_of
+from tttc.tuning.search import Call
 
 Tensor = torch.Tensor
 _lock = threading.Lock()
@@ -26,31 +30,39 @@ def backward_kernels(
     part: str,
     leaves: Leaves,
     live: tuple[int, ...] | None = None,
-    crowd: int = 1,
+    setting: Setting = PLAIN,
+    call: Call | None = None,
 ) -> Staged:
     """The kernels of the VJP of a body ("full", "continued" or "token"), rendered once.
 
-    ``live``: the states that have cotangents, all where None. ``crowd``: as of
-    :func:`tttc.runtime.triton_scan.scan_kernels`.
+    ``live``: the states that have cotangents, all where None. ``setting`` and
+    ``call``: as of :func:`tttc.runtime.triton_scan.scan_kernels`.
 
     Raises:
         NotLowerable: where an operator has no derivative or no Triton form.
     """
     with _lock:
         chosen = program.schedules.get(f"{part}_backward")
-        key = ("backward", part, leaves, live, chosen or crowd)
+        which = ("backward", part, leaves, live)
+
+        def loop() -> Loop:
+            return backward_loop_of(program, part, leaves, live)
+
+        plan = plan_for(program, which, loop, setting, True, call) if chosen is None else None
+        key = (*which, chosen or plan or setting.crowd)
         if key not in program.kernels:
-            loop = backward_loop_of(program, part, leaves, live)
-            schedule = chosen or default_schedule(loop, crowd, backward=True)
-            program.kernels[key] = staged(
-                loop,
-                schedule.stages,
-                lambda stage: (
-                    program.schedules.get(stage.name)
-                    or chosen
-                    or default_schedule(stage, crowd, backward=True)
-                ),
-            )
+            whole = loop()
+            schedule = chosen or default_schedule(whole, setting.crowd, backward=True)
+
+            def of(stage: Loop) -> Schedule:
+                given = program.schedules.get(stage.name) or chosen
+                if given is not None:
+                    return given
+                if plan is not None:
+                    return plan.schedule(stage)
+                return default_schedule(stage, setting.crowd, backward=True)
+
+            program.kernels[key] = staged(whole, plan.stages if plan else schedule.stages, of)
         return program.kernels[key]
 
 
@@ -93,6 +105,7 @@ def run_backward_kernels(
     out: dict[str, Tensor],
     dtype: torch.dtype,
     launcher: Launcher = launch,
+    tune: bool = False,
 ) -> tuple[list[Tensor], list[Tensor], dict[str, Tensor]]:
     """The cotangents of a scan's arguments, by kernels.
 
@@ -101,8 +114,8 @@ def run_backward_kernels(
     """
     batch, heads, length = tokens[0].shape[:3]
     b = program.unit
-    crowd = crowding(batch * heads, -(-length // b), anchor[0].device)
-    named = constant_tensors(program.token, anchor[0].device)
+    setting = setting_of(batch * heads, -(-length // b), dtype, anchor[0].device)
+    named = constant_tensors(program, anchor[0].device)
     named |= {f"shared_{i}": squeeze_features(x, 1) for i, x in enumerate(shared)}
     now_anchor = [squeeze_features(x, 2) for x in anchor]
     now_carry = [squeeze_features(x, 2) for x in carry] if carry else now_anchor
@@ -136,9 +149,11 @@ def run_backward_kernels(
 
     def run(part: str, start: int, count: int, states: dict[str, Tensor]) -> None:
         nonlocal on_anchor, on_carry
-        kernels = backward_kernels(program, part, leaves, given_states, crowd)
         tensors = named | states | {k: x[:, :, start : start + count] for k, x in rows.items()}
         tensors |= {f"gstate_{i}": g for i, g in enumerate(on_carry)}
+        searched = tune and part != "continued" and launcher is launch
+        call = Call(tensors, batch, heads, count, 0, dtype) if searched else None
+        kernels = backward_kernels(program, part, leaves, given_states, setting, call)
         results = run_staged(kernels, tensors, batch, heads, count, 0, dtype, launcher)
         for i, x in enumerate(on_carry):
             on_carry[i] = results.get(f"new_gstate_{i}", results.get(f"gcarry_{i}", x))
@@ -175,7 +190,17 @@ def run_backward_kernels(
         }
         piece = [x[:, :, start:stop] for x in tokens]
         run_kernels(
-            program, begin, [], piece, shared, 0, dtype, states=False, launcher=launcher, save=kept
+            program,
+            begin,
+            [],
+            piece,
+            shared,
+            0,
+            dtype,
+            states=False,
+            launcher=launcher,
+            save=kept,
+            tune=tune,
         )
         return {f"saved_{kind}_{i}": squeeze_features(x, 3) for i, x in kept.items()}
 

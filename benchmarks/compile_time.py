@@ -1,0 +1,111 @@
+"""How long a first call takes: cold, warm from disk, tuned; one layer and many. Each in a process of its own.
+
+    python benchmarks/compile_time.py benchmarks/results/OUT.json [--layers 24]
+
+Times are seconds from `import torch` to the first result, `import tttc` among them, and of that the first call alone, and
+the processor's time of the process; on a GPU in bf16 by kernels, else in float32 by torch operations. Caches on disk are empty folders of their own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+WIDTH, HEADS, BATCH, LENGTH = 768, 12, 4, 2048
+CASES = {
+    "one layer, cold": (1, False, "new"),
+    "one layer, warm from disk": (1, False, "kept"),
+    "one layer, tuned, cold": (1, True, "new"),
+    "one layer, tuned, warm from disk": (1, True, "kept"),
+    "{n} layers, cold": (0, False, "new"),
+    "{n} layers, warm from disk": (0, False, "kept"),
+}
+
+
+def child(layers: int, tune: bool, backward: bool) -> None:
+    """One measurement; prints it as JSON."""
+    import time
+
+    import torch
+
+    start, used = time.perf_counter(), time.process_time()
+    import tttc
+    from tttc.models import TTTConfig, TTTLanguageModel
+
+    gpu = torch.cuda.is_available()
+    device, dtype = ("cuda", torch.bfloat16) if gpu else ("cpu", torch.float32)
+    length = LENGTH if gpu else 64
+    sizes = {"hidden_size": WIDTH, "num_layers": layers, "num_heads": HEADS}
+    model = TTTLanguageModel(TTTConfig(**sizes, vocab_size=256)).to(device, dtype)
+    ids = torch.randint(256, (BATCH, length), device=device)
+    compiled = tttc.compile(model, strict=True, tune=tune)
+    called = time.perf_counter()
+    with torch.set_grad_enabled(backward):
+        y = compiled(ids)
+        if backward:
+            y.float().square().mean().backward()
+    if gpu:
+        torch.cuda.synchronize()
+    end = time.perf_counter()
+    processor = time.process_time() - used
+    print(json.dumps({"seconds": end - start, "first call": end - called, "processor": processor}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        layers, tune, backward = map(int, options.child)
+        child(layers, bool(tune), bool(backward))
+        return
+    import torch
+
+    rows: list[dict[str, Any]] = []
+    for backward in (False, True):
+        folder = None
+        for name, (layers, tune, cache) in CASES.items():
+            if cache == "new" or folder is None:
+                folder = tempfile.TemporaryDirectory()
+            environment = {
+                **os.environ,
+                "TTTC_CACHE_DIR": f"{folder.name}/tttc",
+                "TRITON_CACHE_DIR": f"{folder.name}/triton",
+            }
+            arguments = [str(int(x)) for x in (layers or options.layers, tune, backward)]
+            run = subprocess.run(
+                [sys.executable, __file__, str(options.out), "--child", *arguments],
+                env=environment, capture_output=True, text=True, check=False,
+            )  # fmt: skip
+            row: dict[str, Any] = {
+                "case": name.format(n=options.layers),
+                "direction": "training step" if backward else "forward",
+            }
+            if run.returncode:
+                row["error"] = run.stderr[-500:]
+            else:
+                row |= json.loads(run.stdout.splitlines()[-1])
+            rows.append(row)
+            print(row, flush=True)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    document = {
+        "command": "python benchmarks/compile_time.py",
+        "date": str(datetime.date.today()),
+        "device": device,
+        "versions": {"torch": torch.__version__},
+        "rows": rows,
+    }
+    options.out.write_text(json.dumps(document, indent=1))
+
+
+if __name__ == "__main__":
+    main()

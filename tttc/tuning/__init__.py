@@ -1,0 +1,1 @@
+"""Schedules found by measuring: searched for, remembered, chosen."""
