@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from torch import fx
+from torch.utils._python_dispatch import _disable_current_modes
 
 from tttc.ir import ops
 from tttc.ir.body import Body, operands_of, role, spec_of
@@ -107,7 +108,8 @@ def labelled(captured: fx.GraphModule, roles: Sequence[str]) -> Labelled:
     for _ in range(64):
         run = _Loop(captured, roles, parts)
         try:
-            body = run.run()
+            with _disable_current_modes():  # whoever asks may be tracing; constants have values
+                body = run.run()
             break
         except _Split as split:
             if not _take_apart(run, parts, split):
@@ -167,6 +169,8 @@ class Pieces:
         tokens: what the step takes of each token, made outside.
         shared: what it takes that is the same for all tokens.
         outputs: what it gives of each token.
+        constants: what it takes that is made from nothing.
+        constants: what it takes that is always the same.
     """
 
     grid: Names
@@ -176,6 +180,7 @@ class Pieces:
     tokens: list[fx.Node] = field(default_factory=list)
     shared: list[fx.Node] = field(default_factory=list)
     outputs: list[fx.Node] = field(default_factory=list)
+    constants: list[fx.Node] = field(default_factory=list)
 
 
 def pieces(body: Body) -> Pieces:
@@ -227,8 +232,10 @@ def pieces(body: Body) -> Pieces:
     for x in states:
         if x not in made and x not in on_state:
             taken[x] = None
+    constants = {p for p in body.placeholders if role(p)[0] == "constant"}
+    out.constants = [x for x in taken if x in constants]
     out.tokens = [x for x in taken if x in varies]
-    out.shared = [x for x in taken if x not in varies]
+    out.shared = [x for x in taken if x not in varies and x not in constants]
     return out
 
 

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
+from tttc.capture.constants import fold_constants
 from tttc.capture.places import Copier
 from tttc.capture.step import SourceLines, decomposition_table
 from tttc.ir.body import is_users
@@ -179,6 +180,7 @@ def trace(
     if _mutates(gm.graph):
         gm = _functional(gm, leaves, mode)
     _drop_copies(gm.graph)
+    fold_constants(gm)
     nodes = [n for n in gm.graph.nodes if n.op == "placeholder"]
     results = list(gm.graph.output_node().args[0])  # type: ignore[arg-type]
     outputs = dict(zip(left["places"], results, strict=False))

@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 from tttc import _tracing
 from tttc.capture.places import Copier
-from tttc.capture.plan import NoTokens, Plan, Planner
+from tttc.capture.plan import NoTokens, Plan, Planner, whole_iterations
 from tttc.capture.source import LoopSource, Rewritten
 from tttc.ir.body import is_users
 from tttc.ir.errors import NotLowerable
@@ -60,7 +60,7 @@ class Site:
 
     def choose(self, bounds: Any, values: Any) -> int:
         """Which plan holds for these variables; EAGER or INLINE where none does."""
-        if not self.tokens or bounds[2] <= 0 or bounds[1] - bounds[0] <= bounds[2]:
+        if not self.tokens or bounds[2] <= 0 or whole_iterations(self.source, bounds, values) <= 1:
             return INLINE
         found = self._find(bounds, values)
         if found == EAGER and not torch.compiler.is_dynamo_compiling():

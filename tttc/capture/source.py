@@ -53,6 +53,8 @@ class LoopSource:
     bounds: ast.expr | None = None  # (start, stop, step)
     body: Callable[..., dict[str, Any]] | None = None  # one iteration: variables in, variables out
     eager: Callable[..., Any] | None = None
+    once: ast.For | None = None  # the statement, for one value of the loop variable
+    variable: str = ""  # that value, or its number where the loop runs over sequences
     refusal: str | None = None
 
 
@@ -226,7 +228,9 @@ class Rewritten:
         sources = [name for name, _, _ in loop.sources]
         loop.inputs = sorted(names & local & before - set(sources)) + sources
         loop.beside = sorted((names | _names([node.iter], ast.Load)) & local & before)
-        loop.results = sorted((stored | appended) & after)
+        # A last iteration that takes fewer tokens goes on from what the others leave.
+        left = _read_first(node) & stored & before if _takes_several(node) else set()
+        loop.results = sorted((stored | appended) & (after | left))
         joins = _joins(self.tree)
         for name in appended:
             if uses.get(name) and all(id(u) in joins for u in uses[name]):
@@ -270,6 +274,7 @@ class Rewritten:
                 target = ast.Tuple([ast.Name(variable, ast.Load()), target], ast.Load())
         once = ast.For(node.target, ast.Tuple([target], ast.Load()), node.body, [])
         ast.copy_location(once, node)
+        loop.once, loop.variable = once, variable
         unbound = [_if_unbound(name) for name in names if name not in loop.inputs]
         body = [*unbound, *helpers, once, ast.Return(_call("locals"))]
         arguments = [variable, *names, *sources]
@@ -329,6 +334,7 @@ class Rewritten:
         }
         injected |= {
             "__tttc_joined": layout.joined,
+            "__tttc_item": item,
             "__tttc_unbind": layout.unbound,
             "__tttc_split": layout.pieces_of,
             "__tttc_chunk": layout.chunks_of,
@@ -434,6 +440,51 @@ def _repeats(tree: ast.AST, node: ast.For) -> bool:
     )
 
 
+def _takes_several(node: ast.For) -> bool:
+    """Whether an iteration may take several tokens: the last one then takes what is left."""
+    iterator = _inner(node.iter)
+    if _is_call_of(iterator, "range"):
+        return len(iterator.args) > 2  # type: ignore[attr-defined]
+    every = iterator.args if _is_call_of(iterator, "zip") else [iterator]  # type: ignore[attr-defined]
+    return any(_is_method(x, ("split", "chunk")) for x in every)
+
+
+def _read_first(node: ast.For) -> set[str]:
+    """The names that an iteration may read before it binds them."""
+    bound: set[str] = set()
+    read: set[str] = set()
+
+    def visit(n: ast.AST) -> None:
+        if isinstance(n, ast.Name):
+            if isinstance(n.ctx, ast.Load):
+                read.update({n.id} - bound)
+            else:
+                bound.add(n.id)
+        elif isinstance(n, (ast.Assign, ast.AnnAssign)):
+            if n.value is not None:
+                visit(n.value)
+            for target in n.targets if isinstance(n, ast.Assign) else [n.target]:
+                visit(target)
+        elif isinstance(n, ast.AugAssign):
+            read.update(_names([n.target], ast.Store) - bound)
+            visit(n.value)
+            visit(n.target)
+        elif isinstance(n, (ast.If, ast.For, ast.While, ast.FunctionDef, ast.Lambda)):
+            # What happens inside may not happen: it binds nothing for certain.
+            before = set(bound)
+            for child in ast.iter_child_nodes(n):
+                visit(child)
+            bound.intersection_update(before)
+        else:
+            for child in ast.iter_child_nodes(n):
+                visit(child)
+
+    visit(node.target)
+    for statement in node.body:
+        visit(statement)
+    return read
+
+
 def _joins(tree: ast.AST) -> set[int]:
     """Names that are the first argument of ``torch.stack`` and the like."""
     return {
@@ -498,7 +549,9 @@ class _Replace(ast.NodeTransformer):
             counts = ast.Tuple([load(name) for name, _, _ in loop.sources], ast.Load())
             bounds = ast.Call(ast.Attribute(load(site), "counted", ast.Load()), [counts], [])
         statements.append(ast.Assign([ast.Name(given, ast.Store())], bounds))
+        held = f"__tttc_values_{loop.index}"
         values = ast.Tuple([load(x) for x in loop.inputs], ast.Load())
+        statements.append(ast.Assign([ast.Name(held, ast.Store())], values))
         beside = ast.Tuple([load(x) for x in loop.beside], ast.Load())
 
         def method(owner: ast.expr, name: str, arguments: list[ast.expr]) -> ast.stmt:
@@ -513,13 +566,17 @@ class _Replace(ast.NodeTransformer):
             ast.Assign(
                 [ast.Name(chosen, ast.Store())],
                 ast.Call(
-                    ast.Attribute(load(site), "choose", ast.Load()), [load(given), values], []
+                    ast.Attribute(load(site), "choose", ast.Load()), [load(given), load(held)], []
                 ),
             )
         )
         plan = ast.Subscript(
             ast.Attribute(load(site), "plans", ast.Load()), load(chosen), ast.Load()
         )
+        left = ast.Call(
+            ast.Attribute(plan, "rest", ast.Load()), [load(given), load(held)], []
+        )
+        rest = ast.For(ast.Name(loop.variable, ast.Store()), left, [loop.once], [])
         eager = ast.If(
             ast.Compare(load(chosen), [ast.Eq()], [ast.UnaryOp(ast.USub(), ast.Constant(1))]),
             [method(load(site), "eagerly", [beside])],
@@ -528,7 +585,7 @@ class _Replace(ast.NodeTransformer):
         statements.append(
             ast.If(
                 ast.Compare(load(chosen), [ast.GtE()], [ast.Constant(0)]),
-                [method(plan, "run", [load(given), values])],
+                [method(plan, "run", [load(given), load(held)]), rest],
                 [eager],
             )
         )

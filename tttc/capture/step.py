@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tttc._checks import run_one_token
+from tttc.capture.constants import fold_constants
 from tttc.ir.body import is_users
 
 aten = torch.ops.aten
@@ -151,8 +152,10 @@ def capture_step(
             torch.func.functionalize(flat, remove="mutations"),
             decomposition_table=table,
             tracing_mode="fake",
+            _allow_non_fake_inputs=True,  # tensors the step closes over keep their values
         )(*state, *(torch.zeros_like(x) for x in state), *tokens, *shared)
     gm.graph.eliminate_dead_code()
     gm.recompile()
+    fold_constants(gm)
     gm.meta["counts"] = counts
     return gm
