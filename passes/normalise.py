@@ -371,7 +371,7 @@ class Normaliser:
         own = tuple(x for axis in axes for x in axis)
         node.meta["labels"] = ((), own, 0)
         self.labels.separate(own)
-        self.constants.append(tensor.detach())
+        self.constants.append(tensor.detach().squeeze())
         return Value(node, axes)
 
     def call(self, node: fx.Node) -> Any:

@@ -21,12 +21,12 @@ from torch._dynamo.backends.common import aot_autograd
 import tttc.runtime.fused_scan_backward  # noqa: F401  (registers the operators)
 from tttc import _recorder, _tracing, logs
 from tttc._checks import check_mini_batch_size
-from tttc._scan_op import approximation, interned
+from tttc._scan_op import approximation, as_tiles, as_tokens, interned
 from tttc.capture.loops import Loops
 from tttc.codegen.rowwise_launch import lower_regions
 from tttc.ir.errors import CheckError, NotLowerable
 from tttc.passes.fuse import decompositions, fuse
-from tttc.pipeline import build_program
+from tttc.pipeline import build_program, in_tokens
 from tttc.progress import phase
 from tttc.runtime.fused_scan import saving_interval
 
@@ -118,6 +118,10 @@ def requested(key: str, mini_batch_size: int, options: Options) -> tuple[str, in
     An online rule (``mini_batch_size`` 1) stays what it is where it has an exact form for many tokens at a time, or
     where its approximation has none either.
     """
+    if mini_batch_size == 1:
+        tokens = in_tokens(key, options.verify)
+        if tokens is not None:
+            return tokens, 1
     size = options.mini_batch_size
     if size is None or size == mini_batch_size:
         return key, mini_batch_size
@@ -158,12 +162,19 @@ def _replace_scan(
         [x.meta["example_value"] for x in group]  # type: ignore[union-attr]
         for group in node.args[:4]
     )
+    tile = interned(key).tile
+    given: Any = node.args[2]
+    if tile is not None:
+        given = [_inserted(graph, node, as_tokens, x, a) for x, a in zip(given, tile.tokens, strict=True)]
+        tokens = [x.meta["example_value"] for x in given]
     interval = saving_interval(anchor, carry, tokens, shared, key, mini_batch_size, backend)
     with graph.inserting_before(node):
         new = graph.call_function(
             torch.ops.tttc.fused_scan.default,
             (
-                *node.args[:4],
+                *node.args[:2],
+                given,
+                node.args[3],
                 key,
                 mini_batch_size,
                 node.args[6],
@@ -175,11 +186,29 @@ def _replace_scan(
         )
         new.meta = dict(node.meta)
     for user in list(node.users):
+        index = picked(user) - skipped
         if states:
             user.replace_input_with(node, new)
         else:
-            user.args = (new, picked(user) - skipped)
+            user.args = (new, index)
+        if tile is not None and index >= 0:
+            users = list(user.users)
+            made = _inserted(graph, users[0], as_tiles, user, tile.outputs[index], tile.size)
+            for u in users:
+                u.replace_input_with(user, made)
     graph.erase_node(node)
+
+
+def _inserted(
+    graph: fx.Graph, before: fx.Node, function: Callable[..., Any], x: fx.Node, *rest: Any
+) -> fx.Node:
+    """A function of a tensor, as a node of a graph that TorchDynamo captured."""
+    with graph.inserting_before(before):
+        made = graph.call_function(function, (x, *rest))
+    value = x.meta["example_value"]
+    if isinstance(value, torch.Tensor) and function is as_tokens:
+        made.meta["example_value"] = function(value, *rest)
+    return made
 
 
 def _compile_graph(
@@ -269,6 +298,9 @@ class _DirectScans:
             self._refuse(call.key.rpartition("#")[0], mini_batch_size, error)
             return None
         anchor, carry, tokens, shared = call[1:5]
+        tile = interned(key).tile
+        if tile is not None:
+            tokens = [as_tokens(x, a) for x, a in zip(tokens, tile.tokens, strict=True)]
         interval = saving_interval(
             anchor, carry, tokens, shared, key, mini_batch_size, self.options.backend
         )
@@ -284,7 +316,11 @@ class _DirectScans:
             True,
             interval,
         )
-        return out[: 2 * len(call.anchor) + len(interned(call.key).outputs)]
+        states = 2 * len(call.anchor)
+        z = out[states : states + len(interned(call.key).outputs)]
+        if tile is not None:
+            z = [as_tiles(x, a, tile.size) for x, a in zip(z, tile.outputs, strict=True)]
+        return [*out[:states], *z]
 
     def _refuse(self, name: str, mini_batch_size: int, error: NotLowerable) -> None:
         if self.options.strict:

@@ -152,7 +152,7 @@ class Writer:
             "_step_function": step,
             **constants,
             **{f"_{f}": getattr(layout, f) for f in (
-                "moving", "apart", "scanned", "per_head", "unscanned", "together", "expanded", "Joined"
+                "like", "moving", "apart", "scanned", "per_head", "unscanned", "together", "expanded", "Joined"
             )},
         }  # fmt: skip
         self.grid = grid_of(loop)
@@ -200,9 +200,9 @@ class Writer:
             if node not in used or kind in ("anchor", "carry"):
                 continue
             if kind == "constant":
-                self.scope[f"_constant_{i}"] = body.constants[i]
+                self.scope[f"_known_{i}"] = body.constants[i]
                 like = next(iter(self.loop.given.values())).expression
-                self.line(f"_{node.name} = _constant_{i}.to({like}.device)")
+                self.line(f"_{node.name} = _like(_known_{i}, {like})")
                 self.names[node] = (f"_{node.name}", dims_of(node))
                 continue
             g = self.loop.given[str(node.target)]

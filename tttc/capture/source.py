@@ -60,11 +60,27 @@ class LoopSource:
 
 def _names(nodes: Iterable[ast.AST], *contexts: type) -> set[str]:
     return {
-        n.id
-        for root in nodes
-        for n in ast.walk(root)
-        if isinstance(n, ast.Name) and isinstance(n.ctx, contexts)
+        n.id for root in nodes for n in _own_names(root) if isinstance(n.ctx, contexts)
     }
+
+
+_COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+
+
+def _own_names(root: ast.AST) -> list[ast.Name]:
+    """The names in a piece of source that are not those of a comprehension inside it."""
+    inner: set[int] = set()
+    for n in ast.walk(root):
+        if isinstance(n, _COMPREHENSIONS):
+            bound = {x.id for g in n.generators for x in ast.walk(g.target) if isinstance(x, ast.Name)}
+            # What the first sequence is made of belongs to the function around it.
+            first = {id(x) for x in ast.walk(n.generators[0].iter)}
+            inner |= {
+                id(x)
+                for x in ast.walk(n)
+                if isinstance(x, ast.Name) and x.id in bound and id(x) not in first
+            }
+    return [n for n in ast.walk(root) if isinstance(n, ast.Name) and id(n) not in inner]
 
 
 def _free(statement: ast.stmt) -> set[str]:
@@ -186,6 +202,7 @@ class Rewritten:
         uses: dict[str, list[ast.AST]] = {}
         inside = {id(n) for n in ast.walk(node)}
         around = _repeats(self.tree, node)
+        own = {id(n) for n in _own_names(self.tree)}
         for n in ast.walk(self.tree):
             if id(n) in inside or not hasattr(n, "lineno"):
                 continue
@@ -194,7 +211,7 @@ class Rewritten:
                 defined[n.name] = n
             elif isinstance(n, ast.Assign) and isinstance(n.value, ast.Lambda) and early:
                 defined |= {x.id: n for x in n.targets if isinstance(x, ast.Name)}
-            if isinstance(n, ast.Name):
+            if isinstance(n, ast.Name) and id(n) in own:
                 if isinstance(n.ctx, ast.Store) and early:
                     before.add(n.id)
                 elif isinstance(n.ctx, ast.Load) and (not early or around):

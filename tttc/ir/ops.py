@@ -266,7 +266,8 @@ def broadcast(spec: str, x: Any, like: Tensor) -> Tensor:
     like = align(like, dims, parsed.result)
     if not isinstance(x, Tensor):
         return torch.full_like(like, x)
-    return align(x, parsed.operands[0], parsed.result).expand_as(like)
+    x = align(x, parsed.operands[0], parsed.result)
+    return x.expand(torch.broadcast_shapes(x.shape, like.shape))
 
 
 def last(spec: str, x: Tensor) -> Tensor:
