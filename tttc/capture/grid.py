@@ -232,10 +232,9 @@ def pieces(body: Body) -> Pieces:
     for x in states:
         if x not in made and x not in on_state:
             taken[x] = None
-    constants = {p for p in body.placeholders if role(p)[0] == "constant"}
-    out.constants = [x for x in taken if x in constants]
+    out.constants = [x for x in taken if _is_constant(x)]
     out.tokens = [x for x in taken if x in varies]
-    out.shared = [x for x in taken if x not in varies and x not in constants]
+    out.shared = [x for x in taken if x not in varies and not _is_constant(x)]
     return out
 
 
@@ -243,9 +242,13 @@ def _is_layer(node: fx.Node, varies: set[fx.Node]) -> bool:
     """Whether a node is a linear layer: a sum over a dimension of a parameter."""
     if node.target is not ops.contraction:
         return False
-    parameters = [x for x in operands_of(node) if x not in varies]
+    parameters = [x for x in operands_of(node) if x not in varies and not _is_constant(x)]
     summed = parse(spec_of(node)).summed
     return any(d in dims_of(x) for x in parameters for d in summed)
+
+
+def _is_constant(x: Any) -> bool:
+    return isinstance(x, fx.Node) and x.op == "placeholder" and role(x)[0] == "constant"
 
 
 def _breaks(node: fx.Node, grid: Names, hoisted: set[fx.Node], varies: set[fx.Node]) -> bool:

@@ -217,6 +217,13 @@ class Rewritten:
                 elif isinstance(n.ctx, ast.Load) and (not early or around):
                     after.add(n.id)
                     uses.setdefault(n.id, []).append(n)
+        # What is made from numbers alone, a mask say, is made again inside: its values are known there.
+        for n in self.tree.body:
+            if n.lineno < node.lineno and isinstance(n, ast.Assign) and len(n.targets) == 1:
+                target = n.targets[0]
+                if isinstance(target, ast.Name) and _from_nothing(n.value, defined):
+                    if _stores(self.tree, target.id) == 1:
+                        defined[target.id] = n
         # Functions defined on the way see the loop's variables: the iteration defines them again.
         helpers: list[ast.stmt] = []
         names = _names([node.target, *node.body], ast.Load, ast.Store, ast.Del)
@@ -453,6 +460,40 @@ def _repeats(tree: ast.AST, node: ast.For) -> bool:
         isinstance(n, (ast.For, ast.While))
         and n is not node
         and any(m is node for m in ast.walk(n))
+        for n in ast.walk(tree)
+    )
+
+
+_FACTORIES = ("ones", "zeros", "full", "eye", "arange", "new_ones", "new_zeros", "new_full", "ones_like")
+_CHANGES = ("tril", "triu", "bool", "to", "float", "double", "logical_not", "unsqueeze", "type_as", "t")
+
+
+def _from_nothing(node: ast.AST, defined: dict[str, ast.stmt]) -> bool:
+    """Whether an expression makes a tensor from numbers alone: a factory, and what changes its values."""
+    if isinstance(node, ast.Name):
+        return node.id in defined
+    if isinstance(node, ast.UnaryOp):
+        return _from_nothing(node.operand, defined)
+    if isinstance(node, ast.Compare):
+        return all(
+            isinstance(x, ast.Constant) or _from_nothing(x, defined)
+            for x in (node.left, *node.comparators)
+        ) and not isinstance(node.left, ast.Constant)
+    if isinstance(node, ast.Subscript):
+        return _from_nothing(node.value, defined)
+    if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+        return False
+    of_torch = isinstance(node.func.value, ast.Name) and node.func.value.id == "torch"
+    if node.func.attr in _FACTORIES:
+        return of_torch or node.func.attr.startswith("new_")
+    if node.func.attr in _CHANGES:
+        return _from_nothing(node.args[0] if of_torch and node.args else node.func.value, defined)
+    return False
+
+
+def _stores(tree: ast.AST, name: str) -> int:
+    return sum(
+        isinstance(n, ast.Name) and n.id == name and isinstance(n.ctx, ast.Store)
         for n in ast.walk(tree)
     )
 
