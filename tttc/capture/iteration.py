@@ -17,6 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
 from tttc.capture.constants import fold_constants
+from tttc.capture.picks import compose_picks
 from tttc.capture.places import Copier
 from tttc.capture.step import SourceLines, decomposition_table
 from tttc.ir.body import is_users
@@ -180,6 +181,7 @@ def trace(
     if _mutates(gm.graph):
         gm = _functional(gm, leaves, mode)
     _drop_copies(gm.graph)
+    compose_picks(gm.graph)
     fold_constants(gm)
     nodes = [n for n in gm.graph.nodes if n.op == "placeholder"]
     results = list(gm.graph.output_node().args[0])  # type: ignore[arg-type]

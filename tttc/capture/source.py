@@ -31,6 +31,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tttc.capture import layout
+from tttc.capture.names import calls, is_call_of, is_method, names_of, own_names, sequence
+from tttc.capture.nested import flatten_nests
 
 JOINS = ("stack", "cat", "concat", "concatenate", "hstack", "vstack")
 _SEQUENCES = ("unbind", "split", "chunk")
@@ -58,47 +60,11 @@ class LoopSource:
     refusal: str | None = None
 
 
-def _names(nodes: Iterable[ast.AST], *contexts: type) -> set[str]:
-    return {
-        n.id for root in nodes for n in _own_names(root) if isinstance(n.ctx, contexts)
-    }
-
-
-_COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
-
-
-def _own_names(root: ast.AST) -> list[ast.Name]:
-    """The names in a piece of source that are not those of a comprehension inside it."""
-    inner: set[int] = set()
-    for n in ast.walk(root):
-        if isinstance(n, _COMPREHENSIONS):
-            bound = {x.id for g in n.generators for x in ast.walk(g.target) if isinstance(x, ast.Name)}
-            # What the first sequence is made of belongs to the function around it.
-            first = {id(x) for x in ast.walk(n.generators[0].iter)}
-            inner |= {
-                id(x)
-                for x in ast.walk(n)
-                if isinstance(x, ast.Name) and x.id in bound and id(x) not in first
-            }
-    return [n for n in ast.walk(root) if isinstance(n, ast.Name) and id(n) not in inner]
-
-
 def _free(statement: ast.stmt) -> set[str]:
     """What a function defined on the way reads of the function around it."""
-    own = _names([statement], ast.Store) if isinstance(statement, ast.FunctionDef) else set()
+    own = names_of([statement], ast.Store) if isinstance(statement, ast.FunctionDef) else set()
     own |= {a.arg for a in ast.walk(statement) if isinstance(a, ast.arg)}
-    return _names([statement], ast.Load) - own
-
-
-def _is_method(node: ast.AST, names: Sequence[str]) -> bool:
-    return isinstance(node, ast.Call) and (
-        (isinstance(node.func, ast.Attribute) and node.func.attr in names)
-        or (isinstance(node.func, ast.Name) and node.func.id in names)
-    )
-
-
-def _is_call_of(node: ast.AST, *names: str) -> bool:
-    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in names
+    return names_of([statement], ast.Load) - own
 
 
 def _sizes(tree: ast.FunctionDef) -> set[str]:
@@ -109,7 +75,7 @@ def _sizes(tree: ast.FunctionDef) -> set[str]:
     for _ in range(3):
         for node in ast.walk(tree):
             if isinstance(node, ast.Assign) and _from_sizes(node.value, found):
-                found |= _names(node.targets, ast.Store)
+                found |= names_of(node.targets, ast.Store)
     return found
 
 
@@ -124,16 +90,16 @@ def _from_sizes(node: ast.AST, known: set[str]) -> bool:
 
 def _items(iterator: ast.expr, known: set[str]) -> list[ast.expr] | None:
     """The sequences of tensors that a loop runs over, if it does."""
-    if _is_call_of(iterator, "zip"):
+    if is_call_of(iterator, "zip"):
         parts = [_items(x, known) for x in iterator.args]  # type: ignore[attr-defined]
         if not parts or any(p is None or len(p) != 1 for p in parts):
             return None
         return [p[0] for p in parts if p is not None]
-    if _is_method(iterator, _SEQUENCES):
+    if is_method(iterator, _SEQUENCES):
         return [iterator]
     if isinstance(iterator, ast.Name) and iterator.id in known:
         return [iterator]
-    if _is_method(iterator, ("transpose", "permute", "movedim")):
+    if is_method(iterator, ("transpose", "permute", "movedim")):
         return [iterator]
     return None
 
@@ -154,9 +120,9 @@ def _candidates(statements: Sequence[ast.stmt], known: set[str]) -> list[ast.For
 
 def _may_run_over_tokens(node: ast.For, known: set[str]) -> bool:
     iterator = node.iter
-    if _is_call_of(iterator, "range"):
+    if is_call_of(iterator, "range"):
         return any(_from_sizes(a, known) for a in iterator.args)  # type: ignore[attr-defined]
-    if _is_call_of(iterator, "enumerate") and iterator.args:  # type: ignore[attr-defined]
+    if is_call_of(iterator, "enumerate") and iterator.args:  # type: ignore[attr-defined]
         iterator = iterator.args[0]  # type: ignore[attr-defined]
     return _items(iterator, known) is not None
 
@@ -177,6 +143,8 @@ class Rewritten:
             return
         self.tree = tree
         known = _sizes(tree)
+        if flatten_nests(tree, _candidates(tree.body, known)):
+            known = _sizes(tree)
         for i, statement in enumerate(_candidates(tree.body, known)):
             loop = LoopSource(
                 statement, f"{self.file}:{statement.lineno}", function.__qualname__, i
@@ -189,6 +157,7 @@ class Rewritten:
     def _describe(self, loop: LoopSource, known: set[str]) -> None:
         node, code = loop.statement, self.function.__code__
         local = {*code.co_varnames, *code.co_cellvars}
+        local |= {n for n in names_of([self.tree], ast.Store) if n.startswith("__tttc_")}
         loop.refusal = _refusal(node)
         if self.tree.decorator_list and loop.refusal is None:
             loop.refusal = f"{self.function.__qualname__} is decorated"
@@ -202,7 +171,7 @@ class Rewritten:
         uses: dict[str, list[ast.AST]] = {}
         inside = {id(n) for n in ast.walk(node)}
         around = _repeats(self.tree, node)
-        own = {id(n) for n in _own_names(self.tree)}
+        own = {id(n) for n in own_names(self.tree)}
         for n in ast.walk(self.tree):
             if id(n) in inside or not hasattr(n, "lineno"):
                 continue
@@ -226,7 +195,7 @@ class Rewritten:
                         defined[target.id] = n
         # Functions defined on the way see the loop's variables: the iteration defines them again.
         helpers: list[ast.stmt] = []
-        names = _names([node.target, *node.body], ast.Load, ast.Store, ast.Del)
+        names = names_of([node.target, *node.body], ast.Load, ast.Store, ast.Del)
         todo = [x for x in names if x in defined]
         while todo:
             statement = defined[todo.pop()]
@@ -239,7 +208,7 @@ class Rewritten:
         names |= {name for name, s in defined.items() if s in helpers}
         for s in defined.values():
             after |= _free(s)
-        stored = _names([node.target, *node.body], ast.Store) & local
+        stored = names_of([node.target, *node.body], ast.Store) & local
         appended = {
             n.func.value.id
             for n in ast.walk(node)
@@ -251,7 +220,7 @@ class Rewritten:
         self._iterate(loop, known)
         sources = [name for name, _, _ in loop.sources]
         loop.inputs = sorted(names & local & before - set(sources)) + sources
-        loop.beside = sorted((names | _names([node.iter], ast.Load)) & local & before)
+        loop.beside = sorted((names | names_of([node.iter], ast.Load)) & local & before)
         # A last iteration that takes fewer tokens goes on from what the others leave.
         left = _read_first(node) & stored & before if _takes_several(node) else set()
         loop.results = sorted((stored | appended) & (after | left))
@@ -264,18 +233,18 @@ class Rewritten:
     def _iterate(self, loop: LoopSource, known: set[str]) -> None:
         """The loop as one over ``range(start, stop, step)``; sequences of tensors are indexed by it."""
         iterator: Any = loop.statement.iter
-        if _is_call_of(iterator, "range"):
+        if is_call_of(iterator, "range"):
             a = iterator.args
             zero, one = ast.Constant(0), ast.Constant(1)
             full = [zero, a[0], one] if len(a) == 1 else [a[0], a[1], a[2] if len(a) > 2 else one]
             loop.bounds = ast.Tuple(full, ast.Load())
             return
-        if _is_call_of(iterator, "enumerate"):
+        if is_call_of(iterator, "enumerate"):
             iterator = iterator.args[0]
         for i, item in enumerate(_items(iterator, known) or []):
             name = f"__tttc_source_{loop.index}_{i}"
-            if _is_method(item, _SEQUENCES):
-                loop.sources.append((name, _sequence(item), None))
+            if is_method(item, _SEQUENCES):
+                loop.sources.append((name, sequence(item), None))
             else:
                 loop.sources.append((name, item, None))
 
@@ -288,21 +257,21 @@ class Rewritten:
         target: ast.expr = ast.Name(variable, ast.Load())
         if sources:
             items: list[ast.expr] = [
-                _call("__tttc_item", ast.Name(s, ast.Load()), ast.Name(variable, ast.Load()))
+                calls("__tttc_item", ast.Name(s, ast.Load()), ast.Name(variable, ast.Load()))
                 for s in sources
             ]
             target = items[0]
-            if _is_call_of(_inner(node.iter), "zip"):
+            if is_call_of(_inner(node.iter), "zip"):
                 target = ast.Tuple(items, ast.Load())
-            if _is_call_of(node.iter, "enumerate"):
+            if is_call_of(node.iter, "enumerate"):
                 target = ast.Tuple([ast.Name(variable, ast.Load()), target], ast.Load())
         once = ast.For(node.target, ast.Tuple([target], ast.Load()), node.body, [])
         ast.copy_location(once, node)
         loop.once, loop.variable = once, variable
         unbound = [_if_unbound(name) for name in names if name not in loop.inputs]
-        body = [*unbound, *helpers, once, ast.Return(_call("locals"))]
+        body = [*unbound, *helpers, once, ast.Return(calls("locals"))]
         arguments = [variable, *names, *sources]
-        loop.body = self._function("__tttc_body", arguments, body, {"__tttc_item": item})
+        loop.body = self._function("__tttc_body", arguments, body, {})
         whole = [
             *helpers,
             node,
@@ -326,6 +295,7 @@ class Rewritten:
         """A function in the place of the original: its globals, its closure, its file and lines."""
         free = list(self.function.__code__.co_freevars)
         body = [tree, ast.Return(ast.Name(tree.name, ast.Load()))]
+        injected = {**injected, **_HELPERS}
         factory = _definition("__tttc_factory", [*injected, *free], body)
         ast.copy_location(factory, self.tree)
         module = ast.fix_missing_locations(ast.Module([factory], []))
@@ -356,13 +326,6 @@ class Rewritten:
         injected = {
             f"__tttc_site_{loop.index}": s for loop, s in zip(self.loops, sites, strict=True)
         }
-        injected |= {
-            "__tttc_joined": layout.joined,
-            "__tttc_item": item,
-            "__tttc_unbind": layout.unbound,
-            "__tttc_split": layout.pieces_of,
-            "__tttc_chunk": layout.chunks_of,
-        }
         lists = {name for loop in self.loops for name in loop.joined}
         replaced = {id(loop.statement): loop for loop in self.loops}
         tree = _Replace(replaced, lists).visit(_copied(self.tree, replaced))
@@ -375,24 +338,17 @@ def item(source: Any, n: int) -> Any:
     return source[n]
 
 
+_HELPERS: dict[str, Any] = {
+    "__tttc_joined": layout.joined,
+    "__tttc_item": item,
+    "__tttc_unbind": layout.unbound,
+    "__tttc_split": layout.pieces_of,
+    "__tttc_chunk": layout.chunks_of,
+}
+
+
 def _inner(iterator: Any) -> ast.expr:
-    return iterator.args[0] if _is_call_of(iterator, "enumerate") else iterator
-
-
-def _sequence(node: Any) -> ast.expr:
-    """``x.unbind(1)`` as ``__tttc_unbind(x, 1)``: a tensor whose first dimension is run over."""
-    if isinstance(node.func, ast.Attribute) and not (
-        isinstance(node.func.value, ast.Name) and node.func.value.id == "torch"
-    ):
-        name, arguments = node.func.attr, [node.func.value, *node.args]
-    else:
-        name = node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id
-        arguments = list(node.args)
-    return ast.Call(ast.Name(f"__tttc_{name}", ast.Load()), arguments, node.keywords)
-
-
-def _call(name: str, *arguments: ast.expr) -> ast.Call:
-    return ast.Call(ast.Name(name, ast.Load()), list(arguments), [])
+    return iterator.args[0] if is_call_of(iterator, "enumerate") else iterator
 
 
 def _definition(name: str, arguments: list[str], body: Sequence[ast.stmt]) -> ast.FunctionDef:
@@ -501,10 +457,10 @@ def _stores(tree: ast.AST, name: str) -> int:
 def _takes_several(node: ast.For) -> bool:
     """Whether an iteration may take several tokens: the last one then takes what is left."""
     iterator = _inner(node.iter)
-    if _is_call_of(iterator, "range"):
+    if is_call_of(iterator, "range"):
         return len(iterator.args) > 2  # type: ignore[attr-defined]
-    every = iterator.args if _is_call_of(iterator, "zip") else [iterator]  # type: ignore[attr-defined]
-    return any(_is_method(x, ("split", "chunk")) for x in every)
+    every = iterator.args if is_call_of(iterator, "zip") else [iterator]  # type: ignore[attr-defined]
+    return any(is_method(x, ("split", "chunk")) for x in every)
 
 
 def _read_first(node: ast.For) -> set[str]:
@@ -524,7 +480,7 @@ def _read_first(node: ast.For) -> set[str]:
             for target in n.targets if isinstance(n, ast.Assign) else [n.target]:
                 visit(target)
         elif isinstance(n, ast.AugAssign):
-            read.update(_names([n.target], ast.Store) - bound)
+            read.update(names_of([n.target], ast.Store) - bound)
             visit(n.value)
             visit(n.target)
         elif isinstance(n, (ast.If, ast.For, ast.While, ast.FunctionDef, ast.Lambda)):
@@ -549,7 +505,7 @@ def _joins(tree: ast.AST) -> set[int]:
         id(n.args[0])
         for n in ast.walk(tree)
         if isinstance(n, ast.Call)
-        and _is_method(n, JOINS)
+        and is_method(n, JOINS)
         and n.args
         and isinstance(n.args[0], ast.Name)
     }
@@ -580,7 +536,7 @@ class _Replace(ast.NodeTransformer):
     def visit_Call(self, node: ast.Call) -> Any:
         self.generic_visit(node)
         first = node.args[0] if node.args else None
-        if _is_method(node, JOINS) and isinstance(first, ast.Name) and first.id in self.lists:
+        if is_method(node, JOINS) and isinstance(first, ast.Name) and first.id in self.lists:
             return ast.copy_location(
                 ast.Call(
                     ast.Name("__tttc_joined", ast.Load()), [node.func, *node.args], node.keywords
