@@ -23,7 +23,9 @@ from tttc import _recorder, _tracing, logs
 from tttc._checks import check_mini_batch_size
 from tttc._scan_op import approximation, as_tiles, as_tokens, interned
 from tttc.capture.loops import Loops
+from tttc.capture.torch_scan import NoTokens, plan_scan, scans_of
 from tttc.codegen.rowwise_launch import lower_regions
+from tttc.ir.body import source_line
 from tttc.ir.errors import CheckError, NotLowerable
 from tttc.passes.fuse import decompositions, fuse
 from tttc.pipeline import build_program, in_tokens
@@ -72,6 +74,43 @@ def check_options(options: Options) -> Options:
 
 
 # -- the graph of the model ---------------------------------------------------------------------------
+
+
+def lower_torch_scans(gm: fx.GraphModule, options: Options) -> None:
+    """Replace each of PyTorch's own scans by what the compiler made of it, in place.
+
+    One that can't be re-rolled stays as it is, with one warning; under ``strict`` it raises.
+    """
+    for inner, node in list(scans_of(gm)):
+        where = source_line(node) or ""
+        try:
+            run = plan_scan(inner, node)
+        except NoTokens:
+            continue
+        except NotLowerable as error:
+            refused = NotLowerable(
+                f"the scan at {where} can't be lowered: {error.reason}", error.where or where
+            )
+            if options.strict:
+                raise refused from None
+            warn_once(f"{refused.reason}: it runs eagerly")
+            _recorder.eager_site(where, 1, refused.reason)
+            continue
+        count = len(node.args[1])  # type: ignore[arg-type]
+        picked = [u.args[1] if u.target is operator.getitem else 0 for u in node.users]
+        states = any(i < count for i in picked if isinstance(i, int))
+        direct = _DirectScans(options, node, states)
+
+        def planned(init: Any, xs: Any, extra: Any, run: Any = run, direct: Any = direct) -> Any:
+            with _tracing.use_backend(direct):
+                return run(init, xs, extra)
+
+        with inner.graph.inserting_before(node):
+            new = inner.graph.call_function(planned, node.args[1:])
+        new.meta = dict(node.meta)
+        node.replace_all_uses_with(new)
+        inner.graph.erase_node(node)
+        inner.recompile()
 
 
 def lower_scans(gm: fx.GraphModule, options: Options) -> fx.GraphModule:
@@ -241,6 +280,7 @@ def compile_graph(
     with _recorder.attempt(), phase("capture", "compiling a graph") as made:
         made(gm)
         stage = _recorder.graph("captured", gm)
+        lower_torch_scans(gm, options)
         lower_scans(gm, options)
         compiler = functools.partial(_compile_graph, options=options)
         run = aot_autograd(
@@ -272,10 +312,17 @@ def dynamo_backend(
 
 
 class _DirectScans:
-    """The lowering of scans that run outside a captured graph, under a compiled model."""
+    """The lowering of scans that run outside a captured graph, under a compiled model.
 
-    def __init__(self, options: Options) -> None:
+    Args:
+        node: the node of a captured graph that holds them, if one does.
+        states: whether anybody reads the states they leave.
+    """
+
+    def __init__(self, options: Options, node: fx.Node | None = None, states: bool = True) -> None:
         self.options = options
+        self.layer = "" if node is None else _recorder.layer_of(node)
+        self.node, self.states = node, states
 
     def takes(self, step: Callable[..., Any], structure: Any, mini_batch_size: int) -> bool:
         """Whether a scan can be lowered from here; says once why not."""
@@ -293,7 +340,10 @@ class _DirectScans:
         """The scan by ``tttc::fused_scan``, or None where it can't be lowered."""
         try:
             key, mini_batch_size = requested(call.key, mini_batch_size, self.options)
-            build_program(interned(key), mini_batch_size, self.options.verify)
+            program = build_program(interned(key), mini_batch_size, self.options.verify)
+            if self.node is not None:
+                _recorder.site(self.node, key, mini_batch_size, program)
+                self.node = None
         except NotLowerable as error:
             self._refuse(call.key.rpartition("#")[0], mini_batch_size, error)
             return None
@@ -313,9 +363,12 @@ class _DirectScans:
             mini_batch_size,
             place,
             self.options.backend,
-            True,
+            self.states,
             interval,
+            self.layer,
         )
+        if not self.states:
+            out = [*anchor, *anchor, *out]
         states = 2 * len(call.anchor)
         z = out[states : states + len(interned(call.key).outputs)]
         if tile is not None:

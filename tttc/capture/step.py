@@ -95,12 +95,22 @@ def decomposition_table() -> dict[Any, Callable[..., Any]]:
     }
 
 
+class WithLines(torch.fx.Interpreter):
+    """Runs a graph such that what is traced from it keeps its source lines."""
+
+    def run_node(self, n: torch.fx.Node) -> Any:
+        torch.fx.traceback.set_stack_trace([n.meta.get("stack_trace") or ""])
+        return super().run_node(n)
+
+
 class SourceLines(TorchDispatchMode):
     """Leaves on every captured node which line of the step it comes from; make_fx looks at modules only."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         frame = sys._getframe(1)
         while frame is not None and not is_users(frame.f_code.co_filename):
+            if frame.f_code is WithLines.run_node.__code__:
+                return func(*args, **(kwargs or {}))  # of a graph, whose nodes say their lines
             frame = frame.f_back
         if frame is not None:
             line = f'File "{frame.f_code.co_filename}", line {frame.f_lineno}, in {frame.f_code.co_name}'
