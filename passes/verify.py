@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -83,7 +84,7 @@ def verify_pass(
     for length in sorted({1, min(3, mini_batch_size), mini_batch_size}):
         if not after.batched:
             arguments = random_arguments(after, at_anchor=at_anchor)
-            run = before.gm if isinstance(before, Body) else before
+            run = before.gm if isinstance(before, Body) else copy.deepcopy(before).double()
             padded = [x.reshape(after.leaf_shapes.get(str(n.target), x.shape))
                       for x, n in zip(arguments, after.placeholders, strict=True)]  # fmt: skip
             inputs = (
