@@ -23,7 +23,7 @@ from tttc import _recorder, _tracing, logs
 from tttc._checks import check_mini_batch_size
 from tttc._scan_op import approximation, as_tiles, as_tokens, interned
 from tttc.capture.loops import Loops
-from tttc.capture.torch_scan import NoTokens, plan_scan, scans_of
+from tttc.capture.torch_scan import NoTokens, capturing, plan_scan, scans_of
 from tttc.codegen.rowwise_launch import lower_regions
 from tttc.ir.body import source_line
 from tttc.ir.errors import CheckError, NotLowerable
@@ -277,7 +277,7 @@ def compile_graph(
     gm: fx.GraphModule, example_inputs: list[Any], options: Options
 ) -> Callable[..., Any]:
     """A TorchDynamo graph as a callable: scans lowered, then AOTAutograd, then fusion."""
-    with _recorder.attempt(), phase("capture", "compiling a graph") as made:
+    with _recorder.attempt(), capturing(False), phase("capture", "compiling a graph") as made:
         made(gm)
         stage = _recorder.graph("captured", gm)
         lower_torch_scans(gm, options)
@@ -468,7 +468,8 @@ def _compiled_call(target: Callable[..., Any], options: Options) -> Callable[...
     def call(*args: Any, **kwargs: Any) -> Any:
         if loops.any:
             loops.prepare(args, kwargs, refuse)
-        with loops.replaced(), _tracing.use_backend(direct), torch._dynamo.config.patch(config):
+        patched = torch._dynamo.config.patch(config)
+        with loops.replaced(), _tracing.use_backend(direct), capturing(True), patched:
             try:
                 return compiled(*args, **kwargs)
             except torch._dynamo.exc.BackendCompilerFailed as error:

@@ -199,11 +199,18 @@ def pieces(body: Body) -> Pieces:
             varies.add(node)
         if any(x in on_state for x in node.all_input_nodes):
             on_state.add(node)
+    # What is made of constants alone stays what it is wherever it is needed.
+    known: set[fx.Node] = {p for p in body.placeholders if role(p)[0] == "constant"}
+    for node in nodes:
+        if node.all_input_nodes and all(x in known for x in node.all_input_nodes):
+            known.add(node)
     states, results = body.results[: body.states], body.results[body.states :]
-    layers = [n for n in nodes if n not in on_state and n in varies and _is_layer(n, varies)]
-    hoisted = (ancestors(layers) & set(nodes)) | {n for n in nodes if n not in varies}
+    layers = [
+        n for n in nodes if n not in on_state and n in varies and _is_layer(n, varies | known)
+    ]
+    hoisted = (ancestors(layers) & set(nodes)) | {n for n in nodes if n not in varies | known}
     feeding = ancestors(states)
-    inside = [n for n in nodes if n not in hoisted]
+    inside = [n for n in nodes if n not in hoisted or n in known]
     grid = _grid(body, [n for n in inside if n in feeding], hoisted, varies)
     largest = max([math.prod(body.sizes[d] for d in dims_of(n)) for n in varies - on_state] or [1])
     sunk: set[fx.Node] = set()
@@ -214,7 +221,7 @@ def pieces(body: Body) -> Pieces:
             math.prod(body.sizes[d] for d in dims_of(x)) <= largest for x in node.all_input_nodes
         )
         late = any(x in sunk for x in node.all_input_nodes)
-        if late or (small and (_is_layer(node, varies) or _breaks(node, grid, hoisted, varies))):
+        if late or (small and (_is_layer(node, varies | known) or _breaks(node, grid, hoisted, varies))):
             sunk.add(node)
     inside = [n for n in inside if n not in sunk]
     grid = _grid(body, inside, hoisted, varies)
@@ -232,9 +239,9 @@ def pieces(body: Body) -> Pieces:
     for x in states:
         if x not in made and x not in on_state:
             taken[x] = None
-    out.constants = [x for x in taken if _is_constant(x)]
+    out.constants = [x for x in taken if x in known]
     out.tokens = [x for x in taken if x in varies]
-    out.shared = [x for x in taken if x not in varies and not _is_constant(x)]
+    out.shared = [x for x in taken if x not in varies | known]
     return out
 
 
@@ -242,13 +249,9 @@ def _is_layer(node: fx.Node, varies: set[fx.Node]) -> bool:
     """Whether a node is a linear layer: a sum over a dimension of a parameter."""
     if node.target is not ops.contraction:
         return False
-    parameters = [x for x in operands_of(node) if x not in varies and not _is_constant(x)]
+    parameters = [x for x in operands_of(node) if x not in varies]
     summed = parse(spec_of(node)).summed
     return any(d in dims_of(x) for x in parameters for d in summed)
-
-
-def _is_constant(x: Any) -> bool:
-    return isinstance(x, fx.Node) and x.op == "placeholder" and role(x)[0] == "constant"
 
 
 def _breaks(node: fx.Node, grid: Names, hoisted: set[fx.Node], varies: set[fx.Node]) -> bool:

@@ -16,6 +16,8 @@ mini-batches at once.
 from __future__ import annotations
 
 import ast
+import contextlib
+import contextvars
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +25,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._higher_order_ops.scan import scan_op
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from tttc.capture.layout import Joined
 from tttc.capture.plan import NoTokens, Plan, Planner
@@ -34,6 +37,39 @@ from tttc.ir.errors import NotLowerable
 from tttc.scan import scan
 
 Tensors = list[Any]
+_capturing: contextvars.ContextVar[bool] = contextvars.ContextVar("tttc_capturing", default=False)
+
+
+@contextlib.contextmanager
+def capturing(on: bool) -> Iterator[None]:
+    """Within, scans on tensors without values only say what comes out of them.
+
+    TorchDynamo runs a scan on such tensors to know the shapes of its results; where they require gradients, PyTorch
+    derives the backward of the whole scan for that, and of a scan inside a scan it cannot.
+    """
+    token = _capturing.set(on)
+    try:
+        yield
+    finally:
+        _capturing.reset(token)
+
+
+def _shapes_alone(original: Callable[..., Any]) -> Callable[..., Any]:
+    def kernel(combine: Any, init: Any, xs: Any, additional: Any) -> Any:
+        leaves = [x for x in (*init, *xs, *additional) if isinstance(x, torch.Tensor)]
+        if not _capturing.get() or not all(isinstance(x, FakeTensor) for x in leaves):
+            return original(combine, init, xs, additional)
+        with torch._C._AutoDispatchBelowAutograd(), torch.no_grad():
+            out = scan_op(combine, init, xs, additional)
+        needed = torch.is_grad_enabled() and any(x.requires_grad for x in leaves)
+        return [x.requires_grad_() if needed and x.is_floating_point() else x for x in out]
+
+    return kernel
+
+
+_key = torch._C.DispatchKey.Autograd  # type: ignore[attr-defined]
+scan_op.py_kernels[_key] = _shapes_alone(scan_op.py_kernels[_key])
+scan_op._dispatch_cache.clear()
 
 
 def is_scan(node: fx.Node) -> bool:
