@@ -53,7 +53,10 @@ class Tile:
 def tile_names(body: Body) -> set[str]:
     """The names of a step's axes that may be those of the tokens of a tile: no state and no parameter has them."""
     fixed = {
-        d for p in body.placeholders if role(p)[0] in ("anchor", "carry", "shared") for d in dims_of(p)
+        d
+        for p in body.placeholders
+        if role(p)[0] in ("anchor", "carry", "shared")
+        for d in dims_of(p)
     }
     return {d for n in (*body.placeholders, *body.nodes) for d in dims_of(n)} - fixed
 
@@ -134,8 +137,7 @@ class _Tiles:
         for i, axis in enumerate(self.tile.tokens):
             shapes[f"token_{i}"] = _without(shapes[f"token_{i}"], axis)
         outputs = [
-            _without(s, a)
-            for s, a in zip(self.body.output_shapes, self.tile.outputs, strict=True)
+            _without(s, a) for s, a in zip(self.body.output_shapes, self.tile.outputs, strict=True)
         ]
         made = self.body.with_graph(self.graph, batched=True, output_shapes=outputs)
         made.leaf_shapes = shapes
@@ -249,7 +251,9 @@ class _Tiles:
             return None
         if len(self.own(before)) == 2:
             self.pairs[node] = {
-                b: self.pairs[x][a] for a, b in zip(before, after, strict=True) if a in self.pairs[x]
+                b: self.pairs[x][a]
+                for a, b in zip(before, after, strict=True)
+                if a in self.pairs[x]
             }
         names = {a: b for a, b in zip(before, after, strict=True) if a not in self.names}
         return self.builder.rename(self.env[x], names)

@@ -124,7 +124,9 @@ def verify_tiles(before: Body, after: Body, tile: Any) -> None:
     flat = [x.reshape(shape).movedim(axis, 0).squeeze() for x, shape, axis in shapes]
     got = after.gm(*arguments)
     compare(
-        "tiles", [*states, *flat], [*got[: after.states], *(x.squeeze() for x in got[after.states :])]
+        "tiles",
+        [*states, *flat],
+        [*got[: after.states], *(x.squeeze() for x in got[after.states :])],
     )
 
 

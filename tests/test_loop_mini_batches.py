@@ -8,7 +8,17 @@ from torch import nn
 from torch.nn import functional as F
 
 import tttc
-from tests.test_loops import D, H, assert_same, check, fresh_dynamo, heads, parameter, plans_of, random
+from tests.test_loops import (
+    D,
+    H,
+    assert_same,
+    check,
+    fresh_dynamo,
+    heads,
+    parameter,
+    plans_of,
+    random,
+)
 from tttc import _recorder
 from tttc.ir.body import TOKEN
 from tttc.ir.build import dims_of
@@ -32,7 +42,9 @@ def assert_dual(model, inputs):
     assert program.full is not None, program.reason
     for node in program.full.nodes:
         dims = dims_of(node)
-        assert TOKEN not in dims or len([d for d in dims if d not in ("t", "s")]) < 2, node.format_node()
+        assert TOKEN not in dims or len([d for d in dims if d not in ("t", "s")]) < 2, (
+            node.format_node()
+        )
 
 
 class Primal(nn.Module):
@@ -79,7 +91,9 @@ class Split(nn.Module):
         W = self.W.expand(q.shape[0], -1, -1, -1)
         bias = self.bias.expand(q.shape[0], -1, -1, -1)
         outs = []
-        for q_b, k_b, v_b in zip(q.split(self.b, 2), k.split(self.b, 2), v.split(self.b, dim=2)):
+        for q_b, k_b, v_b in zip(
+            q.split(self.b, 2), k.split(self.b, 2), v.split(self.b, dim=2), strict=False
+        ):
             eta = torch.sigmoid(self.rate(k_b))
 
             def loss(z, k_b=k_b, v_b=v_b):
@@ -243,7 +257,9 @@ def test_kernels_in_the_interpreter(style):
     inputs = [x.float() for x in (heads if style is Split else with_state)(1, 18)]
     expected = model(*(x.double() for x in inputs))
     got = tttc.compile(model.float(), backend="triton", strict=True)(*inputs)
-    for x, y in zip(torch.utils._pytree.tree_leaves(got), torch.utils._pytree.tree_leaves(expected), strict=True):
+    for x, y in zip(
+        torch.utils._pytree.tree_leaves(got), torch.utils._pytree.tree_leaves(expected), strict=True
+    ):
         torch.testing.assert_close(x.double(), y, rtol=1e-3, atol=1e-3)
 
 

@@ -102,7 +102,7 @@ class OfPieces(nn.Module):
         outs = []
         for q_b, k_b, v_b in zip(q.split(4, 1), k.split(4, 1), v.split(4, 1), strict=True):
             anchor, ys = W, []
-            for q_t, k_t, v_t in zip(q_b.unbind(1), k_b.unbind(1), v_b.unbind(1)):
+            for q_t, k_t, v_t in zip(q_b.unbind(1), k_b.unbind(1), v_b.unbind(1), strict=False):
                 W = W - 0.1 * outer(k_t, torch.tanh(times(k_t, anchor)) - v_t)
                 ys.append(times(q_t, W))
             outs.append(torch.stack(ys, dim=1))

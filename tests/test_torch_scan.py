@@ -118,7 +118,9 @@ class Nested(nn.Module):
 
             return scan(token, anchor.clone(), tokens)
 
-        tokens = tuple(x.unflatten(2, (T // self.b, self.b)).permute(2, 3, 0, 1, 4) for x in (q, k, v))
+        tokens = tuple(
+            x.unflatten(2, (T // self.b, self.b)).permute(2, 3, 0, 1, 4) for x in (q, k, v)
+        )
         W, z = scan(mini_batch, self.W.expand(B, -1, -1, -1).clone(), tokens)
         return W, z.flatten(0, 1).permute(1, 2, 0, 3)
 

@@ -204,7 +204,9 @@ def _replace_scan(
     tile = interned(key).tile
     given: Any = node.args[2]
     if tile is not None:
-        given = [_inserted(graph, node, as_tokens, x, a) for x, a in zip(given, tile.tokens, strict=True)]
+        given = [
+            _inserted(graph, node, as_tokens, x, a) for x, a in zip(given, tile.tokens, strict=True)
+        ]
         tokens = [x.meta["example_value"] for x in given]
     interval = saving_interval(anchor, carry, tokens, shared, key, mini_batch_size, backend)
     with graph.inserting_before(node):

@@ -38,7 +38,9 @@ def fold_constants(gm: fx.GraphModule) -> None:
             x = getattr(gm, str(node.target), None)
             if isinstance(x, torch.Tensor) and not isinstance(x, (FakeTensor, torch.nn.Parameter)):
                 known[node] = x
-                if str(node.target) in vars(gm):  # a buffer takes part where a graph changes its dtype
+                if str(node.target) in vars(
+                    gm
+                ):  # a buffer takes part where a graph changes its dtype
                     delattr(gm, str(node.target))
                     gm.register_buffer(str(node.target), x, persistent=False)
         elif node.op == "call_function" and _foldable(node, known):

@@ -58,9 +58,9 @@ class Given:
 
     def axis(self, at: int) -> int:
         """The axis of the tensor behind the named axis ``at``; negative where iterations see more than came in."""
-        picked = self.dim is not None and self.width is None
-        offset = self.tensor.dim() - len(self.axes) - picked
-        return at + offset + (picked and at >= self.dim)
+        if self.dim is None or self.width is not None:
+            return at + self.tensor.dim() - len(self.axes)
+        return at + self.tensor.dim() - len(self.axes) - 1 + (at >= self.dim)
 
 
 @dataclass

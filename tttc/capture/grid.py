@@ -221,7 +221,9 @@ def pieces(body: Body) -> Pieces:
             math.prod(body.sizes[d] for d in dims_of(x)) <= largest for x in node.all_input_nodes
         )
         late = any(x in sunk for x in node.all_input_nodes)
-        if late or (small and (_is_layer(node, varies | known) or _breaks(node, grid, hoisted, varies))):
+        if late or (
+            small and (_is_layer(node, varies | known) or _breaks(node, grid, hoisted, varies))
+        ):
             sunk.add(node)
     inside = [n for n in inside if n not in sunk]
     grid = _grid(body, inside, hoisted, varies)

@@ -9,9 +9,7 @@ from typing import Any
 
 def names_of(nodes: Iterable[ast.AST], *contexts: type) -> set[str]:
     """The names in these contexts, those of comprehensions aside."""
-    return {
-        n.id for root in nodes for n in own_names(root) if isinstance(n.ctx, contexts)
-    }
+    return {n.id for root in nodes for n in own_names(root) if isinstance(n.ctx, contexts)}
 
 
 _COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
@@ -22,7 +20,9 @@ def own_names(root: ast.AST) -> list[ast.Name]:
     inner: set[int] = set()
     for n in ast.walk(root):
         if isinstance(n, _COMPREHENSIONS):
-            bound = {x.id for g in n.generators for x in ast.walk(g.target) if isinstance(x, ast.Name)}
+            bound = {
+                x.id for g in n.generators for x in ast.walk(g.target) if isinstance(x, ast.Name)
+            }
             # What the first sequence is made of belongs to the function around it.
             first = {id(x) for x in ast.walk(n.generators[0].iter)}
             inner |= {

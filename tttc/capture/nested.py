@@ -60,7 +60,7 @@ def flatten_nests(tree: ast.FunctionDef, candidates: Sequence[ast.For]) -> bool:
 
 
 def _nest(outer: ast.For) -> _Nest | None:
-    loops = [s for s in outer.body if isinstance(s, (ast.For, ast.While))]
+    loops: list[Any] = [s for s in outer.body if isinstance(s, (ast.For, ast.While))]
     if outer.orelse or len(loops) != 1 or not isinstance(loops[0], ast.For):
         return None
     (inner,) = loops
@@ -269,14 +269,16 @@ class _Flat:
             setup.append(_assign(name, sequence(x) if isinstance(x, ast.Call) else x))
             items.append(calls("__tttc_item", ast.Name(name, ast.Load()), at))
         item: ast.expr = ast.Tuple(items, ast.Load()) if is_call_of(iterator, "zip") else items[0]
-        counts = [calls("len", ast.Name(self.name(f"{which}_{i}"), ast.Load())) for i in range(len(given))]
+        counts = [
+            calls("len", ast.Name(self.name(f"{which}_{i}"), ast.Load())) for i in range(len(given))
+        ]
         return item, counts[0] if len(counts) == 1 else calls("min", *counts), setup
 
     def _lists(self) -> list[tuple[ast.stmt, ast.stmt]]:
         """Lists of one mini-batch, started before the inner loop and stacked after it onto another that is only
         concatenated along the same dimension: as good as one list for all tokens.
         """
-        found = []
+        found: list[tuple[ast.stmt, ast.stmt]] = []
         for start in self.nest.before:
             if not (
                 isinstance(start, ast.Assign)
@@ -293,21 +295,23 @@ class _Flat:
                 stack, onto = call.args[0], call.func.value  # type: ignore[attr-defined]
                 if not (is_method(stack, ("stack",)) and isinstance(onto, ast.Name)):
                     continue
-                if isinstance(stack.args[0], ast.Name) and stack.args[0].id == name:  # type: ignore[attr-defined]
-                    if self._concatenated(onto.id, _dim(stack)):
-                        found.append((start, end))
+                stacked: Any = stack.args[0]  # type: ignore[attr-defined]
+                own = isinstance(stacked, ast.Name) and stacked.id == name
+                if own and self._concatenated(onto.id, _dim(stack)):
+                    found.append((start, end))
         return found
 
     def _concatenated(self, name: str, dim: Any) -> bool:
         """Whether a list is only ever concatenated along a dimension, appended to in this nest apart."""
         inside = {id(n) for n in ast.walk(self.nest.outer)}
+        nodes: list[Any] = list(ast.walk(self.tree))
         joins = {
             id(n.args[0])
-            for n in ast.walk(self.tree)
-            if is_method(n, ("cat", "concat")) and n.args and _dim(n) == dim  # type: ignore[attr-defined]
+            for n in nodes
+            if is_method(n, ("cat", "concat")) and n.args and _dim(n) == dim
         }
         uses = [
-            n for n in ast.walk(self.tree)
+            n for n in nodes
             if isinstance(n, ast.Name) and n.id == name and isinstance(n.ctx, ast.Load) and id(n) not in inside
         ]  # fmt: skip
         return bool(uses) and all(id(n) in joins for n in uses)
@@ -353,7 +357,7 @@ def _at(node: ast.stmt, statements: Iterable[ast.stmt]) -> list[ast.stmt]:
         for s in out:
             s.lineno = node.lineno
             for n in ast.walk(s):
-                if hasattr(n, "lineno"):
+                if isinstance(n, (ast.expr, ast.stmt)):
                     n.lineno = n.end_lineno = node.lineno
     return out
 

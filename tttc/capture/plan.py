@@ -39,7 +39,9 @@ class Plan:
     fits: Callable[[Any, Any], bool]
     run: Callable[[Any, Any], Any]
     step: Callable[..., Any]
-    whole: Callable[[Any, Any], Any] | None  # how many iterations ``run`` does, where it may leave one
+    whole: (
+        Callable[[Any, Any], Any] | None
+    )  # how many iterations ``run`` does, where it may leave one
 
     def rest(self, bounds: Any, values: Any) -> tuple[Any, ...]:
         """The numbers of the iterations that are left: the last one, where it takes fewer tokens than the others."""

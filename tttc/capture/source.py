@@ -189,10 +189,10 @@ class Rewritten:
         # What is made from numbers alone, a mask say, is made again inside: its values are known there.
         for n in self.tree.body:
             if n.lineno < node.lineno and isinstance(n, ast.Assign) and len(n.targets) == 1:
-                target = n.targets[0]
-                if isinstance(target, ast.Name) and _from_nothing(n.value, defined):
-                    if _stores(self.tree, target.id) == 1:
-                        defined[target.id] = n
+                target: Any = n.targets[0]
+                made = isinstance(target, ast.Name) and _from_nothing(n.value, defined)
+                if made and _stores(self.tree, target.id) == 1:
+                    defined[target.id] = n
         # Functions defined on the way see the loop's variables: the iteration defines them again.
         helpers: list[ast.stmt] = []
         names = names_of([node.target, *node.body], ast.Load, ast.Store, ast.Del)
@@ -219,7 +219,8 @@ class Rewritten:
         } & local
         self._iterate(loop, known)
         sources = [name for name, _, _ in loop.sources]
-        loop.inputs = sorted(names & local & before - set(sources)) + sources
+        again = {x for x, s in defined.items() if s in helpers and _from_nothing_at(s)}
+        loop.inputs = sorted(names & local & before - set(sources) - again) + sources
         loop.beside = sorted((names | names_of([node.iter], ast.Load)) & local & before)
         # A last iteration that takes fewer tokens goes on from what the others leave.
         left = _read_first(node) & stored & before if _takes_several(node) else set()
@@ -420,8 +421,29 @@ def _repeats(tree: ast.AST, node: ast.For) -> bool:
     )
 
 
-_FACTORIES = ("ones", "zeros", "full", "eye", "arange", "new_ones", "new_zeros", "new_full", "ones_like")
-_CHANGES = ("tril", "triu", "bool", "to", "float", "double", "logical_not", "unsqueeze", "type_as", "t")
+_FACTORIES = (
+    "ones",
+    "zeros",
+    "full",
+    "eye",
+    "arange",
+    "new_ones",
+    "new_zeros",
+    "new_full",
+    "ones_like",
+)
+_CHANGES = (
+    "tril",
+    "triu",
+    "bool",
+    "to",
+    "float",
+    "double",
+    "logical_not",
+    "unsqueeze",
+    "type_as",
+    "t",
+)
 
 
 def _from_nothing(node: ast.AST, defined: dict[str, ast.stmt]) -> bool:
@@ -445,6 +467,10 @@ def _from_nothing(node: ast.AST, defined: dict[str, ast.stmt]) -> bool:
     if node.func.attr in _CHANGES:
         return _from_nothing(node.args[0] if of_torch and node.args else node.func.value, defined)
     return False
+
+
+def _from_nothing_at(statement: ast.stmt) -> bool:
+    return isinstance(statement, ast.Assign) and not isinstance(statement.value, ast.Lambda)
 
 
 def _stores(tree: ast.AST, name: str) -> int:
@@ -587,10 +613,8 @@ class _Replace(ast.NodeTransformer):
         plan = ast.Subscript(
             ast.Attribute(load(site), "plans", ast.Load()), load(chosen), ast.Load()
         )
-        left = ast.Call(
-            ast.Attribute(plan, "rest", ast.Load()), [load(given), load(held)], []
-        )
-        rest = ast.For(ast.Name(loop.variable, ast.Store()), left, [loop.once], [])
+        left = ast.Call(ast.Attribute(plan, "rest", ast.Load()), [load(given), load(held)], [])
+        rest = ast.For(ast.Name(loop.variable, ast.Store()), left, [loop.once], [])  # type: ignore[list-item]
         eager = ast.If(
             ast.Compare(load(chosen), [ast.Eq()], [ast.UnaryOp(ast.USub(), ast.Constant(1))]),
             [method(load(site), "eagerly", [beside])],

@@ -99,7 +99,9 @@ class _Combine:
     anchored: bool = False
     before: Callable[[Tensors, Tensors], Tensors] | None = None
     after: Callable[[Tensors, Tensors, Tensors], Tensors] | None = None
-    order: list[int] = field(default_factory=list)  # the outer state behind each state of the inner scan
+    order: list[int] = field(
+        default_factory=list
+    )  # the outer state behind each state of the inner scan
 
 
 class _Slice:
@@ -169,15 +171,17 @@ def _nested(gm: fx.GraphModule, node: fx.Node, states: int, tokens: int) -> _Com
     outer, given = placeholders[:states], placeholders[states : states + tokens]
     extra = placeholders[states + tokens :]
     combine, init, xs, additional = node.args
-    inner_gm: Any = getattr(gm, combine.target)  # type: ignore[union-attr]
+    inner_gm: Any = getattr(gm, str(combine.target))  # type: ignore[union-attr]
     if any(is_scan(n) for n in inner_gm.graph.nodes):
         raise NotLowerable("it is a scan in a scan in a scan", where)
     begins = [_origin(x) for x in init]  # type: ignore[union-attr]
     if sorted(map(str, begins)) != sorted(map(str, outer)):
-        raise NotLowerable("a scan inside does not start from the state of the one around it", where)
+        raise NotLowerable(
+            "a scan inside does not start from the state of the one around it", where
+        )
     order = [outer.index(x) for x in begins]
     results: list[Any] = list(gm.graph.output_node().args[0])  # type: ignore[arg-type]
-    picked = {u.args[1]: u for u in node.users if u.target is operator.getitem}
+    picked: dict[Any, fx.Node] = {u.args[1]: u for u in node.users if u.target is operator.getitem}
     for i, x in enumerate(results[:states]):
         if _origin(x) is not picked.get(order.index(i)):
             raise NotLowerable("the state of a scan is not what the scan inside leaves", where)
@@ -234,7 +238,8 @@ def plan_scan(gm: fx.GraphModule, node: fx.Node) -> Callable[[Tensors, Tensors, 
         start = [x.clone() for x in example[0]]
         outputs = len(combine.step(start, start, [x[0] for x in example[1]], example[2])[1])
     source = _source(combine, example, outputs, size, name, where)
-    planner = Planner(source, (0, length, 1), _values(*example, outputs, size), mode, scan)
+    values = _values(example[0], example[1], example[2], outputs, size)
+    planner = Planner(source, (0, length, 1), values, mode, scan)
     plan = planner.plan()
     return lambda i, x, e: _run(plan, combine, i, x, e, outputs, size)
 
