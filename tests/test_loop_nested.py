@@ -153,6 +153,17 @@ def test_inner_steps_are_no_tokens():
     assert sizes_of(model) == [1]
 
 
+def test_a_wrong_re_rolling_is_caught_by_numbers(monkeypatch):
+    from tttc.capture import layout
+    from tttc.ir.errors import NotLowerable
+
+    right = layout.moving
+    monkeypatch.setattr(layout, "moving", lambda x, *rest: right(x, *rest).roll(1, 0))
+    compiled = tttc.compile(Swapped(), backend="torch", strict=True)
+    with pytest.raises(NotLowerable, match="comes out otherwise than by the loop itself"):
+        compiled(*qkv(2, 12))
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for Triton's interpreter")
 def test_kernels_in_the_interpreter():
     model = Anchored()

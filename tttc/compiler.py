@@ -84,7 +84,7 @@ def lower_torch_scans(gm: fx.GraphModule, options: Options) -> None:
     for inner, node in list(scans_of(gm)):
         where = source_line(node) or ""
         try:
-            run = plan_scan(inner, node)
+            run = plan_scan(inner, node, options.verify)
         except NoTokens:
             continue
         except NotLowerable as error:
@@ -469,7 +469,7 @@ def _compiled_call(target: Callable[..., Any], options: Options) -> Callable[...
 
     def call(*args: Any, **kwargs: Any) -> Any:
         if loops.any:
-            loops.prepare(args, kwargs, refuse)
+            loops.prepare(args, kwargs, refuse, options.verify)
         patched = torch._dynamo.config.patch(config)
         with loops.replaced(), _tracing.use_backend(direct), capturing(True), patched:
             try:

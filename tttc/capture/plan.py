@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tttc.capture.assemble import Argument, Assembled, assemble
+from tttc.capture.check import check_run
 from tttc.capture.emit import Given, Loop, Writer, write_step
 from tttc.capture.grid import labelled, pieces
 from tttc.capture.index import Facts, Index
@@ -25,6 +27,9 @@ from tttc.capture.source import LoopSource, compiled_source
 from tttc.ir.body import Body, operands_of, source_line, spec_of
 from tttc.ir.errors import NotLowerable
 
+CHECKED_MINI_BATCHES = 1  # of a re-rolled loop, compared with the loop itself when it is planned
+CHECKED_ITERATIONS = 20  # more, or more numbers, cost too much unless validation is asked for
+CHECKED_NUMBERS = 1 << 20
 FREE_MINI_BATCH = 16  # of a state that no update looks at: any size gives the same
 
 
@@ -62,8 +67,10 @@ class Planner:
         values: Sequence[Any],
         mode: FakeTensorMode,
         scan: Callable[..., Any],
+        verify: bool = False,
     ) -> None:
         self.source = source
+        self.verify = verify
         self.start, self.stop, self.step = (int(x) for x in bounds)
         self.count = whole_iterations(source, bounds, values)
         self.env: Env = dict(zip(source.inputs, values, strict=True))
@@ -214,6 +221,7 @@ class Planner:
         writer = Writer(loop, step, {"_scan": self.scan, "_whole": whole, **_scan_names()})
         run = self._write(loop, writer, rolled, made, appended)
         fits = self._guard(loop, rolled, made, numbers, appended)
+        self._check(run, loop, rolled, numbers)
         rest = any(g.width is not None for g in loop.given.values())
         return Plan(fits, run, step, whole if rest else None)
 
@@ -227,6 +235,69 @@ class Planner:
             tensor = self.entry[place]
         dim, start, step = argument.dim, argument.start, argument.step or 1
         return Given(expression, axes, tensor, dim, start, step, argument.width)
+
+    def _check(
+        self,
+        run: Callable[..., Any],
+        loop: Loop,
+        rolled: Rolled,
+        numbers: dict[str, Any],
+    ) -> None:
+        """Compare what was written with the loop itself on small numbers."""
+        count = min(self.count, CHECKED_MINI_BATCHES * (rolled.mini_batch_size or 1) + 2)
+        if count > CHECKED_ITERATIONS and not self.verify:
+            return
+        small = {name: 2 for name in loop.free}
+        shapes: dict[str, tuple[int, ...]] = {}
+        for place, axes, dim, moved in self._layouts(loop, rolled):
+            if place not in self.entry or place in shapes:
+                continue
+            shape = list(self.entry[place].shape)
+            offset = len(shape) - len(axes) - (dim is not None)
+            for at, of_axis in enumerate(axes):
+                axis = at + offset + (dim is not None and at >= dim)
+                if axis >= 0 and shape[axis] != 1 and any(n in small for n in of_axis):
+                    sizes = (small.get(n, loop.labelled.body.sizes[n]) for n in of_axis)
+                    shape[axis] = math.prod(sizes)
+            if moved is not None:
+                axis, start, step, width = moved
+                shape[axis] = start + step * (count - 1) + width
+            shapes[place] = tuple(shape)
+        shapes |= {p: shapes[q] for p, q in rolled.anchors.items() if q in shapes}
+        env = {**self.env, **{k: small[x.name] for k, x in numbers.items() if isinstance(x, _Size)}}
+        bounds = (self.start, self.start + count * self.step, self.step)
+        source = self.source
+        numbers_in_all = sum(
+            math.prod(shapes.get(p, x.shape)) for p, x in tensors_of(self.env).items()
+        )
+        if numbers_in_all > CHECKED_NUMBERS and not self.verify:
+            return
+        kept = [x for x in source.inputs if x not in _stored(source)]
+        check_run(
+            run,
+            source.body,  # type: ignore[arg-type]
+            env,
+            self.names,
+            source.inputs,
+            source.results,
+            kept,
+            shapes,
+            bounds,
+        )
+
+    def _layouts(self, loop: Loop, rolled: Rolled) -> Iterator[tuple[Any, ...]]:
+        """The axes of each tensor, by place: names, which is left out, and where iterations move along it."""
+        for g in loop.given.values():
+            moved = None if g.dim is None else (g.dim, g.start, g.step, g.width or 1)
+            place = g.expression.removesuffix(".detach()")
+            yield place, g.axes, None if g.width else g.dim, moved
+        first = loop.labelled.body.states + len(rolled.appended)
+        for i, (path, node) in enumerate(rolled.written.items()):
+            dim = int(node.args[2]) % rolled.template.shapes[path].dim()  # type: ignore[arg-type]
+            start, step = rolled.moving[node, 3]
+            several = node.target is SCATTERS[1]
+            moved = (dim, start, step, step if several else 1)
+            yield path, loop.labelled.results[first + i], None if several else dim, moved
 
     def _counting(self, loop: Loop) -> list[str]:
         """A function that counts the iterations that take as many tokens as they ask for."""

@@ -214,7 +214,9 @@ def _origin(x: Any) -> Any:
     return x
 
 
-def plan_scan(gm: fx.GraphModule, node: fx.Node) -> Callable[[Tensors, Tensors, Tensors], Any]:
+def plan_scan(
+    gm: fx.GraphModule, node: fx.Node, verify: bool = False
+) -> Callable[[Tensors, Tensors, Tensors], Any]:
     """What runs in the place of a scan: from its state, tokens ``[T, ...]`` and further arguments to its results.
 
     Raises:
@@ -239,7 +241,7 @@ def plan_scan(gm: fx.GraphModule, node: fx.Node) -> Callable[[Tensors, Tensors, 
         outputs = len(combine.step(start, start, [x[0] for x in example[1]], example[2])[1])
     source = _source(combine, example, outputs, size, name, where)
     values = _values(example[0], example[1], example[2], outputs, size)
-    planner = Planner(source, (0, length, 1), values, mode, scan)
+    planner = Planner(source, (0, length, 1), values, mode, scan, verify)
     plan = planner.plan()
     return lambda i, x, e: _run(plan, combine, i, x, e, outputs, size)
 
