@@ -294,7 +294,7 @@ def _source(
         "    return locals()",
     ]
     body = compiled_source("body", "\n".join(lines) + "\n", {"step": combine.step})
-    carried = ", ".join(f"c_{i}" for i in states)
+    carried = ", ".join(x for x in names if x.startswith(("c_", "a_")))
     statement: Any = ast.parse(f"for n in range(T):\n    {carried}, = 0,").body[0]
     statement.lineno = int(where.rpartition(":")[2]) if where.rpartition(":")[2].isdigit() else 0
     lists = [f"outs_{k}" for k in range(outputs)]
