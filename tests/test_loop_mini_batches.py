@@ -263,7 +263,10 @@ def test_kernels_in_the_interpreter(style):
         torch.testing.assert_close(x.double(), y, rtol=1e-3, atol=1e-3)
 
 
-def test_plans_are_kept():
-    model = Primal()
-    check(model, heads, SIZES)
+def test_example_primal_form():
+    from examples.loops.primal_form import PrimalForm
+
+    torch.manual_seed(0)
+    model = PrimalForm(H, D, 4).double()
+    check(model, heads, [(2, 18)])
     assert len(plans_of(model)) == 1
