@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 import torch
 from torch import fx
 from tttc.passes.labels import Label, Labels
+from tttc.passes.positions import cumulative_sum, entry, part
 
 from tttc.ir import ops
 from tttc.ir.body import Body, source_line
@@ -380,7 +381,7 @@ class Normaliser:
         own = tuple(x for axis in axes for x in axis)
         node.meta["labels"] = ((), own, 0)
         self.labels.separate(own)
-        self.constants.append(tensor.detach())
+        self.constants.append(tensor.detach().squeeze())
         return Value(node, axes)
 
     def call(self, node: fx.Node) -> Any:
@@ -717,6 +718,7 @@ HANDLERS: dict[Any, Callable[..., Any]] = {
     aten.mm: _product(["ab", "bc"], "ac"), aten.mv: _product(["ab", "b"], "a"),
     aten.bmm: _product(["nab", "nbc"], "nac"), aten.dot: _product(["a", "a"], ""),
     aten.vdot: _product(["a", "a"], ""),
+    aten.cumsum: cumulative_sum, aten.select: entry, aten.slice: part,
 }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -83,7 +84,7 @@ def verify_pass(
     for length in sorted({1, min(3, mini_batch_size), mini_batch_size}):
         if not after.batched:
             arguments = random_arguments(after, at_anchor=at_anchor)
-            run = before.gm if isinstance(before, Body) else before
+            run = before.gm if isinstance(before, Body) else copy.deepcopy(before).double()
             padded = [x.reshape(after.leaf_shapes.get(str(n.target), x.shape))
                       for x, n in zip(arguments, after.placeholders, strict=True)]  # fmt: skip
             inputs = (
@@ -103,6 +104,36 @@ def verify_pass(
         assert isinstance(before, Body)
         old = before.gm(*arguments) if before.batched else run_tokens(before, arguments)
         compare(name, old, after.gm(*arguments))
+
+
+def verify_tiles(before: Body, after: Body, tile: Any) -> None:
+    """Check that a body for the tokens of a tile computes what the step of the tile does."""
+    arguments = random_arguments(after, tile.size, True)
+    given = [x for x, n in zip(arguments, after.placeholders, strict=True)]
+    named = {str(n.target): x for x, n in zip(given, after.placeholders, strict=True)}
+    old = []
+    for node in before.placeholders:
+        x = named.get(str(node.target))
+        if x is None:
+            x = before.constants[role(node)[1]].to(torch.float64)
+        elif role(node)[0] == "token":
+            x = _moved(x, before.leaf_shapes[str(node.target)], tile.tokens[role(node)[1]])
+        old.append(x)
+    states, outputs = before.gm(*old)[: before.states], before.gm(*old)[before.states :]
+    shapes = zip(outputs, before.output_shapes, tile.outputs, strict=True)
+    flat = [x.reshape(shape).movedim(axis, 0).squeeze() for x, shape, axis in shapes]
+    got = after.gm(*arguments)
+    compare(
+        "tiles",
+        [*states, *flat],
+        [*got[: after.states], *(x.squeeze() for x in got[after.states :])],
+    )
+
+
+def _moved(x: torch.Tensor, shape: Sequence[int], axis: int) -> torch.Tensor:
+    """Tokens ``[t, ...]`` as a tile has them."""
+    rest = [s for i, s in enumerate(shape) if i != axis]
+    return x.reshape(len(x), *rest).movedim(0, axis).reshape([s for s in shape if s != 1])
 
 
 def verify_backward(name: str, body: Body, made: Backward, at_anchor: bool) -> None:

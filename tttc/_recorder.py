@@ -132,7 +132,7 @@ def site(
     """Keep a scan of a captured graph, lowered or not."""
     recording = _current.get()
     if recording is not None:
-        said: Any = node.args[5]
+        said: Any = node.args[5] if len(node.args) > 5 else mini_batch_size
         frames = re.findall(r'File "([^"]+)", line (\d+)', node.stack_trace or "")
         outside = [f"{f}:{n}" for f, n in frames if not f.endswith(_OWN_FRAMES)]
         where = outside[-1] if outside else None

@@ -31,6 +31,8 @@ class InternedStep:
     output: Any  # the tree of z, likewise
     outputs: tuple[tuple[tuple[int, ...], torch.dtype], ...]  # of one token: the leaves of z
     of: str | None = None  # the key of the rule that this is the mini-batch approximation of
+    tiles: str | None = None  # the key of the step whose tokens are tiles of the tokens of this one
+    tile: Any = None  # where in its leaves they are, a tttc.passes.tiles.Tile
 
     def trees(self, anchor, carry, tokens, shared):
         """The four trees, from flat lists of tensors (``carry`` may be empty: at the anchor)."""
@@ -111,6 +113,43 @@ def output_structure(key: str) -> Any:
     return _by_key[key].output
 
 
+def tokens_of(key: str, tile: Any) -> str:
+    """The key under which a step that takes tiles of tokens takes the tokens themselves, whole tiles of them."""
+    derived = f"{key}@tokens"
+    with _lock:
+        if derived not in _by_key:
+            entry = _by_key[key]
+            state, tokens, shared = entry.shapes
+            tokens = tuple(_without(s, a) for s, a in zip(tokens, tile.tokens, strict=True))
+            outputs = tuple(
+                (_without(s, a), dtype)
+                for (s, dtype), a in zip(entry.outputs, tile.outputs, strict=True)
+            )
+            _by_key[derived] = replace(
+                entry,
+                key=derived,
+                shapes=(state, tokens, shared),
+                outputs=outputs,
+                tiles=key,
+                tile=tile,
+            )
+    return derived
+
+
+def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
+    return (*shape[:axis], *shape[axis + 1 :])
+
+
+def as_tokens(x: torch.Tensor, axis: int) -> torch.Tensor:
+    """``[B, H, N, ...]`` of tiles as ``[B, H, T, ...]``; ``axis`` of a tile are its tokens."""
+    return x.movedim(3 + axis, 3).flatten(2, 3)
+
+
+def as_tiles(x: torch.Tensor, axis: int, size: int) -> torch.Tensor:
+    """The inverse of :func:`as_tokens`."""
+    return x.unflatten(2, (x.shape[2] // size, size)).movedim(3, 3 + axis)
+
+
 def scan_info(anchor, tokens, shared) -> ScanInfo:
     """Sizes and dtypes of a scan given flat."""
     batch, heads, length = tokens[0].shape[:3]
@@ -121,6 +160,12 @@ def scan_info(anchor, tokens, shared) -> ScanInfo:
 def run_naive(anchor, carry, tokens, shared, key, mini_batch_size, place):
     """The naive loop on flat lists: new anchor leaves, new carry leaves, output leaves."""
     entry = interned(key)
+    if entry.tiles is not None:
+        tile = entry.tile
+        tokens = [as_tiles(x, a, tile.size) for x, a in zip(tokens, tile.tokens, strict=True)]
+        out = run_naive(anchor, carry, tokens, shared, entry.tiles, mini_batch_size, place)
+        states, z = out[: 2 * len(anchor)], out[2 * len(anchor) :]
+        return [*states, *(as_tokens(x, a) for x, a in zip(z, tile.outputs, strict=True))]
     info = scan_info(anchor, tokens, shared)
     trees = entry.trees(anchor, carry, tokens, shared)
     with torch._C._ForceDispatchKeyGuard(*EAGER_KEYS), _tracing.without_saved_tensor_hooks():

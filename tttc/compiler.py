@@ -21,12 +21,14 @@ from torch._dynamo.backends.common import aot_autograd
 import tttc.runtime.fused_scan_backward  # noqa: F401  (registers the operators)
 from tttc import _recorder, _tracing, logs
 from tttc._checks import check_mini_batch_size
-from tttc._scan_op import approximation, interned
+from tttc._scan_op import approximation, as_tiles, as_tokens, interned
 from tttc.capture.loops import Loops
+from tttc.capture.torch_scan import NoTokens, capturing, plan_scan, scans_of
 from tttc.codegen.rowwise_launch import lower_regions
+from tttc.ir.body import source_line
 from tttc.ir.errors import CheckError, NotLowerable
 from tttc.passes.fuse import decompositions, fuse
-from tttc.pipeline import build_program
+from tttc.pipeline import build_program, in_tokens
 from tttc.progress import phase
 from tttc.runtime.fused_scan import saving_interval
 from tttc.tuning.choose import tuning_wanted
@@ -80,6 +82,43 @@ def check_options(options: Options) -> Options:
 # -- the graph of the model ---------------------------------------------------------------------------
 
 
+def lower_torch_scans(gm: fx.GraphModule, options: Options) -> None:
+    """Replace each of PyTorch's own scans by what the compiler made of it, in place.
+
+    One that can't be re-rolled stays as it is, with one warning; under ``strict`` it raises.
+    """
+    for inner, node in list(scans_of(gm)):
+        where = source_line(node) or ""
+        try:
+            run = plan_scan(inner, node, options.verify)
+        except NoTokens:
+            continue
+        except NotLowerable as error:
+            refused = NotLowerable(
+                f"the scan at {where} can't be lowered: {error.reason}", error.where or where
+            )
+            if options.strict:
+                raise refused from None
+            warn_once(f"{refused.reason}: it runs eagerly")
+            _recorder.eager_site(where, 1, refused.reason)
+            continue
+        count = len(node.args[1])  # type: ignore[arg-type]
+        picked = [u.args[1] if u.target is operator.getitem else 0 for u in node.users]
+        states = any(i < count for i in picked if isinstance(i, int))
+        direct = _DirectScans(options, node, states)
+
+        def planned(init: Any, xs: Any, extra: Any, run: Any = run, direct: Any = direct) -> Any:
+            with _tracing.use_backend(direct):
+                return run(init, xs, extra)
+
+        with inner.graph.inserting_before(node):
+            new = inner.graph.call_function(planned, node.args[1:])
+        new.meta = dict(node.meta)
+        node.replace_all_uses_with(new)
+        inner.graph.erase_node(node)
+        inner.recompile()
+
+
 def lower_scans(gm: fx.GraphModule, options: Options) -> fx.GraphModule:
     """Replace each ``tttc::scan`` by its compiled form, in the graph TorchDynamo captured and those inside it.
 
@@ -124,6 +163,10 @@ def requested(key: str, mini_batch_size: int, options: Options) -> tuple[str, in
     An online rule (``mini_batch_size`` 1) stays what it is where it has an exact form for many tokens at a time, or
     where its approximation has none either.
     """
+    if mini_batch_size == 1:
+        tokens = in_tokens(key, options.verify)
+        if tokens is not None:
+            return tokens, 1
     size = options.mini_batch_size
     if size is None or size == mini_batch_size:
         return key, mini_batch_size
@@ -165,12 +208,21 @@ def _replace_scan(
         for group in node.args[:4]
     )
     backend = options.backend
+    tile = interned(key).tile
+    given: Any = node.args[2]
+    if tile is not None:
+        given = [
+            _inserted(graph, node, as_tokens, x, a) for x, a in zip(given, tile.tokens, strict=True)
+        ]
+        tokens = [x.meta["example_value"] for x in given]
     interval = saving_interval(anchor, carry, tokens, shared, key, mini_batch_size, backend)
     with graph.inserting_before(node):
         new = graph.call_function(
             torch.ops.tttc.fused_scan.default,
             (
-                *node.args[:4],
+                *node.args[:2],
+                given,
+                node.args[3],
                 key,
                 mini_batch_size,
                 node.args[6],
@@ -183,11 +235,29 @@ def _replace_scan(
         )
         new.meta = dict(node.meta)
     for user in list(node.users):
+        index = picked(user) - skipped
         if states:
             user.replace_input_with(node, new)
         else:
-            user.args = (new, picked(user) - skipped)
+            user.args = (new, index)
+        if tile is not None and index >= 0:
+            users = list(user.users)
+            made = _inserted(graph, users[0], as_tiles, user, tile.outputs[index], tile.size)
+            for u in users:
+                u.replace_input_with(user, made)
     graph.erase_node(node)
+
+
+def _inserted(
+    graph: fx.Graph, before: fx.Node, function: Callable[..., Any], x: fx.Node, *rest: Any
+) -> fx.Node:
+    """A function of a tensor, as a node of a graph that TorchDynamo captured."""
+    with graph.inserting_before(before):
+        made = graph.call_function(function, (x, *rest))
+    value = x.meta["example_value"]
+    if isinstance(value, torch.Tensor) and function is as_tokens:
+        made.meta["example_value"] = function(value, *rest)
+    return made
 
 
 def _compile_graph(
@@ -217,9 +287,10 @@ def compile_graph(
     gm: fx.GraphModule, example_inputs: list[Any], options: Options
 ) -> Callable[..., Any]:
     """A TorchDynamo graph as a callable: scans lowered, then AOTAutograd, then fusion."""
-    with _recorder.attempt(), phase("capture", "compiling a graph") as made:
+    with _recorder.attempt(), capturing(False), phase("capture", "compiling a graph") as made:
         made(gm)
         stage = _recorder.graph("captured", gm)
+        lower_torch_scans(gm, options)
         lower_scans(gm, options)
         compiler = functools.partial(_compile_graph, options=options)
         run = aot_autograd(
@@ -256,10 +327,17 @@ def dynamo_backend(
 
 
 class _DirectScans:
-    """The lowering of scans that run outside a captured graph, under a compiled model."""
+    """The lowering of scans that run outside a captured graph, under a compiled model.
 
-    def __init__(self, options: Options) -> None:
+    Args:
+        node: the node of a captured graph that holds them, if one does.
+        states: whether anybody reads the states they leave.
+    """
+
+    def __init__(self, options: Options, node: fx.Node | None = None, states: bool = True) -> None:
         self.options = options
+        self.layer = "" if node is None else _recorder.layer_of(node)
+        self.node, self.states = node, states
 
     def takes(self, step: Callable[..., Any], structure: Any, mini_batch_size: int) -> bool:
         """Whether a scan can be lowered from here; says once why not."""
@@ -277,11 +355,17 @@ class _DirectScans:
         """The scan by ``tttc::fused_scan``, or None where it can't be lowered."""
         try:
             key, mini_batch_size = requested(call.key, mini_batch_size, self.options)
-            build_program(interned(key), mini_batch_size, self.options.verify)
+            program = build_program(interned(key), mini_batch_size, self.options.verify)
+            if self.node is not None:
+                _recorder.site(self.node, key, mini_batch_size, program)
+                self.node = None
         except NotLowerable as error:
             self._refuse(call.key.rpartition("#")[0], mini_batch_size, error)
             return None
         anchor, carry, tokens, shared = call[1:5]
+        tile = interned(key).tile
+        if tile is not None:
+            tokens = [as_tokens(x, a) for x, a in zip(tokens, tile.tokens, strict=True)]
         interval = saving_interval(
             anchor, carry, tokens, shared, key, mini_batch_size, self.options.backend
         )
@@ -294,12 +378,18 @@ class _DirectScans:
             mini_batch_size,
             place,
             self.options.backend,
-            True,
+            self.states,
             interval,
-            "",
+            self.layer,
             self.options.tune,
         )
-        return out[: 2 * len(call.anchor) + len(interned(call.key).outputs)]
+        if not self.states:
+            out = [*anchor, *anchor, *out]
+        states = 2 * len(call.anchor)
+        z = out[states : states + len(interned(call.key).outputs)]
+        if tile is not None:
+            z = [as_tiles(x, a, tile.size) for x, a in zip(z, tile.outputs, strict=True)]
+        return [*out[:states], *z]
 
     def _refuse(self, name: str, mini_batch_size: int, error: NotLowerable) -> None:
         if self.options.strict:
@@ -393,8 +483,9 @@ def _compiled_call(target: Callable[..., Any], options: Options) -> Callable[...
 
     def call(*args: Any, **kwargs: Any) -> Any:
         if loops.any:
-            loops.prepare(args, kwargs, refuse)
-        with loops.replaced(), _tracing.use_backend(direct), torch._dynamo.config.patch(config):
+            loops.prepare(args, kwargs, refuse, options.verify)
+        patched = torch._dynamo.config.patch(config)
+        with loops.replaced(), _tracing.use_backend(direct), capturing(True), patched:
             try:
                 return compiled(*args, **kwargs)
             except torch._dynamo.exc.BackendCompilerFailed as error:

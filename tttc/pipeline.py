@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from tttc._scan_op import EAGER_KEYS, InternedStep
+from tttc._scan_op import EAGER_KEYS, InternedStep, interned, tokens_of
 from tttc._tracing import without_saved_tensor_hooks
 from tttc.capture.step import capture_step
 from tttc.ir.body import Body
@@ -21,8 +21,9 @@ from tttc.passes.chunkwise import chunk_size, chunkwise
 from tttc.passes.dualise import dualise
 from tttc.passes.normalise import normalise
 from tttc.passes.simplify import simplify
+from tttc.passes.tiles import Tile, tile_of, tiles
 from tttc.passes.update_at_anchor import update_at_anchor
-from tttc.passes.verify import verify_pass
+from tttc.passes.verify import verify_pass, verify_tiles
 from tttc.progress import phase
 
 _lock = threading.RLock()
@@ -57,8 +58,9 @@ def _approximated(body: Body) -> Body:
 
 def _build(entry: InternedStep, mini_batch_size: int, verify: bool) -> Program:
     step = entry.key.rpartition("#")[0].rpartition(".")[2]
+    source = entry if entry.tiles is None else interned(entry.tiles)
     with phase("capture", step) as made:
-        captured = capture_step(entry.step, entry.trees, entry.shapes, entry.dtypes)
+        captured = capture_step(source.step, source.trees, source.shapes, source.dtypes)
         made(captured)
     counts = captured.meta["counts"]
     roles = [
@@ -74,7 +76,9 @@ def _build(entry: InternedStep, mini_batch_size: int, verify: bool) -> Program:
         with phase("passes", f"{step}: {name}") as made:
             after = apply(before, *rest)
             made(after)
-            if verify:
+            if verify and apply is tiles:
+                verify_tiles(before, after, *rest)
+            elif verify:
                 verify_pass(name, before, after, program.unit if after.batched else 1, at)
         stages[name] = after
         return after
@@ -85,11 +89,25 @@ def _build(entry: InternedStep, mini_batch_size: int, verify: bool) -> Program:
     if entry.of is not None:
         program.token = run("update_at_anchor", _approximated, token)
         token = program.token
-    if mini_batch_size == 1:
+    if entry.tile is not None:
+        _of_tiles(program, token, entry.tile, run)
+    elif mini_batch_size == 1:
         _online(program, token, run)
     elif not _dual(program, token, run):
         _solved(program, token, run)
     return program
+
+
+def in_tokens(key: str, verify: bool = False) -> str | None:
+    """The key under which an online step that takes tiles of tokens runs in the dual form, if it does."""
+    try:
+        program = build_program(interned(key), 1, verify)
+        if not program.sequential:
+            return None
+        derived = tokens_of(key, tile_of(program.token))
+        return None if build_program(interned(derived), 1, verify).sequential else derived
+    except NotLowerable:
+        return None
 
 
 Run = Callable[..., Body]  # a pass under its name, validated and kept
@@ -108,6 +126,18 @@ def _online(program: Program, token: Body, run: Run) -> None:
             "mini_batch_size is 1: every token sees the state of the token before it, and "
             + error.reason
         )
+
+
+def _of_tiles(program: Program, token: Body, tile: Tile, run: Run) -> None:
+    """The dual form of a step that takes the tokens of a mini-batch together."""
+    program.chunk_size = tile.size
+    started = simplify(at_anchor(simplify(at_carry(token))))
+    try:
+        program.token = run("tiles", tiles, started, tile)
+        dual = run("dualise", dualise, program.token, tile.size, at=True)
+        program.full = run("simplify", simplify, dual, at=True)
+    except NotLowerable as error:
+        program.reason = error.reason
 
 
 def _dual(program: Program, token: Body, run: Run) -> bool:

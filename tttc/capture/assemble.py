@@ -28,6 +28,7 @@ class Argument:
         place: the place of the program's variable, or None for a tensor the program closes over.
         tensor: as the iteration sees it.
         dim, start, step: of the axis it moves along, if it does.
+        width: how many entries of it an iteration takes together, as an axis in the same place; None for one.
         stopped: whether no gradient goes to it.
     """
 
@@ -37,6 +38,7 @@ class Argument:
     start: int = 0
     step: int = 0
     stopped: bool = False
+    width: int | None = None
 
 
 @dataclass
@@ -64,6 +66,7 @@ class _Assembler:
         self.arguments: dict[str, Argument] = {}
         self.states: list[tuple[str, bool]] = []
         self.stops = False
+        self.constants: dict[str, torch.Tensor] = {}
         self.last = self.graph.create_node("placeholder", "end")
 
     def run(self, outputs: list[fx.Node]) -> Assembled:
@@ -97,7 +100,10 @@ class _Assembler:
                 first.prepend(n)
             else:
                 first = first.next
-        gm = fx.GraphModule(torch.nn.Module(), self.graph)
+        root = torch.nn.Module()
+        for name, x in self.constants.items():
+            root.register_buffer(name, x, persistent=False)
+        gm = fx.GraphModule(root, self.graph)
         gm.graph.eliminate_dead_code()
         return Assembled(
             gm,
@@ -173,20 +179,23 @@ class _Assembler:
         place = self.places[source]
         whole = self.rolled.template.shapes[place]
         dim = dim % whole.dim()
+        width = None
         if node.target is aten.slice.Tensor:
             end, _ = self.rolled.moving.get((node, 3), (None, 0))
-            if end is None or end - start != 1:
-                raise NotLowerable("it takes several tokens at a time", source_line(node))
+            if end is None or end <= start or tuple(node.args[4:]) not in ((), (1,)):
+                raise NotLowerable("it takes a part of the tokens that grows", source_line(node))
+            width = end - start if end - start > 1 else None
         like = node.meta["val"]
-        if node.target is aten.slice.Tensor:
+        single = node.target is aten.slice.Tensor and width is None
+        if single:
             like = like.squeeze(dim)
         made = self.leaf(
-            (place, stopped, dim, start, step),
+            (place, stopped, dim, start, step, width),
             "token",
-            Argument(place, whole, dim, start, step, stopped),
+            Argument(place, whole, dim, start, step, stopped, width),
             like,
         )
-        if node.target is aten.slice.Tensor:
+        if single:
             made = self.graph.call_function(aten.unsqueeze.default, (made, dim))
             made.meta["val"] = node.meta["val"]
         return made
@@ -213,6 +222,8 @@ class _Assembler:
                 continue
             if now.op == "placeholder":
                 self.made[now, stop] = self.argument(now, stop)
+            elif now.op == "get_attr" and now.meta.get("known"):
+                self.made[now, stop] = self.known(now)
             elif now.op == "get_attr":
                 x = now.meta["constant"]
                 self.made[now, stop] = self.leaf(
@@ -237,6 +248,13 @@ class _Assembler:
                 self.made[now, stop] = made
             stack.pop()
         return self.made[node, stopped]
+
+    def known(self, node: fx.Node) -> fx.Node:
+        """What the iteration makes from nothing, its value worked out."""
+        self.constants[str(node.target)] = node.meta["constant"]
+        made = self.graph.get_attr(str(node.target))
+        made.meta.update(node.meta)
+        return made
 
     def _again(self, node: fx.Node, stopped: bool) -> fx.Node:
         return self.graph.node_copy(node, lambda x: self.made[x, stopped])

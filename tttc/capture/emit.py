@@ -44,6 +44,7 @@ class Given:
         expression: what reads it.
         axes: its axes, by name; those an iteration picks from are left out.
         dim, start, step: of the axis that iterations move along; None where they all see the same.
+        width: how many of its entries an iteration takes together; None for one, whose axis is left out.
         tensor: the tensor as it was when the loop was captured.
     """
 
@@ -53,6 +54,13 @@ class Given:
     dim: int | None = None
     start: int = 0
     step: int = 1
+    width: int | None = None
+
+    def axis(self, at: int) -> int:
+        """The axis of the tensor behind the named axis ``at``; negative where iterations see more than came in."""
+        if self.dim is None or self.width is not None:
+            return at + self.tensor.dim() - len(self.axes)
+        return at + self.tensor.dim() - len(self.axes) - 1 + (at >= self.dim)
 
 
 @dataclass
@@ -92,7 +100,13 @@ def write_step(loop: Loop) -> Callable[..., Any]:
         names[node] = f"token[{i}]"
     for i, node in enumerate(parts.shared):
         names[node] = f"shared[{i}]"
+    scope: dict[str, Any] = {name: f for f, name in _OPERATORS.items()}
+    scope |= {"inf": float("inf"), "nan": float("nan"), "like": layout.like}
     lines = ["def step(anchor, carry, token, shared):"]
+    for i, node in enumerate(parts.constants):
+        names[node] = f"known_{i}"
+        scope[f"KNOWN_{i}"] = body.constants[role(node)[1]]
+        lines.append(f"    known_{i} = like(KNOWN_{i}, carry[0])")
     for node in parts.inside:
         operands = [names[x] if isinstance(x, fx.Node) else repr(x) for x in operands_of(node)]
         head = [repr(head_of(node))] if head_length(node) else []
@@ -104,7 +118,6 @@ def write_step(loop: Loop) -> Callable[..., Any]:
     states = [names[x] for x in body.results[: body.states]]
     outputs = [names[x] for x in parts.outputs]
     lines.append(f"    return ({_tuple(states)}, {_tuple(outputs)})")
-    scope = {name: f for f, name in _OPERATORS.items()} | {"inf": float("inf"), "nan": float("nan")}
     scope["__name__"] = "tttc.loop"
     step = compiled_source("step", "\n".join(lines) + "\n", scope)
     step.__qualname__ = loop.names
@@ -139,7 +152,7 @@ class Writer:
             "_step_function": step,
             **constants,
             **{f"_{f}": getattr(layout, f) for f in (
-                "moving", "apart", "scanned", "per_head", "unscanned", "together", "expanded", "Joined"
+                "like", "moving", "apart", "scanned", "per_head", "unscanned", "together", "expanded", "Joined"
             )},
         }  # fmt: skip
         self.grid = grid_of(loop)
@@ -155,17 +168,13 @@ class Writer:
         """Unpack the variables, count the iterations, find the sizes."""
         self.line(f"{_tuple(self.loop.inputs)} = _values")
         self.line("_start, _stop, _step = _bounds")
-        self.line("_count = (_stop - _start + _step - 1) // _step")
+        self.line("_count = _whole(_bounds, _values)")
         entries = []
         known: set[str] = set()
         for g in self.loop.given.values():
-            at = 0
-            for names in g.axes:
-                if at == g.dim:
-                    at += 1
+            for at, names in enumerate(g.axes):
                 # A state may come in smaller than iterations leave it: the axis says nothing then.
-                offset = g.tensor.dim() - len(g.axes) - (g.dim is not None)
-                axis = at + offset
+                axis = g.axis(at)
                 if (
                     len(names) == 1
                     and names[0] in self.loop.free
@@ -175,7 +184,6 @@ class Writer:
                 ):
                     known.add(names[0])
                     entries.append(f"{names[0]!r}: {g.expression}.shape[{axis}]")
-                at += 1
         for name, size in self.loop.labelled.body.sizes.items():
             if name not in known:
                 entries.append(f"{name!r}: {size}")
@@ -192,15 +200,15 @@ class Writer:
             if node not in used or kind in ("anchor", "carry"):
                 continue
             if kind == "constant":
-                self.scope[f"_constant_{i}"] = body.constants[i]
+                self.scope[f"_known_{i}"] = body.constants[i]
                 like = next(iter(self.loop.given.values())).expression
-                self.line(f"_{node.name} = _constant_{i}.to({like}.device)")
+                self.line(f"_{node.name} = _like(_known_{i}, {like})")
                 self.names[node] = (f"_{node.name}", dims_of(node))
                 continue
             g = self.loop.given[str(node.target)]
             text, lead, names = g.expression, 0, tuple(n for axis in g.axes for n in axis)
             if g.dim is not None:
-                text = f"_moving({text}, {g.dim}, {g.start}, _count, {g.step})"
+                text = f"_moving({text}, {g.dim}, {g.start}, _count, {g.step}, {g.width})"
                 lead, names = 1, (TIME, *names)
             self.line(f"_{node.name} = _apart({text}, {tuple(g.axes)!r}, _sizes, {lead})")
             self.names[node] = (f"_{node.name}", names)

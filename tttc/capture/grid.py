@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from torch import fx
+from torch.utils._python_dispatch import _disable_current_modes
 
 from tttc.ir import ops
 from tttc.ir.body import Body, operands_of, role, spec_of
@@ -107,7 +108,8 @@ def labelled(captured: fx.GraphModule, roles: Sequence[str]) -> Labelled:
     for _ in range(64):
         run = _Loop(captured, roles, parts)
         try:
-            body = run.run()
+            with _disable_current_modes():  # whoever asks may be tracing; constants have values
+                body = run.run()
             break
         except _Split as split:
             if not _take_apart(run, parts, split):
@@ -167,6 +169,8 @@ class Pieces:
         tokens: what the step takes of each token, made outside.
         shared: what it takes that is the same for all tokens.
         outputs: what it gives of each token.
+        constants: what it takes that is made from nothing.
+        constants: what it takes that is always the same.
     """
 
     grid: Names
@@ -176,6 +180,7 @@ class Pieces:
     tokens: list[fx.Node] = field(default_factory=list)
     shared: list[fx.Node] = field(default_factory=list)
     outputs: list[fx.Node] = field(default_factory=list)
+    constants: list[fx.Node] = field(default_factory=list)
 
 
 def pieces(body: Body) -> Pieces:
@@ -194,11 +199,18 @@ def pieces(body: Body) -> Pieces:
             varies.add(node)
         if any(x in on_state for x in node.all_input_nodes):
             on_state.add(node)
+    # What is made of constants alone stays what it is wherever it is needed.
+    known: set[fx.Node] = {p for p in body.placeholders if role(p)[0] == "constant"}
+    for node in nodes:
+        if node.all_input_nodes and all(x in known for x in node.all_input_nodes):
+            known.add(node)
     states, results = body.results[: body.states], body.results[body.states :]
-    layers = [n for n in nodes if n not in on_state and n in varies and _is_layer(n, varies)]
-    hoisted = (ancestors(layers) & set(nodes)) | {n for n in nodes if n not in varies}
+    layers = [
+        n for n in nodes if n not in on_state and n in varies and _is_layer(n, varies | known)
+    ]
+    hoisted = (ancestors(layers) & set(nodes)) | {n for n in nodes if n not in varies | known}
     feeding = ancestors(states)
-    inside = [n for n in nodes if n not in hoisted]
+    inside = [n for n in nodes if n not in hoisted or n in known]
     grid = _grid(body, [n for n in inside if n in feeding], hoisted, varies)
     largest = max([math.prod(body.sizes[d] for d in dims_of(n)) for n in varies - on_state] or [1])
     sunk: set[fx.Node] = set()
@@ -209,7 +221,9 @@ def pieces(body: Body) -> Pieces:
             math.prod(body.sizes[d] for d in dims_of(x)) <= largest for x in node.all_input_nodes
         )
         late = any(x in sunk for x in node.all_input_nodes)
-        if late or (small and (_is_layer(node, varies) or _breaks(node, grid, hoisted, varies))):
+        if late or (
+            small and (_is_layer(node, varies | known) or _breaks(node, grid, hoisted, varies))
+        ):
             sunk.add(node)
     inside = [n for n in inside if n not in sunk]
     grid = _grid(body, inside, hoisted, varies)
@@ -227,8 +241,9 @@ def pieces(body: Body) -> Pieces:
     for x in states:
         if x not in made and x not in on_state:
             taken[x] = None
+    out.constants = [x for x in taken if x in known]
     out.tokens = [x for x in taken if x in varies]
-    out.shared = [x for x in taken if x not in varies]
+    out.shared = [x for x in taken if x not in varies | known]
     return out
 
 

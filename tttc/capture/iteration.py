@@ -16,8 +16,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
+from tttc.capture.constants import fold_constants
+from tttc.capture.picks import compose_picks
 from tttc.capture.places import Copier
-from tttc.capture.step import SourceLines, decomposition_table
+from tttc.capture.step import SourceLines, WithLines, decomposition_table
 from tttc.ir.body import is_users
 from tttc.ir.errors import NotLowerable
 
@@ -179,6 +181,8 @@ def trace(
     if _mutates(gm.graph):
         gm = _functional(gm, leaves, mode)
     _drop_copies(gm.graph)
+    compose_picks(gm.graph)
+    fold_constants(gm)
     nodes = [n for n in gm.graph.nodes if n.op == "placeholder"]
     results = list(gm.graph.output_node().args[0])  # type: ignore[arg-type]
     outputs = dict(zip(left["places"], results, strict=False))
@@ -212,14 +216,6 @@ def _mutates(graph: fx.Graph) -> bool:
     )
 
 
-class _WithLines(fx.Interpreter):
-    """Runs a graph such that what is traced from it keeps its source lines."""
-
-    def run_node(self, n: fx.Node) -> Any:
-        torch.fx.traceback.set_stack_trace([n.meta.get("stack_trace") or ""])
-        return super().run_node(n)
-
-
 def _functional(
     gm: fx.GraphModule, leaves: list[torch.Tensor], mode: FakeTensorMode
 ) -> fx.GraphModule:
@@ -227,7 +223,7 @@ def _functional(
     leaves = [x.detach() for x in leaves]
 
     def run(*xs: torch.Tensor) -> Any:
-        return _WithLines(gm).run(*xs)
+        return WithLines(gm).run(*xs)
 
     with mode, torch.no_grad(), torch.fx.traceback.preserve_node_meta():
         made = make_fx(torch.func.functionalize(run, remove="mutations"), tracing_mode="real")(

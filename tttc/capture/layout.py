@@ -14,8 +14,18 @@ Names = tuple[str, ...]
 TIME = "*"
 
 
-def moving(x: Tensor, dim: int, start: Any, count: Any, step: int) -> Tensor:
-    """The entries that ``count`` iterations read, one each, as the first axis."""
+def moving(x: Tensor, dim: int, start: Any, count: Any, step: int, width: int | None) -> Tensor:
+    """The entries that ``count`` iterations read, one each, as the first axis.
+
+    With a ``width`` each reads so many, in the place of the axis.
+    """
+    if width is not None:
+        if start < 0:
+            raise IndexError(f"expected indices of at least 0, got {start}")
+        x = x.narrow(dim, start, (count - 1) * step + width)
+        if step == width:
+            return x.unflatten(dim, (count, width)).movedim(dim, 0)
+        return x.unfold(dim, width, step).movedim(dim, 0).movedim(-1, dim + 1)
     if step == 1 and start == 0 and x.shape[dim] == count:
         return x.movedim(dim, 0)
     if start < 0:
@@ -120,11 +130,21 @@ def expanded(x: Tensor, axes: tuple[Names, ...], sizes: dict[str, Any]) -> Tenso
     return x.expand(shape)
 
 
+def like(known: Tensor, x: Tensor) -> Tensor:
+    """A constant where ``x`` is, floating ones in its dtype."""
+    return known.to(x.device, x.dtype if known.is_floating_point() else known.dtype)
+
+
 class Joined:
     """What a loop appended to a list: all items as one tensor, ``[T, ...]``."""
 
     def __init__(self, values: Tensor) -> None:
         self.values = values
+        self.rest: list[Tensor] = []  # of iterations that ran after the scan
+
+    def append(self, x: Tensor) -> None:
+        """What a last iteration appends that takes fewer tokens than the others."""
+        self.rest.append(x)
 
 
 def joined(function: Any, items: Any, *args: Any, **kwargs: Any) -> Any:
@@ -134,15 +154,19 @@ def joined(function: Any, items: Any, *args: Any, **kwargs: Any) -> Any:
     x = items.values
     dim = kwargs.get("dim", kwargs.get("axis", args[0] if args else 0))
     name = function.__name__
-    if name == "stack":
-        return x.movedim(0, dim)
     rank = x.dim() - 1
-    if name in ("hstack", "vstack"):
-        dim = 0 if name == "vstack" or rank == 1 else 1
-        if name == "vstack" and rank == 1:
-            return x
-    dim = dim % rank
-    return x.movedim(0, dim).flatten(dim, dim + 1)
+    if name == "stack":
+        out, dim = x.movedim(0, dim), dim % (rank + 1)
+    elif name == "vstack" and rank == 1:
+        out, dim = x, 0
+    else:
+        if name in ("hstack", "vstack"):
+            dim = 0 if name == "vstack" or rank == 1 else 1
+        dim = dim % rank
+        out = x.movedim(0, dim).flatten(dim, dim + 1)
+    if not items.rest:
+        return out
+    return torch.cat([out, *(y.unsqueeze(dim) if name == "stack" else y for y in items.rest)], dim)
 
 
 def unbound(x: Tensor, dim: int = 0) -> Tensor:
@@ -150,13 +174,32 @@ def unbound(x: Tensor, dim: int = 0) -> Tensor:
     return x.movedim(dim, 0)
 
 
-def pieces_of(x: Tensor, size: int, dim: int = 0) -> Tensor:
-    """What ``x.split(size, dim)`` gives one after another, where all pieces are as long: a tensor of them."""
-    if not isinstance(size, int) or x.shape[dim] % size:
-        return torch.split(x, size, dim)  # type: ignore[return-value]
-    return x.unflatten(dim, (x.shape[dim] // size, size)).movedim(dim, 0)
+class Pieces:
+    """What ``x.split(size, dim)`` gives one after another, the last one shorter where sizes do not divide.
+
+    Attributes:
+        whole: ``x``.
+    """
+
+    def __init__(self, whole: Tensor, size: int, dim: int) -> None:
+        self.whole, self.size, self.dim = whole, size, dim
+
+    def __len__(self) -> int:
+        return (self.whole.shape[self.dim] + self.size - 1) // self.size
+
+    def __getitem__(self, n: int) -> Tensor:
+        picked = slice(n * self.size, n * self.size + self.size)
+        return self.whole[(slice(None),) * self.dim + (picked,)]
 
 
-def chunks_of(x: Tensor, chunks: int, dim: int = 0) -> Tensor:
+def pieces_of(x: Tensor, size: Any = None, dim: int = 0, **names: Any) -> Any:
+    """``x.split(size, dim)``, not made yet where all pieces but the last are as long."""
+    size = names.get("split_size", names.get("split_size_or_sections", size))
+    if not isinstance(size, int):
+        return torch.split(x, size, dim)
+    return Pieces(x, size, dim % x.dim())
+
+
+def chunks_of(x: Tensor, chunks: int, dim: int = 0) -> Any:
     """Likewise for ``x.chunk(chunks, dim)``."""
     return pieces_of(x, -(-x.shape[dim] // chunks), dim)

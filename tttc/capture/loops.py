@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 from tttc import _tracing
 from tttc.capture.places import Copier
-from tttc.capture.plan import NoTokens, Plan, Planner
+from tttc.capture.plan import NoTokens, Plan, Planner, whole_iterations
 from tttc.capture.source import LoopSource, Rewritten
 from tttc.ir.body import is_users
 from tttc.ir.errors import NotLowerable
@@ -32,8 +32,8 @@ from tttc.scan import scan
 EAGER, INLINE = -1, -2
 
 Report = Callable[[NotLowerable], None]
-_planning: contextvars.ContextVar[tuple[FakeTensorMode, Report] | None] = contextvars.ContextVar(
-    "tttc_planning", default=None
+_planning: contextvars.ContextVar[tuple[FakeTensorMode, Report, bool] | None] = (
+    contextvars.ContextVar("tttc_planning", default=None)
 )
 
 
@@ -60,7 +60,7 @@ class Site:
 
     def choose(self, bounds: Any, values: Any) -> int:
         """Which plan holds for these variables; EAGER or INLINE where none does."""
-        if not self.tokens or bounds[2] <= 0 or bounds[1] - bounds[0] <= bounds[2]:
+        if not self.tokens or bounds[2] <= 0 or whole_iterations(self.source, bounds, values) <= 1:
             return INLINE
         found = self._find(bounds, values)
         if found == EAGER and not torch.compiler.is_dynamo_compiling():
@@ -75,9 +75,11 @@ class Site:
                 return i
         return EAGER
 
-    def _plan(self, bounds: Any, values: Any, mode: FakeTensorMode, report: Report) -> int:
+    def _plan(
+        self, bounds: Any, values: Any, mode: FakeTensorMode, report: Report, verify: bool
+    ) -> int:
         try:
-            self.plans.append(Planner(self.source, bounds, values, mode, scan).plan())
+            self.plans.append(Planner(self.source, bounds, values, mode, scan, verify).plan())
         except NoTokens:
             self.tokens = False
             return INLINE
@@ -176,11 +178,12 @@ class Loops:
             for module, old in before:
                 module.__class__ = old
 
-    def prepare(self, args: Any, kwargs: Any, report: Report) -> None:
+    def prepare(self, args: Any, kwargs: Any, report: Report, verify: bool = False) -> None:
         """Look at the loops of the model as these arguments reach them, if nothing like them was seen.
 
         Args:
             report: told of each loop that can't be re-rolled; what it raises goes to the caller.
+            verify: compare what is written with the loop itself however long that takes.
         """
         signature = _signature(args, kwargs)
         if any(_alike(signature, known) for known in self.seen):
@@ -200,7 +203,7 @@ class Loops:
             return fakes[id(x)]
 
         args, kwargs = pytree.tree_map(fake, (args, kwargs))
-        token = _planning.set((mode, report))
+        token = _planning.set((mode, report, verify))
         try:
             with mode, _tracing.use_backend(_Abstract()), torch.random.fork_rng(devices=[]):
                 target(*args, **kwargs)

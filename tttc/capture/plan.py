@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,16 +15,21 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tttc.capture.assemble import Argument, Assembled, assemble
+from tttc.capture.check import check_run
 from tttc.capture.emit import Given, Loop, Writer, write_step
 from tttc.capture.grid import labelled, pieces
 from tttc.capture.index import Facts, Index
 from tttc.capture.iteration import Env, Iteration, trace
+from tttc.capture.layout import Pieces
 from tttc.capture.places import scalars_of, tensors_of
 from tttc.capture.reroll import SCATTERS, Match, Rolled, moving_indices, reroll, results_of
 from tttc.capture.source import LoopSource, compiled_source
-from tttc.ir.body import Body, operands_of, spec_of
+from tttc.ir.body import Body, operands_of, source_line, spec_of
 from tttc.ir.errors import NotLowerable
 
+CHECKED_MINI_BATCHES = 1  # of a re-rolled loop, compared with the loop itself when it is planned
+CHECKED_ITERATIONS = 20  # more, or more numbers, cost too much unless validation is asked for
+CHECKED_NUMBERS = 1 << 20
 FREE_MINI_BATCH = 16  # of a state that no update looks at: any size gives the same
 
 
@@ -38,7 +44,17 @@ class Plan:
     fits: Callable[[Any, Any], bool]
     run: Callable[[Any, Any], Any]
     step: Callable[..., Any]
-    key: Any
+    whole: (
+        Callable[[Any, Any], Any] | None
+    )  # how many iterations ``run`` does, where it may leave one
+
+    def rest(self, bounds: Any, values: Any) -> tuple[Any, ...]:
+        """The numbers of the iterations that are left: the last one, where it takes fewer tokens than the others."""
+        if self.whole is None:
+            return ()
+        start, stop, step = bounds
+        done = self.whole(bounds, values)
+        return (start + done * step,) if start + done * step < stop else ()
 
 
 class Planner:
@@ -51,10 +67,12 @@ class Planner:
         values: Sequence[Any],
         mode: FakeTensorMode,
         scan: Callable[..., Any],
+        verify: bool = False,
     ) -> None:
         self.source = source
+        self.verify = verify
         self.start, self.stop, self.step = (int(x) for x in bounds)
-        self.count = len(range(self.start, self.stop, self.step))
+        self.count = whole_iterations(source, bounds, values)
         self.env: Env = dict(zip(source.inputs, values, strict=True))
         self.mode = mode
         self.scan = scan
@@ -199,10 +217,13 @@ class Planner:
         numbers = self._numbers(rolled)
         self._find_free(loop, rolled, made, numbers)
         step = write_step(loop)
-        writer = Writer(loop, step, {"_scan": self.scan, **_scan_names()})
+        whole = compiled_source("whole", "\n".join(self._counting(loop)) + "\n", {})
+        writer = Writer(loop, step, {"_scan": self.scan, "_whole": whole, **_scan_names()})
         run = self._write(loop, writer, rolled, made, appended)
         fits = self._guard(loop, rolled, made, numbers, appended)
-        return Plan(fits, run, step, None)
+        self._check(run, loop, rolled, numbers)
+        rest = any(g.width is not None for g in loop.given.values())
+        return Plan(fits, run, step, whole if rest else None)
 
     def _given(self, role: str, argument: Argument, axes: list[Any]) -> Given:
         place = argument.place
@@ -212,7 +233,87 @@ class Planner:
         tensor = argument.tensor
         if role.startswith("carry") and place in self.entry:
             tensor = self.entry[place]
-        return Given(expression, axes, tensor, argument.dim, argument.start, argument.step or 1)
+        dim, start, step = argument.dim, argument.start, argument.step or 1
+        return Given(expression, axes, tensor, dim, start, step, argument.width)
+
+    def _check(
+        self,
+        run: Callable[..., Any],
+        loop: Loop,
+        rolled: Rolled,
+        numbers: dict[str, Any],
+    ) -> None:
+        """Compare what was written with the loop itself on small numbers."""
+        count = min(self.count, CHECKED_MINI_BATCHES * (rolled.mini_batch_size or 1) + 2)
+        if count > CHECKED_ITERATIONS and not self.verify:
+            return
+        small = {name: 2 for name in loop.free}
+        shapes: dict[str, tuple[int, ...]] = {}
+        for place, axes, dim, moved in self._layouts(loop, rolled):
+            if place not in self.entry or place in shapes:
+                continue
+            shape = list(self.entry[place].shape)
+            offset = len(shape) - len(axes) - (dim is not None)
+            for at, of_axis in enumerate(axes):
+                axis = at + offset + (dim is not None and at >= dim)
+                if axis >= 0 and shape[axis] != 1 and any(n in small for n in of_axis):
+                    sizes = (small.get(n, loop.labelled.body.sizes[n]) for n in of_axis)
+                    shape[axis] = math.prod(sizes)
+            if moved is not None:
+                axis, start, step, width = moved
+                shape[axis] = start + step * (count - 1) + width
+            shapes[place] = tuple(shape)
+        shapes |= {p: shapes[q] for p, q in rolled.anchors.items() if q in shapes}
+        env = {**self.env, **{k: small[x.name] for k, x in numbers.items() if isinstance(x, _Size)}}
+        bounds = (self.start, self.start + count * self.step, self.step)
+        source = self.source
+        numbers_in_all = sum(
+            math.prod(shapes.get(p, x.shape)) for p, x in tensors_of(self.env).items()
+        )
+        if numbers_in_all > CHECKED_NUMBERS and not self.verify:
+            return
+        kept = [x for x in source.inputs if x not in _stored(source)]
+        check_run(
+            run,
+            source.body,  # type: ignore[arg-type]
+            env,
+            self.names,
+            source.inputs,
+            source.results,
+            kept,
+            shapes,
+            bounds,
+        )
+
+    def _layouts(self, loop: Loop, rolled: Rolled) -> Iterator[tuple[Any, ...]]:
+        """The axes of each tensor, by place: names, which is left out, and where iterations move along it."""
+        for g in loop.given.values():
+            moved = None if g.dim is None else (g.dim, g.start, g.step, g.width or 1)
+            place = g.expression.removesuffix(".detach()")
+            yield place, g.axes, None if g.width else g.dim, moved
+        first = loop.labelled.body.states + len(rolled.appended)
+        for i, (path, node) in enumerate(rolled.written.items()):
+            dim = int(node.args[2]) % rolled.template.shapes[path].dim()  # type: ignore[arg-type]
+            start, step = rolled.moving[node, 3]
+            several = node.target is SCATTERS[1]
+            moved = (dim, start, step, step if several else 1)
+            yield path, loop.labelled.results[first + i], None if several else dim, moved
+
+    def _counting(self, loop: Loop) -> list[str]:
+        """A function that counts the iterations that take as many tokens as they ask for."""
+        lines = ["def whole(_bounds, _values):"]
+        if self.source.inputs:
+            lines.append(f"    {', '.join(self.source.inputs)}, = _values")
+        lines.append("    _count = (_bounds[1] - _bounds[0] + _bounds[2] - 1) // _bounds[2]")
+        known = set()
+        for g in loop.given.values():
+            if g.width is None or (g.start, g.step, g.width) in known:
+                continue
+            known.add((g.start, g.step, g.width))
+            size = f"{g.expression}.shape[{g.dim}]"
+            lines.append(f"    if ({size} - {g.start + g.width - g.step}) // {g.step} < _count:")
+            lines.append(f"        _count = ({size} - {g.start + g.width - g.step}) // {g.step}")
+        return [*lines, "    return _count"]
 
     def _numbers(self, rolled: Rolled) -> dict[str, Any]:
         """The numbers and flags among the variables; a plan holds for their values."""
@@ -244,11 +345,13 @@ class Planner:
         for name in loop.pieces.grid:
             shapes: dict[str, tuple[int, ...]] = {}
             tensors = [
-                (g.expression.removesuffix(".detach()"), g.axes, g.dim) for g in loop.given.values()
+                (g.expression.removesuffix(".detach()"), g.axes, None if g.width else g.dim)
+                for g in loop.given.values()
             ]
             first = body.states + len(rolled.appended)
             for i, (path, node) in enumerate(rolled.written.items()):
-                tensors.append((path, loop.labelled.results[first + i], int(node.args[2])))  # type: ignore[arg-type]
+                dim = int(node.args[2]) if node.target is SCATTERS[0] else None  # type: ignore[arg-type]
+                tensors.append((path, loop.labelled.results[first + i], dim))
             for place, axes, dim in tensors:
                 if place not in rolled.template.shapes:
                     continue
@@ -355,16 +458,18 @@ class Planner:
         for path, node in rolled.written.items():
             writer.line(f"_items_{at} = {writer.output(at, made.dtypes[at])}")
             dim = int(node.args[2])  # type: ignore[arg-type]
+            dim %= rolled.template.shapes[path].dim()
             start, step = rolled.moving[node, 3]
-            rank = rolled.template.shapes[path].dim()
-            picks = ", ".join([":"] * (dim % rank))
-            stop = f"{start} + (_count - 1) * {step} + 1"
-            where = f"{start}:{stop}:{step}"
-            if node.target is not torch.ops.aten.select_scatter.default:
-                raise NotLowerable("it writes several tokens at a time", self.source.where)
-            writer.line(
-                f"{path}[{picks + ', ' if picks else ''}{where}] = _items_{at}.movedim(0, {dim})"
-            )
+            picks = ", ".join([":"] * dim)
+            items = f"_items_{at}.movedim(0, {dim})"
+            where = f"{start}:{start} + (_count - 1) * {step} + 1:{step}"
+            if node.target is SCATTERS[1]:
+                width = rolled.moving.get((node, 4), (None, 0))[0]
+                if width is None or width - start != step or tuple(node.args[5:]) not in ((), (1,)):
+                    raise NotLowerable("it writes tokens with gaps", source_line(node))
+                where = f"{start}:{start} + _count * {step}"
+                items = f"{items}.flatten({dim}, {dim + 1})"
+            writer.line(f"{path}[{picks + ', ' if picks else ''}{where}] = {items}")
             at += 1
         for path in rolled.last:
             values[path] = f"({writer.output(at, made.dtypes[at])})[-1]"
@@ -484,14 +589,9 @@ class Planner:
             conditions += [f"{place}.dim() == {x.dim()}", f"{place}.dtype == _{x.dtype}"]
             if made.stops and not x.requires_grad and place in rolled.carries and self.gradients:
                 conditions.append(f"not {place}.requires_grad")
-            offset = x.dim() - len(g.axes) - (g.dim is not None)
-            at = 0
-            for of_axis in g.axes:
-                if at == g.dim:
-                    at += 1
-                axis = at + offset
-                at += 1
-                if axis < 0:
+            for at, of_axis in enumerate(g.axes):
+                axis = g.axis(at)
+                if axis < 0 or (g.width is not None and at == g.dim):
                     continue
                 if x.shape[axis] == 1 or not of_axis or not any(n in loop.free for n in of_axis):
                     conditions.append(f"{place}.shape[{axis}] == {x.shape[axis]}")
@@ -522,6 +622,17 @@ class Planner:
         lines += [f"    if not ({c}):\n        return False" for c in dict.fromkeys(conditions)]
         lines.append("    return True")
         return compiled_source("fits", "\n".join(lines) + "\n", {"_torch": torch})
+
+
+def whole_iterations(source: LoopSource, bounds: Any, values: Any) -> int:
+    """How many iterations certainly take as many tokens as they ask for."""
+    count = (bounds[1] - bounds[0]) // bounds[2]
+    for name, x in zip(source.inputs, values, strict=True):
+        if isinstance(x, Pieces) and name.startswith("__tttc_source"):
+            pieces = x.whole.shape[x.dim] // x.size
+            if pieces < count:
+                count = pieces
+    return count
 
 
 @dataclass(frozen=True)

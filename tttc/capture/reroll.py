@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils._python_dispatch import _disable_current_modes
 
 from tttc.capture.iteration import Iteration
 from tttc.ir.body import source_line
@@ -91,14 +92,15 @@ class Match:
 
 
 def _same(x: Any, y: Any) -> bool:
-    return (
-        isinstance(x, torch.Tensor)
-        and isinstance(y, torch.Tensor)
-        and x.shape == y.shape
-        and x.dtype == y.dtype
-        and type(x) is type(y) is torch.Tensor
-        and bool(torch.equal(x, y))
-    )
+    with _disable_current_modes():  # constants have values, whoever asks
+        return (
+            isinstance(x, torch.Tensor)
+            and isinstance(y, torch.Tensor)
+            and x.shape == y.shape
+            and x.dtype == y.dtype
+            and type(x) is type(y) is torch.Tensor
+            and bool(torch.equal(x, y))
+        )
 
 
 def _differ(node: Any) -> NotLowerable:

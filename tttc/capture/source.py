@@ -31,6 +31,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tttc.capture import layout
+from tttc.capture.names import calls, is_call_of, is_method, names_of, own_names, sequence
+from tttc.capture.nested import flatten_nests
 
 JOINS = ("stack", "cat", "concat", "concatenate", "hstack", "vstack")
 _SEQUENCES = ("unbind", "split", "chunk")
@@ -53,34 +55,16 @@ class LoopSource:
     bounds: ast.expr | None = None  # (start, stop, step)
     body: Callable[..., dict[str, Any]] | None = None  # one iteration: variables in, variables out
     eager: Callable[..., Any] | None = None
+    once: ast.For | None = None  # the statement, for one value of the loop variable
+    variable: str = ""  # that value, or its number where the loop runs over sequences
     refusal: str | None = None
-
-
-def _names(nodes: Iterable[ast.AST], *contexts: type) -> set[str]:
-    return {
-        n.id
-        for root in nodes
-        for n in ast.walk(root)
-        if isinstance(n, ast.Name) and isinstance(n.ctx, contexts)
-    }
 
 
 def _free(statement: ast.stmt) -> set[str]:
     """What a function defined on the way reads of the function around it."""
-    own = _names([statement], ast.Store) if isinstance(statement, ast.FunctionDef) else set()
+    own = names_of([statement], ast.Store) if isinstance(statement, ast.FunctionDef) else set()
     own |= {a.arg for a in ast.walk(statement) if isinstance(a, ast.arg)}
-    return _names([statement], ast.Load) - own
-
-
-def _is_method(node: ast.AST, names: Sequence[str]) -> bool:
-    return isinstance(node, ast.Call) and (
-        (isinstance(node.func, ast.Attribute) and node.func.attr in names)
-        or (isinstance(node.func, ast.Name) and node.func.id in names)
-    )
-
-
-def _is_call_of(node: ast.AST, *names: str) -> bool:
-    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in names
+    return names_of([statement], ast.Load) - own
 
 
 def _sizes(tree: ast.FunctionDef) -> set[str]:
@@ -91,7 +75,7 @@ def _sizes(tree: ast.FunctionDef) -> set[str]:
     for _ in range(3):
         for node in ast.walk(tree):
             if isinstance(node, ast.Assign) and _from_sizes(node.value, found):
-                found |= _names(node.targets, ast.Store)
+                found |= names_of(node.targets, ast.Store)
     return found
 
 
@@ -106,16 +90,16 @@ def _from_sizes(node: ast.AST, known: set[str]) -> bool:
 
 def _items(iterator: ast.expr, known: set[str]) -> list[ast.expr] | None:
     """The sequences of tensors that a loop runs over, if it does."""
-    if _is_call_of(iterator, "zip"):
+    if is_call_of(iterator, "zip"):
         parts = [_items(x, known) for x in iterator.args]  # type: ignore[attr-defined]
         if not parts or any(p is None or len(p) != 1 for p in parts):
             return None
         return [p[0] for p in parts if p is not None]
-    if _is_method(iterator, _SEQUENCES):
+    if is_method(iterator, _SEQUENCES):
         return [iterator]
     if isinstance(iterator, ast.Name) and iterator.id in known:
         return [iterator]
-    if _is_method(iterator, ("transpose", "permute", "movedim")):
+    if is_method(iterator, ("transpose", "permute", "movedim")):
         return [iterator]
     return None
 
@@ -136,9 +120,9 @@ def _candidates(statements: Sequence[ast.stmt], known: set[str]) -> list[ast.For
 
 def _may_run_over_tokens(node: ast.For, known: set[str]) -> bool:
     iterator = node.iter
-    if _is_call_of(iterator, "range"):
+    if is_call_of(iterator, "range"):
         return any(_from_sizes(a, known) for a in iterator.args)  # type: ignore[attr-defined]
-    if _is_call_of(iterator, "enumerate") and iterator.args:  # type: ignore[attr-defined]
+    if is_call_of(iterator, "enumerate") and iterator.args:  # type: ignore[attr-defined]
         iterator = iterator.args[0]  # type: ignore[attr-defined]
     return _items(iterator, known) is not None
 
@@ -159,6 +143,8 @@ class Rewritten:
             return
         self.tree = tree
         known = _sizes(tree)
+        if flatten_nests(tree, _candidates(tree.body, known)):
+            known = _sizes(tree)
         for i, statement in enumerate(_candidates(tree.body, known)):
             loop = LoopSource(
                 statement, f"{self.file}:{statement.lineno}", function.__qualname__, i
@@ -171,6 +157,7 @@ class Rewritten:
     def _describe(self, loop: LoopSource, known: set[str]) -> None:
         node, code = loop.statement, self.function.__code__
         local = {*code.co_varnames, *code.co_cellvars}
+        local |= {n for n in names_of([self.tree], ast.Store) if n.startswith("__tttc_")}
         loop.refusal = _refusal(node)
         if self.tree.decorator_list and loop.refusal is None:
             loop.refusal = f"{self.function.__qualname__} is decorated"
@@ -184,6 +171,7 @@ class Rewritten:
         uses: dict[str, list[ast.AST]] = {}
         inside = {id(n) for n in ast.walk(node)}
         around = _repeats(self.tree, node)
+        own = {id(n) for n in own_names(self.tree)}
         for n in ast.walk(self.tree):
             if id(n) in inside or not hasattr(n, "lineno"):
                 continue
@@ -192,15 +180,22 @@ class Rewritten:
                 defined[n.name] = n
             elif isinstance(n, ast.Assign) and isinstance(n.value, ast.Lambda) and early:
                 defined |= {x.id: n for x in n.targets if isinstance(x, ast.Name)}
-            if isinstance(n, ast.Name):
+            if isinstance(n, ast.Name) and id(n) in own:
                 if isinstance(n.ctx, ast.Store) and early:
                     before.add(n.id)
                 elif isinstance(n.ctx, ast.Load) and (not early or around):
                     after.add(n.id)
                     uses.setdefault(n.id, []).append(n)
+        # What is made from numbers alone, a mask say, is made again inside: its values are known there.
+        for n in self.tree.body:
+            if n.lineno < node.lineno and isinstance(n, ast.Assign) and len(n.targets) == 1:
+                target: Any = n.targets[0]
+                made = isinstance(target, ast.Name) and _from_nothing(n.value, defined)
+                if made and _stores(self.tree, target.id) == 1:
+                    defined[target.id] = n
         # Functions defined on the way see the loop's variables: the iteration defines them again.
         helpers: list[ast.stmt] = []
-        names = _names([node.target, *node.body], ast.Load, ast.Store, ast.Del)
+        names = names_of([node.target, *node.body], ast.Load, ast.Store, ast.Del)
         todo = [x for x in names if x in defined]
         while todo:
             statement = defined[todo.pop()]
@@ -213,7 +208,7 @@ class Rewritten:
         names |= {name for name, s in defined.items() if s in helpers}
         for s in defined.values():
             after |= _free(s)
-        stored = _names([node.target, *node.body], ast.Store) & local
+        stored = names_of([node.target, *node.body], ast.Store) & local
         appended = {
             n.func.value.id
             for n in ast.walk(node)
@@ -224,9 +219,12 @@ class Rewritten:
         } & local
         self._iterate(loop, known)
         sources = [name for name, _, _ in loop.sources]
-        loop.inputs = sorted(names & local & before - set(sources)) + sources
-        loop.beside = sorted((names | _names([node.iter], ast.Load)) & local & before)
-        loop.results = sorted((stored | appended) & after)
+        again = {x for x, s in defined.items() if s in helpers and _from_nothing_at(s)}
+        loop.inputs = sorted(names & local & before - set(sources) - again) + sources
+        loop.beside = sorted((names | names_of([node.iter], ast.Load)) & local & before)
+        # A last iteration that takes fewer tokens goes on from what the others leave.
+        left = _read_first(node) & stored & before if _takes_several(node) else set()
+        loop.results = sorted((stored | appended) & (after | left))
         joins = _joins(self.tree)
         for name in appended:
             if uses.get(name) and all(id(u) in joins for u in uses[name]):
@@ -236,18 +234,18 @@ class Rewritten:
     def _iterate(self, loop: LoopSource, known: set[str]) -> None:
         """The loop as one over ``range(start, stop, step)``; sequences of tensors are indexed by it."""
         iterator: Any = loop.statement.iter
-        if _is_call_of(iterator, "range"):
+        if is_call_of(iterator, "range"):
             a = iterator.args
             zero, one = ast.Constant(0), ast.Constant(1)
             full = [zero, a[0], one] if len(a) == 1 else [a[0], a[1], a[2] if len(a) > 2 else one]
             loop.bounds = ast.Tuple(full, ast.Load())
             return
-        if _is_call_of(iterator, "enumerate"):
+        if is_call_of(iterator, "enumerate"):
             iterator = iterator.args[0]
         for i, item in enumerate(_items(iterator, known) or []):
             name = f"__tttc_source_{loop.index}_{i}"
-            if _is_method(item, _SEQUENCES):
-                loop.sources.append((name, _sequence(item), None))
+            if is_method(item, _SEQUENCES):
+                loop.sources.append((name, sequence(item), None))
             else:
                 loop.sources.append((name, item, None))
 
@@ -260,20 +258,21 @@ class Rewritten:
         target: ast.expr = ast.Name(variable, ast.Load())
         if sources:
             items: list[ast.expr] = [
-                _call("__tttc_item", ast.Name(s, ast.Load()), ast.Name(variable, ast.Load()))
+                calls("__tttc_item", ast.Name(s, ast.Load()), ast.Name(variable, ast.Load()))
                 for s in sources
             ]
             target = items[0]
-            if _is_call_of(_inner(node.iter), "zip"):
+            if is_call_of(_inner(node.iter), "zip"):
                 target = ast.Tuple(items, ast.Load())
-            if _is_call_of(node.iter, "enumerate"):
+            if is_call_of(node.iter, "enumerate"):
                 target = ast.Tuple([ast.Name(variable, ast.Load()), target], ast.Load())
         once = ast.For(node.target, ast.Tuple([target], ast.Load()), node.body, [])
         ast.copy_location(once, node)
+        loop.once, loop.variable = once, variable
         unbound = [_if_unbound(name) for name in names if name not in loop.inputs]
-        body = [*unbound, *helpers, once, ast.Return(_call("locals"))]
+        body = [*unbound, *helpers, once, ast.Return(calls("locals"))]
         arguments = [variable, *names, *sources]
-        loop.body = self._function("__tttc_body", arguments, body, {"__tttc_item": item})
+        loop.body = self._function("__tttc_body", arguments, body, {})
         whole = [
             *helpers,
             node,
@@ -297,6 +296,7 @@ class Rewritten:
         """A function in the place of the original: its globals, its closure, its file and lines."""
         free = list(self.function.__code__.co_freevars)
         body = [tree, ast.Return(ast.Name(tree.name, ast.Load()))]
+        injected = {**injected, **_HELPERS}
         factory = _definition("__tttc_factory", [*injected, *free], body)
         ast.copy_location(factory, self.tree)
         module = ast.fix_missing_locations(ast.Module([factory], []))
@@ -327,12 +327,6 @@ class Rewritten:
         injected = {
             f"__tttc_site_{loop.index}": s for loop, s in zip(self.loops, sites, strict=True)
         }
-        injected |= {
-            "__tttc_joined": layout.joined,
-            "__tttc_unbind": layout.unbound,
-            "__tttc_split": layout.pieces_of,
-            "__tttc_chunk": layout.chunks_of,
-        }
         lists = {name for loop in self.loops for name in loop.joined}
         replaced = {id(loop.statement): loop for loop in self.loops}
         tree = _Replace(replaced, lists).visit(_copied(self.tree, replaced))
@@ -345,24 +339,17 @@ def item(source: Any, n: int) -> Any:
     return source[n]
 
 
+_HELPERS: dict[str, Any] = {
+    "__tttc_joined": layout.joined,
+    "__tttc_item": item,
+    "__tttc_unbind": layout.unbound,
+    "__tttc_split": layout.pieces_of,
+    "__tttc_chunk": layout.chunks_of,
+}
+
+
 def _inner(iterator: Any) -> ast.expr:
-    return iterator.args[0] if _is_call_of(iterator, "enumerate") else iterator
-
-
-def _sequence(node: Any) -> ast.expr:
-    """``x.unbind(1)`` as ``__tttc_unbind(x, 1)``: a tensor whose first dimension is run over."""
-    if isinstance(node.func, ast.Attribute) and not (
-        isinstance(node.func.value, ast.Name) and node.func.value.id == "torch"
-    ):
-        name, arguments = node.func.attr, [node.func.value, *node.args]
-    else:
-        name = node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id
-        arguments = list(node.args)
-    return ast.Call(ast.Name(f"__tttc_{name}", ast.Load()), arguments, node.keywords)
-
-
-def _call(name: str, *arguments: ast.expr) -> ast.Call:
-    return ast.Call(ast.Name(name, ast.Load()), list(arguments), [])
+    return iterator.args[0] if is_call_of(iterator, "enumerate") else iterator
 
 
 def _definition(name: str, arguments: list[str], body: Sequence[ast.stmt]) -> ast.FunctionDef:
@@ -434,13 +421,117 @@ def _repeats(tree: ast.AST, node: ast.For) -> bool:
     )
 
 
+_FACTORIES = (
+    "ones",
+    "zeros",
+    "full",
+    "eye",
+    "arange",
+    "new_ones",
+    "new_zeros",
+    "new_full",
+    "ones_like",
+)
+_CHANGES = (
+    "tril",
+    "triu",
+    "bool",
+    "to",
+    "float",
+    "double",
+    "logical_not",
+    "unsqueeze",
+    "type_as",
+    "t",
+)
+
+
+def _from_nothing(node: ast.AST, defined: dict[str, ast.stmt]) -> bool:
+    """Whether an expression makes a tensor from numbers alone: a factory, and what changes its values."""
+    if isinstance(node, ast.Name):
+        return node.id in defined
+    if isinstance(node, ast.UnaryOp):
+        return _from_nothing(node.operand, defined)
+    if isinstance(node, ast.Compare):
+        return all(
+            isinstance(x, ast.Constant) or _from_nothing(x, defined)
+            for x in (node.left, *node.comparators)
+        ) and not isinstance(node.left, ast.Constant)
+    if isinstance(node, ast.Subscript):
+        return _from_nothing(node.value, defined)
+    if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+        return False
+    of_torch = isinstance(node.func.value, ast.Name) and node.func.value.id == "torch"
+    if node.func.attr in _FACTORIES:
+        return of_torch or node.func.attr.startswith("new_")
+    if node.func.attr in _CHANGES:
+        return _from_nothing(node.args[0] if of_torch and node.args else node.func.value, defined)
+    return False
+
+
+def _from_nothing_at(statement: ast.stmt) -> bool:
+    return isinstance(statement, ast.Assign) and not isinstance(statement.value, ast.Lambda)
+
+
+def _stores(tree: ast.AST, name: str) -> int:
+    return sum(
+        isinstance(n, ast.Name) and n.id == name and isinstance(n.ctx, ast.Store)
+        for n in ast.walk(tree)
+    )
+
+
+def _takes_several(node: ast.For) -> bool:
+    """Whether an iteration may take several tokens: the last one then takes what is left."""
+    iterator = _inner(node.iter)
+    if is_call_of(iterator, "range"):
+        return len(iterator.args) > 2  # type: ignore[attr-defined]
+    every = iterator.args if is_call_of(iterator, "zip") else [iterator]  # type: ignore[attr-defined]
+    return any(is_method(x, ("split", "chunk")) for x in every)
+
+
+def _read_first(node: ast.For) -> set[str]:
+    """The names that an iteration may read before it binds them."""
+    bound: set[str] = set()
+    read: set[str] = set()
+
+    def visit(n: ast.AST) -> None:
+        if isinstance(n, ast.Name):
+            if isinstance(n.ctx, ast.Load):
+                read.update({n.id} - bound)
+            else:
+                bound.add(n.id)
+        elif isinstance(n, (ast.Assign, ast.AnnAssign)):
+            if n.value is not None:
+                visit(n.value)
+            for target in n.targets if isinstance(n, ast.Assign) else [n.target]:
+                visit(target)
+        elif isinstance(n, ast.AugAssign):
+            read.update(names_of([n.target], ast.Store) - bound)
+            visit(n.value)
+            visit(n.target)
+        elif isinstance(n, (ast.If, ast.For, ast.While, ast.FunctionDef, ast.Lambda)):
+            # What happens inside may not happen: it binds nothing for certain.
+            before = set(bound)
+            for child in ast.iter_child_nodes(n):
+                visit(child)
+            bound.intersection_update(before)
+        else:
+            for child in ast.iter_child_nodes(n):
+                visit(child)
+
+    visit(node.target)
+    for statement in node.body:
+        visit(statement)
+    return read
+
+
 def _joins(tree: ast.AST) -> set[int]:
     """Names that are the first argument of ``torch.stack`` and the like."""
     return {
         id(n.args[0])
         for n in ast.walk(tree)
         if isinstance(n, ast.Call)
-        and _is_method(n, JOINS)
+        and is_method(n, JOINS)
         and n.args
         and isinstance(n.args[0], ast.Name)
     }
@@ -471,7 +562,7 @@ class _Replace(ast.NodeTransformer):
     def visit_Call(self, node: ast.Call) -> Any:
         self.generic_visit(node)
         first = node.args[0] if node.args else None
-        if _is_method(node, JOINS) and isinstance(first, ast.Name) and first.id in self.lists:
+        if is_method(node, JOINS) and isinstance(first, ast.Name) and first.id in self.lists:
             return ast.copy_location(
                 ast.Call(
                     ast.Name("__tttc_joined", ast.Load()), [node.func, *node.args], node.keywords
@@ -498,7 +589,9 @@ class _Replace(ast.NodeTransformer):
             counts = ast.Tuple([load(name) for name, _, _ in loop.sources], ast.Load())
             bounds = ast.Call(ast.Attribute(load(site), "counted", ast.Load()), [counts], [])
         statements.append(ast.Assign([ast.Name(given, ast.Store())], bounds))
+        held = f"__tttc_values_{loop.index}"
         values = ast.Tuple([load(x) for x in loop.inputs], ast.Load())
+        statements.append(ast.Assign([ast.Name(held, ast.Store())], values))
         beside = ast.Tuple([load(x) for x in loop.beside], ast.Load())
 
         def method(owner: ast.expr, name: str, arguments: list[ast.expr]) -> ast.stmt:
@@ -513,13 +606,15 @@ class _Replace(ast.NodeTransformer):
             ast.Assign(
                 [ast.Name(chosen, ast.Store())],
                 ast.Call(
-                    ast.Attribute(load(site), "choose", ast.Load()), [load(given), values], []
+                    ast.Attribute(load(site), "choose", ast.Load()), [load(given), load(held)], []
                 ),
             )
         )
         plan = ast.Subscript(
             ast.Attribute(load(site), "plans", ast.Load()), load(chosen), ast.Load()
         )
+        left = ast.Call(ast.Attribute(plan, "rest", ast.Load()), [load(given), load(held)], [])
+        rest = ast.For(ast.Name(loop.variable, ast.Store()), left, [loop.once], [])  # type: ignore[list-item]
         eager = ast.If(
             ast.Compare(load(chosen), [ast.Eq()], [ast.UnaryOp(ast.USub(), ast.Constant(1))]),
             [method(load(site), "eagerly", [beside])],
@@ -528,7 +623,7 @@ class _Replace(ast.NodeTransformer):
         statements.append(
             ast.If(
                 ast.Compare(load(chosen), [ast.GtE()], [ast.Constant(0)]),
-                [method(plan, "run", [load(given), values])],
+                [method(plan, "run", [load(given), load(held)]), rest],
                 [eager],
             )
         )

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tttc._checks import run_one_token
+from tttc.capture.constants import fold_constants
 from tttc.ir.body import is_users
 
 aten = torch.ops.aten
@@ -103,12 +104,22 @@ def decomposition_table() -> dict[Any, Callable[..., Any]]:
     }
 
 
+class WithLines(torch.fx.Interpreter):
+    """Runs a graph such that what is traced from it keeps its source lines."""
+
+    def run_node(self, n: torch.fx.Node) -> Any:
+        torch.fx.traceback.set_stack_trace([n.meta.get("stack_trace") or ""])
+        return super().run_node(n)
+
+
 class SourceLines(TorchDispatchMode):
     """Leaves on every captured node which line of the step it comes from; make_fx looks at modules only."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         frame = sys._getframe(1)
         while frame is not None and not is_users(frame.f_code.co_filename):
+            if frame.f_code is WithLines.run_node.__code__:
+                return func(*args, **(kwargs or {}))  # of a graph, whose nodes say their lines
             frame = frame.f_back
         if frame is not None:
             line = f'File "{frame.f_code.co_filename}", line {frame.f_lineno}, in {frame.f_code.co_name}'
@@ -157,8 +168,10 @@ def capture_step(
             torch.func.functionalize(flat, remove="mutations"),
             decomposition_table=table,
             tracing_mode="fake",
+            _allow_non_fake_inputs=True,  # tensors the step closes over keep their values
         )(*state, *(torch.zeros_like(x) for x in state), *tokens, *shared)
     gm.graph.eliminate_dead_code()
     gm.recompile()
+    fold_constants(gm)
     gm.meta["counts"] = counts
     return gm
