@@ -22,10 +22,10 @@ import triton
 from scans import SHAPES, Case, make_case
 from tttc.codegen import stages as stage_pass
 from tttc.codegen.loop import Loop
+from tttc.codegen.render import render
 from tttc.codegen.schedule import Schedule
 from tttc.codegen.stages import stages
 from tttc.codegen.torch_scan_backward import live_cotangents, saved_leaves
-from tttc.codegen.triton_loop import render
 
 from tttc._scan_op import scan_info
 from tttc.runtime import fused_scan, launch, triton_scan, triton_scan_backward

@@ -35,6 +35,40 @@ def products_first(nodes: Sequence[fx.Node]) -> list[fx.Node]:
     return sorted(nodes, key=lambda n: depth[n] > 1)
 
 
+def depth_first(nodes: Sequence[fx.Node], after: Mapping[fx.Node, set[fx.Node]]) -> list[fx.Node]:
+    """The nodes with each value used as soon as it is there: of what can be made, what reads the newest value.
+
+    Matrix products come when nothing else can be made, so that what is computed from one product is computed before
+    the next.
+
+    Args:
+        nodes: operators in a valid order.
+        after: nodes that must come after others.
+    """
+    members = set(nodes)
+    needs = {n: {x for x in (*n.all_input_nodes, *after.get(n, ())) if x in members} for n in nodes}
+    pending = list(nodes)
+    place: dict[fx.Node, int] = {}
+    while pending:
+        ready = [n for n in pending if needs[n] <= place.keys()]
+        newest = max(
+            ready,
+            key=lambda n: (
+                not _is_matrix_product(n),
+                max((place[x] for x in needs[n]), default=-1),
+            ),
+        )
+        place[newest] = len(place)
+        pending.remove(newest)
+    return list(place)
+
+
+def _is_matrix_product(node: fx.Node) -> bool:
+    return (
+        node.target in (ops.contraction, ops.masked_contraction) and len(node.all_input_nodes) > 1
+    )
+
+
 def _groups(nodes: Sequence[fx.Node], members: set[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
     """Elementwise values that only one other of the same depth reads are made with it: groups by their last node.
 

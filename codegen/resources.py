@@ -180,6 +180,8 @@ def _compile(request: dict[str, Any], target: str) -> Resources:
         raise ValueError(f"no type and no value for {', '.join(missing)}")
     signature = {n: "constexpr" if n in constants else request["signature"][n] for n in names}
     attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in request["aligned"]}
+    if function.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource as ASTSource  # type: ignore
     source = ASTSource(function, signature, constants, attributes)
     compiled = triton.compile(
         source, target=GPUTarget(*_target(target)), options=request["options"]

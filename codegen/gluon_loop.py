@@ -1,0 +1,477 @@
+"""Rendering a :class:`~tttc.codegen.loop.Loop` for Hopper, through Gluon.
+
+What is computed, in which order and from where is the plain renderer's; this one says which threads hold a tile. A
+tile of two dimensions is what a product of warpgroups leaves in registers (float32), so that the state stays in
+accumulators; the operands of products are copies in shared memory in the dtype of the tokens, which are read either
+way round. Large values that are read again after another product wait there too.
+
+Source: asynchronous warpgroup matrix products and layouts as in Gluon's documentation (triton.experimental.gluon).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import fx
+from tttc.codegen.gluon_layouts import Layouts, is_accumulator
+from tttc.codegen.loop import Loop
+from tttc.codegen.schedule import Schedule
+from tttc.codegen.triton_functions import FUNCTIONS
+from tttc.codegen.triton_loop import Renderer
+from tttc.codegen.triton_tiles import Tile
+
+from tttc.ir import ops
+from tttc.ir.body import operands_of, spec_of
+from tttc.ir.build import dims_of
+from tttc.ir.errors import NotLowerable
+from tttc.ir.spec import Dims, parse
+
+OPERATORS = (ops.elementwise, ops.contraction)
+SHARED_BYTES = 227 * 1024  # of a multiprocessor of sm_90, for one program
+WAITS = 8192  # elements of a value from which it waits in shared memory for a reader after another product
+
+
+@dataclass
+class Held(Tile):
+    """A tile and its layout, empty for a scalar; ``raw``: it is in shared memory, and read from there."""
+
+    layout: str = ""
+    raw: bool = False
+
+
+class GluonRenderer(Renderer):
+    """Renders one loop for warpgroups."""
+
+    def __init__(self, loop: Loop, schedule: Schedule, homes: dict[str, str] | None = None) -> None:
+        self.layouts = Layouts(schedule.num_warps)
+        self.axes: dict[frozenset[str], Dims] = {}
+        super().__init__(loop, schedule)
+        self.at = ""  # the layout of the offsets being written
+        self.within = ""  # the layout of the vectors being made
+        self.copies: dict[str, str] = {}  # tiles in shared memory
+        self.turned: dict[tuple[str, str], str] = {}  # tiles in other layouts
+        self.homes = homes or {}  # layouts of carried vectors
+        self.seen: dict[str, str] = {}  # layouts that carried vectors are made in
+        self.sequence: list[fx.Node] = []
+        self.products = 0  # matrix products so far
+        self.reading = False
+        self.fenced = True  # whether products see all copies
+        self.waiting: set[fx.Node] = set()  # what is read again after another product
+        self.operands: set[fx.Node] = set()  # large operands of products
+        self.waits: dict[fx.Node, int] = {}  # products before it was put into shared memory
+        self.renewing: dict[
+            fx.Node, tuple[str, set[fx.Node]]
+        ] = {}  # states with copies, and who reads these
+        self._check()
+        self._choose_axes()
+
+    # -- what can be held --------------------------------------------------------------------------------
+
+    def _check(self) -> None:
+        """Refuse what this renderer has no form for."""
+        if self.loop.tokens or self.loop.refresh:
+            raise NotLowerable("mini-batches of tokens have no Gluon form yet")
+        for d in self.dims:
+            if self.side(d) != self.size(d):
+                raise NotLowerable(f"{d} has {self.size(d)} elements, which is no power of two")
+        for node in self.loop.graph.nodes:
+            if node not in self.used or node.op != "call_function":
+                continue
+            if node.target not in OPERATORS:
+                raise NotLowerable(f"{node.target.__name__} has no Gluon form yet")
+            if len(dims_of(node)) > 2 or len(parse(spec_of(node)).labels) > 3:
+                raise NotLowerable(f"more than two dimensions: {spec_of(node)}")
+            labels = self._dot_labels(node)
+            if labels is None and len(parse(spec_of(node)).labels) > 2:
+                raise NotLowerable(f"no product of warpgroups: {spec_of(node)}")
+
+    def _choose_axes(self) -> None:
+        """Which dimension of each pair is the rows of its tiles.
+
+        Sums run along columns where they can, within a warp; else the wider dimension is the rows, which all
+        warps share.
+        """
+        votes: dict[frozenset[str], dict[str, int]] = {}
+        for node in self.loop.graph.nodes:
+            if node not in self.used:
+                continue
+            dims = frozenset(dims_of(node))
+            if len(dims) == 2:
+                votes.setdefault(dims, {})
+            if node.op != "call_function" or self._dot_labels(node) is not None:
+                continue
+            spec = parse(spec_of(node))
+            if len(spec.labels) == 2 and len(spec.summed) == 1:
+                (kept,) = set(spec.labels) - set(spec.summed)
+                seen = votes.setdefault(frozenset(spec.labels), {})
+                seen[kept] = seen.get(kept, 0) + 1
+        for pair, seen in votes.items():
+            rows = max(sorted(pair), key=lambda d: (seen.get(d, 0), self.side(d)))
+            (columns,) = pair - {rows}
+            warps = self.schedule.num_warps
+            if not is_accumulator(self.side(rows), self.side(columns), warps):
+                rows, columns = columns, rows
+            if not is_accumulator(self.side(rows), self.side(columns), warps):
+                raise NotLowerable(f"tiles of {rows} and {columns} are too small for warpgroups")
+            self.axes[pair] = (rows, columns)
+
+    def order(self, dims: Dims) -> Dims:
+        """Rows and columns of a pair of dimensions."""
+        return self.axes.get(frozenset(dims)) or super().order(dims)
+
+    def _layout(self, dims: Dims) -> str:
+        """The layout of values with two dimensions."""
+        rows, columns = dims
+        return self.layouts.accumulator(self.side(rows), self.side(columns))
+
+    # -- writing -------------------------------------------------------------------------------------------
+
+    def let(
+        self,
+        prefix: str,
+        value: str,
+        dims: Dims,
+        zero: frozenset[str] = frozenset(),
+        note: str = "",
+    ) -> Tile:
+        """Assign a value to a new variable."""
+        tile = super().let(prefix, value, dims, zero, note)
+        layout = self._layout(dims) if len(dims) == 2 else self.within if dims else ""
+        return Held(tile.name, dims, zero, layout)
+
+    def offset(self, tensor: str, dims: Dims, rows: str | None) -> str:
+        """The offsets of a tile, in the layout ``self.at``."""
+        parts = []
+        for axis, d in enumerate(dims):
+            layout = self.layouts.slice(self.at, 1 - axis) if len(dims) == 2 else self.at
+            place = f"gl.arange(0, {self.side(d)}, layout={layout}){self.index((d,), dims)}"
+            of = d if d in self.strides[tensor] else "T"
+            parts.append(f"{place} * {self.stride(tensor, of)}")
+        return " + ".join(parts)
+
+    def load(self, tensor: str, pointer: str, dims: Dims, rows: str | None) -> Tile:
+        """Load a tile as it lies in memory; it is turned where it is used."""
+        memory = self.memory(dims)
+        sides = [self.side(d) for d in memory]
+        if len(memory) == 2:
+            self.at = self.layouts.rows_read(*sides)
+        elif memory:
+            self.at = self.layouts.vector(*sides)
+        name = self.fresh("x")
+        value = self.fetch(tensor, pointer, dims, rows)
+        if len(memory) == 2 and self._narrow(tensor):
+            shape, layout = self._shared(memory)
+            self.write(
+                f"{name}_s = gl.allocate_shared_memory(DOT, {shape}, {layout}, {value}.to(DOT))"
+            )
+            self.copies[name], self.fenced = f"{name}_s", False
+            return Held(name, memory, frozenset(), self._layout(self.order(memory)), True)
+        self.write(f"{name} = {value}.to(gl.float32)")
+        return Held(name, memory, frozenset(), self.at if memory else "")
+
+    def _narrow(self, tensor: str) -> bool:
+        """Whether a tensor has the dtype of operands: tokens have."""
+        return any(s.kind == "token" and s.name == tensor for s in self.loop.sources.values())
+
+    def store(self, tensor: str, pointer: str, tile: Tile, rows: str | None) -> None:
+        """Store a tile, in rows as memory takes them best."""
+        memory = self.memory(tile.dims)
+        value = f"{tile.name}.to({tensor}.dtype.element_ty)"
+        if len(memory) == 2:
+            self.at = self.layouts.rows_read(*(self.side(d) for d in memory))
+            if memory != tile.dims:
+                value = f"gl.permute({value}, (1, 0))"
+            value = f"gl.convert_layout({value}, {self.at})"
+        elif memory:
+            assert isinstance(tile, Held)
+            self.at = tile.layout
+        offset = self.offset(tensor, memory, rows)
+        address = f"{pointer} + {offset}" if offset else pointer
+        self.write(f"gl.store({address}, {value})")
+
+    # -- layouts -------------------------------------------------------------------------------------------
+
+    def in_layout(self, tile: Held, layout: str, turn: bool = False) -> str:
+        """The name of a tile in a layout, its axes turned first where asked."""
+        if not tile.dims or (tile.layout == layout and not turn):
+            return tile.name
+        key = (tile.name, layout)
+        if key not in self.turned:
+            value = f"gl.permute({tile.name}, (1, 0))" if turn else tile.name
+            self.turned[key] = self.fresh("l")
+            self.write(f"{self.turned[key]} = gl.convert_layout({value}, {layout})")
+        return self.turned[key]
+
+    def line_up(self, tile: Tile, target: Dims) -> str:
+        """A tile in the layout of tiles over ``target``."""
+        assert isinstance(tile, Held)
+        if not tile.dims:
+            return tile.name
+        if len(target) == 1:
+            return self.in_layout(tile, self.within)
+        layout = self._layout(target)
+        if len(tile.dims) == 1:
+            part = self.layouts.slice(layout, 1 - target.index(tile.dims[0]))
+            return self.in_layout(tile, part) + self.index(tile.dims, target)
+        return self.in_layout(tile, layout, turn=tile.dims != target)
+
+    def tile(self, x: Any) -> Tile:
+        """The tile of a node or number; what waits in shared memory is read from there."""
+        tile = super().tile(x)
+        if not isinstance(tile, Held):
+            return Held(tile.name, (), frozenset())
+        waits = tile.raw or self.waits.get(x, self.products) < self.products
+        return self._read(tile) if waits and not self.reading else tile
+
+    def _read(self, tile: Held) -> Held:
+        """A tile from its copy in shared memory, its axes in the kernel's order."""
+        key, target = (tile.name, f"after {self.products} products"), self.order(tile.dims)
+        if key not in self.turned:
+            turned = "" if target == tile.dims else ".permute((1, 0))"
+            name = self.turned[key] = self.fresh("r")
+            source = f"{self.copies[tile.name]}{turned}"
+            self.write(f"{name} = {source}.load({self._layout(target)}).to(gl.float32)")
+        return Held(self.turned[key], target, tile.zero, self._layout(target))
+
+    # -- products -------------------------------------------------------------------------------------------
+
+    def copy(self, tile: Tile) -> str:
+        """The copy of a tile in shared memory."""
+        if tile.name not in self.copies:
+            shape, layout = self._shared(tile.dims)
+            name = self.copies[tile.name] = f"{tile.name}_s"
+            value = f"{tile.name}.to(DOT)"
+            self.write(f"{name} = gl.allocate_shared_memory(DOT, {shape}, {layout}, {value})")
+            self.fenced = False
+        return self.copies[tile.name]
+
+    def _shared(self, dims: Dims) -> tuple[str, str]:
+        rows, columns = (self.side(d) for d in dims)
+        return f"[{rows}, {columns}]", self.layouts.shared(rows, columns)
+
+    def _operand(self, tile: Tile, dims: Dims) -> str:
+        name = self.copy(tile)
+        return name if tile.dims == dims else f"{name}.permute((1, 0))"
+
+    def negated(self, tile: Tile) -> Tile:
+        """The tile times minus one."""
+        assert isinstance(tile, Held)
+        key = (tile.name, "negative")
+        if key not in self.turned:
+            self.turned[key] = self.fresh("n")
+            value = self._read(tile) if tile.raw else tile
+            self.write(f"{self.turned[key]} = -{value.name}")
+        dims = self.order(tile.dims) if tile.raw else tile.dims
+        return replace(tile, name=self.turned[key], dims=dims, raw=False)
+
+    def _dot(self, node: fx.Node, accumulator: Tile | None = None, negative: bool = False) -> Tile:
+        self.reading = True  # operands are read from shared memory as they are
+        made = super()._dot(node, accumulator, negative)
+        self.reading = False
+        self.products += 1
+        return Held(made.name, made.dims, made.zero, self._layout(made.dims))
+
+    def _product(
+        self, left: Tile, right: Tile, labels: tuple[str, str, str], accumulator: Tile | None
+    ) -> str:
+        rows, columns, inner = labels
+        a, b = self._operand(left, (rows, inner)), self._operand(right, (inner, columns))
+        if not self.fenced:
+            self.write("fence_async_shared()")
+            self.fenced = True
+        if accumulator is not None:
+            return f"warpgroup_mma({a}, {b}, {self.line_up(accumulator, (rows, columns))})"
+        return f"warpgroup_mma({a}, {b}, {self._zeros((rows, columns))}, use_acc=False)"
+
+    def _zeros(self, dims: Dims, layout: str = "") -> str:
+        shape = ", ".join(str(self.side(d)) for d in dims)
+        return f"gl.zeros([{shape}], gl.float32, {layout or self._layout(dims)})"
+
+    # -- operators --------------------------------------------------------------------------------------------
+
+    def emit(self, node: fx.Node) -> None:
+        """One operator; what is read again after another product is put into shared memory."""
+        super().emit(node)
+        tile = self.tiles[node]
+        if node in self.waiting:
+            self.waits[node] = self.products
+        if node in self.waiting or node in self.operands:
+            self.copy(tile)
+        if node in self.renewing:
+            name, readers = self.renewing[node]
+            if not readers & set(self.sequence[self.sequence.index(node) + 1 :]):
+                self._renew_copy(name, tile)
+
+    def _renew_copy(self, name: str, tile: Tile) -> None:
+        """The copy of a state in shared memory takes the new value."""
+        self.write(f"{name}_s.store({tile.name}.to(DOT))")
+        self.copies[tile.name] = f"{name}_s"
+        self.fenced = False
+
+    def _elementwise(self, node: fx.Node) -> Tile:
+        if "propagate_nan" in FUNCTIONS[str(node.args[0])]:
+            raise NotLowerable(f"{node.args[0]} has no Gluon form yet")
+        if len(dims_of(node)) == 1:
+            tiles = [self.tile(x) for x in operands_of(node) if isinstance(x, fx.Node)]
+            found = [t.layout for t in tiles if isinstance(t, Held) and t.dims]
+            self.within = next((x for x in found if not x.startswith("VECTOR")), found[0])
+        return super()._elementwise(node)
+
+    def _broadcast_product(self, node: fx.Node, tiles: list[Tile], masked: bool = False) -> Tile:
+        spec = parse(spec_of(node))
+        every = self.order(tuple(dict.fromkeys(d for t in tiles for d in t.dims)))
+        if len(every) == 1:
+            self.within = next(t.layout for t in tiles if isinstance(t, Held) and t.dims)
+        result = self.order(spec.result)
+        value = " * ".join(self.line_up(t, every) for t in tiles)
+        summed = [d for d in reversed(every) if d not in result]
+        for d in summed:
+            value = f"gl.sum({value}, {every.index(d)})"
+        if len(every) == 2 and len(result) == 1:
+            self.within = self.layouts.slice(self._layout(every), every.index(summed[0]))
+        return self.let("c" if summed else "e", value, result, note=str(spec) if summed else "")
+
+    # -- the kernel -------------------------------------------------------------------------------------------
+
+    def _sequence(self) -> list[fx.Node]:
+        self.sequence = super()._sequence()
+        made = [n for n in self.sequence if not self._deferred(n)]
+        product = {n: self._dot_labels(n) is not None or any(self._deferred(x) for x in n.all_input_nodes)
+                   for n in made}  # fmt: skip
+        for i, node in enumerate(made):
+            if math.prod(self.side(d) for d in dims_of(node)) < WAITS or len(dims_of(node)) < 2:
+                continue
+            if any(self._dot_labels(u) for u in node.users) and node not in self._new_states():
+                self.operands.add(node)
+            later = False
+            for reader in made[i + 1 :]:
+                if later and node in reader.all_input_nodes and not product[reader]:
+                    self.waiting.add(node)
+                later = later or product[reader]
+        return self.sequence
+
+    def _new_states(self) -> set[fx.Node]:
+        return {node for node, sink in self.loop.sinks if sink.kind == "state"}
+
+    def _invariants(self) -> None:
+        """Parameters, and states to start from: in accumulators, with copies where products read them."""
+        for node, source in self.loop.sources.items():
+            if source.kind in ("shared", "constant") and node in self.used:
+                tile = self.load(source.name, f"{source.name}_ptr", dims_of(node), None)
+                self.tiles[node] = tile
+        states = {} if self.loop.parallel else self._state_dims()
+        for name, dims in states.items():
+            tile = self.load(name, f"{name}_ptr", dims, None)
+            target = self.order(dims)
+            held = self._state_tile(name, dims)
+            self.within = held.layout
+            self.write(f"{held.name} = {self.line_up(tile, target)}")
+        new = {sink.name: node for node, sink in self.loop.sinks if sink.kind == "state"}
+        for node, source in self.loop.sources.items():
+            if source.kind != "state" or source.name not in states:
+                continue
+            name, dims = source.name, dims_of(node)
+            tile = self.tiles[node] = self._state_tile(name, dims)
+            readers = {u for u in node.users if u in self.used and self._dot_labels(u) is not None}
+            if readers:
+                shape, layout = self._shared(tile.dims)
+                value = f"{tile.name}.to(DOT)"
+                self.write(f"{name}_s = gl.allocate_shared_memory(DOT, {shape}, {layout}, {value})")
+                self.copies[tile.name] = f"{name}_s"
+                self.fenced = False
+                if name in new:
+                    self.renewing[new[name]] = (name, readers)
+        for node, sink in self.loop.sinks:
+            if sink.kind == "sum":
+                tile = self._sum_tile(node, sink.name)
+                self.write(f"{tile.name} = {self._zeros(tile.dims, tile.layout)}" if tile.dims
+                           else f"{tile.name} = 0.0")  # fmt: skip
+        self.invariant = set(self.tiles)
+
+    def _home(self, name: str, dims: Dims) -> str:
+        """The layout of what is carried from mini-batch to mini-batch."""
+        if len(dims) == 2:
+            return self._layout(self.order(dims))
+        return self.homes.get(name, self.layouts.vector(self.side(dims[0]))) if dims else ""
+
+    def _state_tile(self, name: str, dims: Dims) -> Held:
+        return Held(name + "_v", self.order(dims), frozenset(), self._home(name, dims))
+
+    def _sum_tile(self, node: fx.Node, name: str) -> Held:
+        return self._state_tile(name, dims_of(node))
+
+    def _carried(self, name: str, node: fx.Node) -> str:
+        """A value in the layout of what is carried under a name."""
+        tile = self.tiles[node]
+        assert isinstance(tile, Held)
+        if len(tile.dims) == 1:
+            self.seen.setdefault(name, tile.layout)
+        self.within = self._home(name, dims_of(node))
+        return self.line_up(tile, self.order(dims_of(node)))
+
+    def _keep(self, node: fx.Node) -> None:
+        """As in plain kernels; sums are added up in the layout they are kept in."""
+        sums = [s for s in self.results.get(node, ()) if s.kind == "sum"]
+        for sink in sums:
+            self.write(f"{sink.name}_v += {self._carried(sink.name, node)}")
+        others = [s for s in self.results.get(node, ()) if s.kind != "sum"]
+        if others:
+            self.results[node] = others
+            super()._keep(node)
+
+    def _renew(self) -> None:
+        """The states and their copies take their new values."""
+        for node, sink in self.loop.sinks:
+            new = sink.kind == "state" and node in self.renewing
+            if new and self.tiles[node].name not in self.copies:
+                self._renew_copy(sink.name, self.tiles[node])
+        values = [
+            (s.name, self._carried(s.name, n)) for n, s in self.loop.sinks if s.kind == "state"
+        ]
+        for name, value in values:
+            if value != f"{name}_v":
+                self.write(f"{name}_v = {value}")
+
+    def _epilogue(self) -> None:
+        self.turned.clear()
+        super()._epilogue()
+
+    def _prologue(self) -> None:
+        self.write("head = (gl.program_id(0) % H).to(gl.int64)")
+        self.write("sequence = (gl.program_id(0) // H).to(gl.int64)")
+        self.write("N = T")
+        self._pointers()
+
+    def _header(self) -> None:
+        super()._header()
+        start = self.lines.index("import triton")
+        definitions = self.layouts.lines()
+        self.lines[start : start + 2] = [
+            "from triton.experimental import gluon",
+            "from triton.experimental.gluon import language as gl",
+            "from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma",
+            "",
+            *definitions,
+        ]
+        self.lines = [_in_gluon(line) for line in self.lines]
+        self.body = [_in_gluon(line) for line in self.body]
+
+
+def _in_gluon(line: str) -> str:
+    """Triton's names by those of Gluon, which are the same."""
+    line = line.replace("@triton.jit", "@gluon.jit").replace("tl.range(", "range(")
+    return re.sub(r"\btl\.", "gl.", line)
+
+
+def gluon_renderer(loop: Loop, schedule: Schedule) -> GluonRenderer:
+    """A renderer that has seen in which layouts vectors are made that are carried.
+
+    Raises:
+        NotLowerable: where the loop has no Gluon form.
+    """
+    first = GluonRenderer(loop, schedule)
+    first.render()
+    return GluonRenderer(loop, schedule, first.seen)
