@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import fx
 from tttc.codegen.gluon_layouts import Layouts, is_accumulator
-from tttc.codegen.loop import Loop
+from tttc.codegen.loop import Loop, only_products_read
 from tttc.codegen.schedule import Schedule
 from tttc.codegen.triton_functions import FUNCTIONS
 from tttc.codegen.triton_loop import Renderer
@@ -154,14 +154,15 @@ class GluonRenderer(Renderer):
 
     def load(self, tensor: str, pointer: str, dims: Dims, rows: str | None) -> Tile:
         """Load a tile as it lies in memory; it is turned where it is used."""
-        memory = self.memory(dims)
+        memory = self._as_stored(tensor, dims)
         sides = [self.side(d) for d in memory]
         if len(memory) == 2:
             self.at = self.layouts.rows_read(*sides)
         elif memory:
             self.at = self.layouts.vector(*sides)
         name = self.fresh("x")
-        value = self.fetch(tensor, pointer, dims, rows)
+        offset = self.offset(tensor, memory, rows)
+        value = f"gl.load({pointer} + {offset})" if offset else f"gl.load({pointer})"
         if len(memory) == 2 and self._narrow(tensor):
             shape, layout = self._shared(memory)
             self.write(
@@ -172,14 +173,23 @@ class GluonRenderer(Renderer):
         self.write(f"{name} = {value}.to(gl.float32)")
         return Held(name, memory, frozenset(), self.at if memory else "")
 
+    def _as_stored(self, tensor: str, dims: Dims) -> Dims:
+        """The dimensions of a tile as the axes of a tensor follow each other, the closest elements last."""
+        axes = self.strides[tensor]
+        return tuple(sorted(dims, key=lambda d: axes.index(d if d in axes else "T")))
+
     def _narrow(self, tensor: str) -> bool:
-        """Whether a tensor has the dtype of operands: tokens have."""
-        return any(s.kind == "token" and s.name == tensor for s in self.loop.sources.values())
+        """Whether a matrix is in the dtype of operands, or read by products alone, which round it to that."""
+        for node, source in self.loop.sources.items():
+            if tensor in (source.name, f"saved_{source.name}") and source.kind != "state":
+                passed = source.kind == "value" and self.schedule.narrow
+                return source.kind == "token" or passed or only_products_read(self.loop, node)
+        return False
 
     def store(self, tensor: str, pointer: str, tile: Tile, rows: str | None) -> None:
         """Store a tile, in rows as memory takes them best."""
-        memory = self.memory(tile.dims)
-        value = f"{tile.name}.to({tensor}.dtype.element_ty)"
+        memory = self._as_stored(tensor, tile.dims)
+        value = f"{tile.name}.to({self.argument(tensor)}.dtype.element_ty)"
         if len(memory) == 2:
             self.at = self.layouts.rows_read(*(self.side(d) for d in memory))
             if memory != tile.dims:
@@ -266,6 +276,9 @@ class GluonRenderer(Renderer):
             self.write(f"{self.turned[key]} = -{value.name}")
         dims = self.order(tile.dims) if tile.raw else tile.dims
         return replace(tile, name=self.turned[key], dims=dims, raw=False)
+
+    def _is_tile(self, x: Any, target: Dims) -> bool:
+        return isinstance(x, fx.Node) and x in self.tiles and self.order(dims_of(x)) == target
 
     def _dot(self, node: fx.Node, accumulator: Tile | None = None, negative: bool = False) -> Tile:
         self.reading = True  # operands are read from shared memory as they are

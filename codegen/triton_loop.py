@@ -376,8 +376,12 @@ class Renderer(Operators):
             self.store(f"new_{name}", f"new_{name}_ptr", self._state_tile(name, dims), None)
         for node, sink in loop.sinks:
             if sink.kind == "sum":
-                tile = Tile(f"{sink.name}_v", self.order(dims_of(node)))
+                tile = self._sum_tile(node, sink.name)
                 pointer = f"{sink.name}_ptr"
                 if loop.parallel:
                     pointer += f" + tl.program_id(1).to(tl.int64) * {self.stride(sink.name, 'N')}"
                 self.store(sink.name, pointer, tile, None)
+
+    def _sum_tile(self, node: fx.Node, name: str) -> Tile:
+        """What is added up over the mini-batches of a program."""
+        return Tile(f"{name}_v", self.order(dims_of(node)))

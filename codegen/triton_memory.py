@@ -38,6 +38,11 @@ class Memory(Tiles):
             return " * ".join([*(n for n in after if not n.isdigit()), str(numbers)])
         return f"{tensor}_s{self.strides[tensor].index(axis)}"
 
+    def argument(self, tensor: str) -> str:
+        """The argument of the kernel that a tensor, or a piece of one, is."""
+        piece = self.loop.piece(tensor)
+        return piece.of if piece else tensor
+
     def offset(self, tensor: str, dims: Dims, rows: str | None) -> str:
         """The offsets of a tile within a tensor, axes in the order the tensor's memory is read best."""
         parts = []
@@ -91,7 +96,7 @@ class Memory(Tiles):
         offset = self.offset(tensor, memory, rows)
         address = f"{pointer} + {offset}" if offset else pointer
         condition = f", mask={self.mask(bounded, memory)}" if bounded else ""
-        self.write(f"tl.store({address}, {value}.to({tensor}.dtype.element_ty){condition})")
+        self.write(f"tl.store({address}, {value}.to({self.argument(tensor)}.dtype.element_ty){condition})")
 
     def _declare_arguments(self) -> None:
         lead = {"state": ("B", "H"), "saved": ("B", "H", "N"), "token": ("B", "H", "T"),

@@ -1,0 +1,88 @@
+"""Values and times of Gluon kernels beside those of plain Triton, on a Hopper GPU.
+
+    python benchmarks/gluon_check.py CASE SHAPE [SHAPE ...] [-- SCHEDULE ...]
+
+``CASE`` and ``SHAPE`` as in scans.py; a ``SCHEDULE`` is what to change in the schedule chosen, as in
+``order="least_live",num_warps=8``. Errors are against torch operations in float64.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import replace
+from typing import Any
+
+import torch
+import triton
+from scans import SHAPES, Case, make_case
+from tttc.codegen.heuristics import default_schedule
+from tttc.codegen.torch_scan import run_program
+from tttc.runtime import triton_scan
+
+from tttc._scan_op import scan_info
+from tttc.ir.program import Program
+
+GLUON = {
+    "num_warps": 8, "num_stages": 1, "order": "depth_first", "late_loads": True, "repeat_vectors": False,
+    "renderer": "gluon", "widest": 128, "stages": 1,
+}  # fmt: skip
+
+
+def run(case: Case, program: Program) -> torch.Tensor:
+    """The outputs of a scan, by kernels."""
+    call = case.flat()
+    info = scan_info(call.anchor, call.tokens, call.shared)
+    return triton_scan.run_kernels(
+        program, call.anchor, call.carry, call.tokens, call.shared, 0, info.output, states=False
+    )[2][0]
+
+
+def exact(case: Case, program: Program) -> torch.Tensor:
+    """The outputs in float64, by torch operations."""
+    call = case.flat()
+    groups = [[x.double() for x in g] for g in (call.anchor, call.tokens, call.shared)]
+    anchor, tokens, shared = groups
+    return run_program(program, anchor, anchor, tokens, shared, 0)[2][0]
+
+
+def error(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Of norms."""
+    return float((got.double() - wanted).norm() / wanted.norm())
+
+
+def main() -> None:
+    """Check, then time."""
+    cut = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    name, *shapes = sys.argv[1:cut]
+    changes: list[dict[str, Any]] = [eval(f"dict({x})") for x in sys.argv[cut + 1 :]] or [{}]
+    print(torch.cuda.get_device_name(), triton.__version__)
+    for shape in shapes:
+        batch, length = {k.replace(" ", ""): v for k, v in SHAPES.items()}[shape]
+        case = make_case(name, batch, length)
+        program = case.program()
+        part = "tokens" if program.sequential else "full"
+        chosen = default_schedule(triton_scan._loop(program, part, False), 2)
+        wanted = exact(case, program) if batch * length <= 4096 else None
+        for change in ({"plain": True}, *changes):
+            label = ", ".join(f"{k}={v}" for k, v in change.items())
+            schedule = chosen if "plain" in change else replace(chosen, **GLUON | change)
+            program.schedules[part] = schedule
+            program.kernels.clear()
+            start = time.time()
+            try:
+                got = run(case, program)
+                torch.cuda.synchronize()
+            except Exception as problem:
+                print(f"{shape} {label}: {type(problem).__name__}: {str(problem)[:300]}", flush=True)
+                continue
+            took = time.time() - start
+            off = error(got, wanted) if wanted is not None else float("nan")
+            again = bool((run(case, program) == got).all())
+            ms = triton.testing.do_bench(lambda: run(case, program), return_mode="median")
+            print(f"{shape} {label}: {ms * 1e3:.0f} us, error {off:.2e}, same again {again}, first {took:.1f} s",
+                  flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
