@@ -22,6 +22,7 @@ from tttc.codegen.schedule import Schedule
 from tttc.codegen.triton_functions import FUNCTIONS
 from tttc.codegen.triton_loop import Renderer
 from tttc.codegen.triton_tiles import Tile
+from tttc.codegen.waiting import kept_and_repeated
 
 from tttc.ir import ops
 from tttc.ir.body import operands_of, spec_of
@@ -60,6 +61,8 @@ class GluonRenderer(Renderer):
         self.reading = False
         self.fenced = True  # whether products see all copies
         self.waiting: set[fx.Node] = set()  # what is read again after another product
+        self.repeated_here: set[fx.Node] = set()  # what is computed again there
+        self.made: dict[fx.Node, int] = {}  # products before a value was computed
         self.operands: set[fx.Node] = set()  # large operands of products
         self.waits: dict[fx.Node, int] = {}  # products before it was put into shared memory
         self.renewing: dict[
@@ -233,6 +236,9 @@ class GluonRenderer(Renderer):
         tile = super().tile(x)
         if not isinstance(tile, Held):
             return Held(tile.name, (), frozenset())
+        if x in self.repeated_here and self.made[x] < self.products and not self.reading:
+            self._make(x)
+            return self.tiles[x]
         waits = tile.raw or self.waits.get(x, self.products) < self.products
         return self._read(tile) if waits and not self.reading else tile
 
@@ -307,7 +313,7 @@ class GluonRenderer(Renderer):
 
     def emit(self, node: fx.Node) -> None:
         """One operator; what is read again after another product is put into shared memory."""
-        super().emit(node)
+        self._make(node)
         tile = self.tiles[node]
         if node in self.waiting:
             self.waits[node] = self.products
@@ -317,6 +323,10 @@ class GluonRenderer(Renderer):
             name, readers = self.renewing[node]
             if not readers & set(self.sequence[self.sequence.index(node) + 1 :]):
                 self._renew_copy(name, tile)
+
+    def _make(self, node: fx.Node) -> None:
+        super().emit(node)
+        self.made[node] = self.products
 
     def _renew_copy(self, name: str, tile: Tile) -> None:
         """The copy of a state in shared memory takes the new value."""
@@ -352,22 +362,32 @@ class GluonRenderer(Renderer):
     def _sequence(self) -> list[fx.Node]:
         self.sequence = super()._sequence()
         made = [n for n in self.sequence if not self._deferred(n)]
-        product = {n: self._dot_labels(n) is not None or any(self._deferred(x) for x in n.all_input_nodes)
-                   for n in made}  # fmt: skip
-        for i, node in enumerate(made):
-            if math.prod(self.side(d) for d in dims_of(node)) < WAITS or len(dims_of(node)) < 2:
-                continue
-            if any(self._dot_labels(u) for u in node.users) and node not in self._new_states():
-                self.operands.add(node)
-            later = False
-            for reader in made[i + 1 :]:
-                if later and node in reader.all_input_nodes and not product[reader]:
-                    self.waiting.add(node)
-                later = later or product[reader]
+
+        def is_product(n: fx.Node) -> bool:
+            return n in products
+
+        def is_large(n: fx.Node) -> bool:
+            large = math.prod(self.side(d) for d in dims_of(n)) >= WAITS
+            return large and len(dims_of(n)) == 2 and not self._is_state(n)
+
+        def is_there(n: fx.Node) -> bool:
+            return n in self.operands or n in self.loop.sources
+
+        products = {
+            n
+            for n in made
+            if self._dot_labels(n) is not None or any(self._deferred(x) for x in n.all_input_nodes)
+        }
+        new = {node for node, sink in self.loop.sinks if sink.kind == "state"}
+        self.operands = {
+            n for n in made
+            if is_large(n) and n not in new and any(self._dot_labels(u) for u in n.users)
+        }  # fmt: skip
+        self.waiting, self.repeated_here = kept_and_repeated(made, is_product, is_large, is_there)
         return self.sequence
 
-    def _new_states(self) -> set[fx.Node]:
-        return {node for node, sink in self.loop.sinks if sink.kind == "state"}
+    def _is_state(self, node: fx.Node) -> bool:
+        return node in self.loop.sources and self.loop.sources[node].kind == "state"
 
     def _invariants(self) -> None:
         """Parameters, and states to start from: in accumulators, with copies where products read them."""

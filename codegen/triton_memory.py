@@ -96,7 +96,9 @@ class Memory(Tiles):
         offset = self.offset(tensor, memory, rows)
         address = f"{pointer} + {offset}" if offset else pointer
         condition = f", mask={self.mask(bounded, memory)}" if bounded else ""
-        self.write(f"tl.store({address}, {value}.to({self.argument(tensor)}.dtype.element_ty){condition})")
+        self.write(
+            f"tl.store({address}, {value}.to({self.argument(tensor)}.dtype.element_ty){condition})"
+        )
 
     def _declare_arguments(self) -> None:
         lead = {"state": ("B", "H"), "saved": ("B", "H", "N"), "token": ("B", "H", "T"),
