@@ -10,6 +10,7 @@ Source: asynchronous warpgroup matrix products and layouts as in Gluon's documen
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from dataclasses import dataclass, replace
@@ -32,6 +33,7 @@ from tttc.ir.spec import Dims, parse
 
 OPERATORS = (ops.elementwise, ops.contraction)
 SHARED_BYTES = 227 * 1024  # of a multiprocessor of sm_90, for one program
+SCRATCH_BYTES = 16 * 1024  # for sums over warps and changes of layout
 WAITS = 8192  # elements of a value from which it waits in shared memory for a reader after another product
 
 
@@ -46,6 +48,10 @@ class Held(Tile):
 class GluonRenderer(Renderer):
     """Renders one loop for warpgroups."""
 
+    lines: list[str]
+    body: list[str]
+    sequence: list[fx.Node]
+
     def __init__(self, loop: Loop, schedule: Schedule, homes: dict[str, str] | None = None) -> None:
         self.layouts = Layouts(schedule.num_warps)
         self.axes: dict[frozenset[str], Dims] = {}
@@ -56,7 +62,7 @@ class GluonRenderer(Renderer):
         self.turned: dict[tuple[str, str], str] = {}  # tiles in other layouts
         self.homes = homes or {}  # layouts of carried vectors
         self.seen: dict[str, str] = {}  # layouts that carried vectors are made in
-        self.sequence: list[fx.Node] = []
+        self.sequence = []
         self.products = 0  # matrix products so far
         self.reading = False
         self.fenced = True  # whether products see all copies
@@ -506,5 +512,20 @@ def gluon_renderer(loop: Loop, schedule: Schedule) -> GluonRenderer:
         NotLowerable: where the loop has no Gluon form.
     """
     first = GluonRenderer(loop, schedule)
-    first.render()
+    source = first.render()
+    if (needed := shared_bytes(source)) > SHARED_BYTES:
+        raise NotLowerable(f"{needed} bytes of shared memory, of {SHARED_BYTES}")
     return GluonRenderer(loop, schedule, first.seen)
+
+
+def shared_bytes(source: str) -> int:
+    """About what a kernel takes of shared memory: what is alive at a time, and what changes of layout need."""
+    lines = source.splitlines()
+    change = [0] * (len(lines) + 1)
+    for at, line in enumerate(lines):
+        if found := re.match(r" *(\w+) = gl.allocate_shared_memory\(DOT, \[(\d+), (\d+)\]", line):
+            size = 2 * int(found[2]) * int(found[3])
+            uses = [i for i, x in enumerate(lines) if re.search(rf"\b{found[1]}\b", x)]
+            change[at] += size
+            change[max(uses) + 1] -= size
+    return max(itertools.accumulate(change)) + SCRATCH_BYTES

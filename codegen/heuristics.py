@@ -6,17 +6,23 @@ reason for it (:attr:`Schedule.reasons`), which ``tttc.explain`` shows.
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import replace
 
 import torch
+from tttc.codegen.gluon_loop import gluon_renderer
 from tttc.codegen.loop import Loop, used
+from tttc.codegen.pieces import divided
 from tttc.codegen.schedule import Schedule
 
 from tttc.ir import ops
 from tttc.ir.body import EARLIER, TOKEN
 from tttc.ir.build import dims_of
 from tttc.ir.cost import element_count
+from tttc.ir.errors import NotLowerable
+
+log = logging.getLogger("tttc.schedule")
 
 Reasons = tuple[tuple[str, str], ...]
 
@@ -27,6 +33,7 @@ STATE_REGISTERS = (
 GROUP = 8  # mini-batches a program of a parallel kernel handles
 MANY_PRODUCTS = 12  # of a turn of a loop: more need the registers of more warps
 LEAST_MINI_BATCHES = 8  # from which stages pay
+WIDEST = 128  # rows of a tile of warpgroups
 MOST_WARPS = 8  # with 16, matrix products of 64 rows are made more than once
 
 
@@ -109,8 +116,17 @@ def default_stages(loop: Loop, crowd: int, backward: bool) -> tuple[int, str]:
     return 1, "the programs fill the device: one kernel passes nothing through memory"
 
 
-def default_schedule(loop: Loop, crowd: int, backward: bool = False) -> Schedule:
+def hopper(device: torch.device) -> bool:
+    """Whether a device has the warpgroups that Gluon kernels are written for."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def default_schedule(
+    loop: Loop, crowd: int, backward: bool = False, gluon: bool = False
+) -> Schedule:
     """The schedule of a loop or of one of its stages, with its reasons; ``crowd``: of :func:`crowding`.
+
+    ``gluon``: kernels for warpgroups may be chosen, see :func:`hopper`.
 
     ``backward``: the loop of a VJP. What is not finite makes the loss so: it is not traced token by token through
     cotangents.
@@ -124,7 +140,10 @@ def default_schedule(loop: Loop, crowd: int, backward: bool = False) -> Schedule
         "narrow",
         "matrices that pass between kernels have the dtype of the tokens: half the bytes",
     )
-    chosen = _small(loop, crowd) if fits(loop, MOST_WARPS) else _large(loop)
+    large = not fits(loop, MOST_WARPS)
+    chosen = (gluon and large and _warpgroups(loop)) or (
+        _large(loop) if large else _small(loop, crowd)
+    )
     reasons = (("stages", why), vectors, *chosen.reasons)
     if backward:
         ignored = (
@@ -231,3 +250,25 @@ def _large(loop: Loop) -> Schedule:
         num_warps=MOST_WARPS, num_stages=1, prefetch=True, order="products_first", nan="branch",
         reasons=(*reasons, ahead),
     )  # fmt: skip
+
+
+def _warpgroups(loop: Loop) -> Schedule | None:
+    """Where warpgroups hold the state in accumulators and read operands from shared memory; None where they can't."""
+    reasons = (
+        (
+            "renderer",
+            "large tiles on a Hopper GPU: accumulators of warpgroups hold them, operands are read from shared memory",
+        ),
+        ("widest", f"a tile of {WIDEST} rows takes 32 registers of each thread of {MOST_WARPS} warps"),
+        ("order", "what is computed from a product is computed before the next: little stays on chip"),
+    )  # fmt: skip
+    schedule = Schedule(
+        num_warps=MOST_WARPS, num_stages=1, late_loads=True, order="least_live", renderer="gluon",
+        widest=WIDEST, narrow=True, nan="ignored", reasons=reasons,
+    )  # fmt: skip
+    try:
+        gluon_renderer(divided(loop, WIDEST), schedule)
+    except NotLowerable as problem:
+        log.info("%s: no Gluon kernel: %s", loop.name, problem)
+        return None
+    return schedule

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from tttc.codegen.heuristics import crowding, default_schedule
+from tttc.codegen.heuristics import crowding, default_schedule, hopper
 from tttc.codegen.loop import Loop, constant_tensors, scan_loop
 from tttc.codegen.schedule import Schedule
 from tttc.codegen.torch_scan import run_program, squeeze_features
@@ -29,6 +29,7 @@ def scan_kernels(
     save: tuple[int, ...] = (),
     crowd: int = 1,
     interval: int = 1,
+    gluon: bool = False,
 ) -> Staged:
     """The kernels of a part of a program, rendered once.
 
@@ -41,21 +42,23 @@ def scan_kernels(
         crowd: how full the device is of programs (:func:`tttc.codegen.heuristics.crowding`), which the default
             depends on.
         interval: of the mini-batches at which states are stored.
+        gluon: whether the device and the tokens are such that kernels for warpgroups may run.
 
     Raises:
         NotLowerable: where an operator has no Triton form.
     """
     with _lock:
         schedule = schedule or program.schedules.get(part)
-        key = (part, states, save, interval, schedule or crowd)
+        key = (part, states, save, interval, schedule or (crowd, gluon))
         if key not in program.kernels:
             loop = _loop(program, part, states, save, interval)
             # Outputs made in parallel need the state of every mini-batch.
-            count = 1 if interval > 1 else (schedule or default_schedule(loop, crowd)).stages
+            whole = schedule or default_schedule(loop, crowd, gluon=gluon)
+            count = 1 if interval > 1 else whole.stages
             program.kernels[key] = staged(
                 loop,
                 count,
-                lambda stage: schedule or default_schedule(stage, crowd),
+                lambda stage: schedule or default_schedule(stage, crowd, gluon=gluon),
             )
         return program.kernels[key]
 
@@ -76,6 +79,17 @@ def _loop(
         interval=interval,
         continued=part == "continued",
         store_state=states,
+    )
+
+
+def suits_gluon(program: Program, tokens: Sequence[Tensor], dtype: torch.dtype) -> bool:
+    """Whether kernels for warpgroups take tokens: tiles in the 16-bit dtype of the products, on a Hopper GPU."""
+    axes = 2 if program.sequential else 1  # of a token that make its tile a matrix
+    matrices = [x for x in tokens if sum(n > 1 for n in x.shape[3:]) >= axes]
+    return (
+        dtype in (torch.bfloat16, torch.float16)
+        and hopper(tokens[0].device)
+        and all(x.dtype == dtype for x in matrices)
     )
 
 
@@ -102,6 +116,7 @@ def run_kernels(
     batch, heads, length = tokens[0].shape[:3]
     shapes = [x.shape for x in anchor]
     crowd = crowding(batch * heads, -(-length // program.unit), anchor[0].device)
+    gluon = suits_gluon(program, tokens, output_dtype)
     named: dict[str, Tensor] = constant_tensors(program.token, anchor[0].device)
     named |= {f"shared_{i}": squeeze_features(x, 1) for i, x in enumerate(shared)}
     now_anchor = [squeeze_features(x, 2) for x in anchor]
@@ -131,7 +146,9 @@ def run_kernels(
     def run(part: str, start: int, count: int, place: int, states: bool) -> None:
         nonlocal now_anchor, now_carry
         stored = tuple(save or ()) if part in ("full", "tokens") else ()
-        kernels = scan_kernels(program, part, states, save=stored, crowd=crowd, interval=interval)
+        kernels = scan_kernels(
+            program, part, states, save=stored, crowd=crowd, interval=interval, gluon=gluon
+        )
         given = named | saved
         given |= {f"token_{i}": x[:, :, start : start + count] for i, x in enumerate(rows)}
         given |= {f"output_{i}": x[:, :, start : start + count] for i, x in enumerate(results)}

@@ -15,7 +15,7 @@ from tttc.ir.body import role
 from tttc.ir.program import Program
 from tttc.runtime.launch import launch
 from tttc.runtime.staged import Launcher, Staged, narrow_sources, run_staged, staged
-from tttc.runtime.triton_scan import run_kernels
+from tttc.runtime.triton_scan import run_kernels, suits_gluon
 
 Tensor = torch.Tensor
 _lock = threading.Lock()
@@ -27,10 +27,11 @@ def backward_kernels(
     leaves: Leaves,
     live: tuple[int, ...] | None = None,
     crowd: int = 1,
+    gluon: bool = False,
 ) -> Staged:
     """The kernels of the VJP of a body ("full", "continued" or "token"), rendered once.
 
-    ``live``: the states that have cotangents, all where None. ``crowd``: as of
+    ``live``: the states that have cotangents, all where None. ``crowd`` and ``gluon``: as of
     :func:`tttc.runtime.triton_scan.scan_kernels`.
 
     Raises:
@@ -38,17 +39,17 @@ def backward_kernels(
     """
     with _lock:
         chosen = program.schedules.get(f"{part}_backward")
-        key = ("backward", part, leaves, live, chosen or crowd)
+        key = ("backward", part, leaves, live, chosen or (crowd, gluon))
         if key not in program.kernels:
             loop = backward_loop_of(program, part, leaves, live)
-            schedule = chosen or default_schedule(loop, crowd, backward=True)
+            schedule = chosen or default_schedule(loop, crowd, backward=True, gluon=gluon)
             program.kernels[key] = staged(
                 loop,
                 schedule.stages,
                 lambda stage: (
                     program.schedules.get(stage.name)
                     or chosen
-                    or default_schedule(stage, crowd, backward=True)
+                    or default_schedule(stage, crowd, backward=True, gluon=gluon)
                 ),
             )
         return program.kernels[key]
@@ -102,6 +103,8 @@ def run_backward_kernels(
     batch, heads, length = tokens[0].shape[:3]
     b = program.unit
     crowd = crowding(batch * heads, -(-length // b), anchor[0].device)
+    outer = [x for x in given[2] if x is not None]
+    gluon = suits_gluon(program, [*tokens, *outer], dtype)
     named = constant_tensors(program.token, anchor[0].device)
     named |= {f"shared_{i}": squeeze_features(x, 1) for i, x in enumerate(shared)}
     now_anchor = [squeeze_features(x, 2) for x in anchor]
@@ -136,7 +139,7 @@ def run_backward_kernels(
 
     def run(part: str, start: int, count: int, states: dict[str, Tensor]) -> None:
         nonlocal on_anchor, on_carry
-        kernels = backward_kernels(program, part, leaves, given_states, crowd)
+        kernels = backward_kernels(program, part, leaves, given_states, crowd, gluon)
         tensors = named | states | {k: x[:, :, start : start + count] for k, x in rows.items()}
         tensors |= {f"gstate_{i}": g for i, g in enumerate(on_carry)}
         results = run_staged(kernels, tensors, batch, heads, count, 0, dtype, launcher)
