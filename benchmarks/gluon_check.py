@@ -27,7 +27,7 @@ from tttc.runtime import launch, triton_scan
 
 SIZES = {k.replace(" ", ""): v for k, v in SHAPES.items()}
 GLUON = {
-    "num_warps": 8, "num_stages": 1, "order": "depth_first", "late_loads": True, "repeat_vectors": False,
+    "num_warps": 8, "num_stages": 1, "order": "on_demand", "late_loads": True, "repeat_vectors": False,
     "renderer": "gluon", "widest": 128, "stages": 1,
 }  # fmt: skip
 

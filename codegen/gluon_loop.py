@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
@@ -34,6 +34,7 @@ from tttc.ir.spec import Dims, parse
 OPERATORS = (ops.elementwise, ops.contraction)
 SHARED_BYTES = 227 * 1024  # of a multiprocessor of sm_90, for one program
 SCRATCH_BYTES = 16 * 1024  # for sums over warps and changes of layout
+NEAR = 2  # products after which a large argument may be loaded again
 WAITS = 8192  # elements of a value from which it waits in shared memory for a reader after another product
 
 
@@ -69,6 +70,7 @@ class GluonRenderer(Renderer):
         self.waiting: set[fx.Node] = set()  # what is read again after another product
         self.repeated_here: set[fx.Node] = set()  # what is computed again there
         self.made: dict[fx.Node, int] = {}  # products before a value was computed
+        self.loaded: dict[fx.Node, int] = {}  # products before a large argument was loaded
         self.operands: set[fx.Node] = set()  # large operands of products
         self.waits: dict[fx.Node, int] = {}  # products before it was put into shared memory
         self.renewing: dict[
@@ -239,6 +241,8 @@ class GluonRenderer(Renderer):
 
     def tile(self, x: Any) -> Tile:
         """The tile of a node or number; what waits in shared memory is read from there."""
+        if self.schedule.reload and x in self.loaded and self.loaded[x] + NEAR < self.products:
+            self._load(x)
         tile = super().tile(x)
         if not isinstance(tile, Held):
             return Held(tile.name, (), frozenset())
@@ -287,7 +291,7 @@ class GluonRenderer(Renderer):
             value = self._read(tile) if tile.raw else tile
             self.write(f"{self.turned[key]} = -{value.name}")
         dims = self.order(tile.dims) if tile.raw else tile.dims
-        return replace(tile, name=self.turned[key], dims=dims, raw=False)
+        return Held(self.turned[key], dims, tile.zero, tile.layout)
 
     def _is_tile(self, x: Any, target: Dims) -> bool:
         return isinstance(x, fx.Node) and x in self.tiles and self.order(dims_of(x)) == target
@@ -333,6 +337,11 @@ class GluonRenderer(Renderer):
     def _make(self, node: fx.Node) -> None:
         super().emit(node)
         self.made[node] = self.products
+
+    def _load(self, node: fx.Node) -> None:
+        super()._load(node)
+        if math.prod(self.side(d) for d in dims_of(node)) >= WAITS:
+            self.loaded[node] = self.products
 
     def _renew_copy(self, name: str, tile: Tile) -> None:
         """The copy of a state in shared memory takes the new value."""

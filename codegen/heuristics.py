@@ -263,7 +263,7 @@ def _warpgroups(loop: Loop) -> Schedule | None:
         ("order", "what is computed from a product is computed before the next: little stays on chip"),
     )  # fmt: skip
     schedule = Schedule(
-        num_warps=MOST_WARPS, num_stages=1, late_loads=True, order="least_live", renderer="gluon",
+        num_warps=MOST_WARPS, num_stages=1, late_loads=True, order="on_demand", renderer="gluon",
         widest=WIDEST, narrow=True, nan="ignored", reasons=reasons,
     )  # fmt: skip
     try:

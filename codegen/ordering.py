@@ -35,38 +35,50 @@ def products_first(nodes: Sequence[fx.Node]) -> list[fx.Node]:
     return sorted(nodes, key=lambda n: depth[n] > 1)
 
 
-def depth_first(nodes: Sequence[fx.Node], after: Mapping[fx.Node, set[fx.Node]]) -> list[fx.Node]:
-    """The nodes with each value used as soon as it is there: of what can be made, what reads the newest value.
+def on_demand(
+    nodes: Sequence[fx.Node],
+    results: Sequence[fx.Node],
+    small: Callable[[fx.Node], bool],
+    after: Mapping[fx.Node, set[fx.Node]],
+) -> list[fx.Node]:
+    """The nodes with each value made right before it is read: of two operands, the one of the longer chain first.
 
-    Matrix products come when nothing else can be made, so that what is computed from one product is computed before
-    the next.
+    What is small, and what is a result, is made as soon as it can be: it frees what it is made of.
 
     Args:
         nodes: operators in a valid order.
+        results: those wanted, in the order in which they are asked for.
+        small: whether a value takes next to nothing on chip.
         after: nodes that must come after others.
     """
-    members = set(nodes)
+    members, depth = set(nodes), _depths(nodes)
+    position = {n: i for i, n in enumerate(nodes)}
     needs = {n: {x for x in (*n.all_input_nodes, *after.get(n, ())) if x in members} for n in nodes}
-    pending = list(nodes)
-    place: dict[fx.Node, int] = {}
-    while pending:
-        ready = [n for n in pending if needs[n] <= place.keys()]
-        newest = max(
-            ready,
-            key=lambda n: (
-                not _is_matrix_product(n),
-                max((place[x] for x in needs[n]), default=-1),
-            ),
-        )
-        place[newest] = len(place)
-        pending.remove(newest)
-    return list(place)
+    readers: dict[fx.Node, list[fx.Node]] = {n: [] for n in nodes}
+    for n in nodes:
+        for x in needs[n]:
+            readers[x].append(n)
+    eager = {n for n in nodes if n in set(results) or small(n)}
+    done: dict[fx.Node, None] = {}
 
+    def make(node: fx.Node) -> None:
+        done[node] = None
+        for reader in readers[node]:
+            if reader in eager and reader not in done and needs[reader] <= done.keys():
+                make(reader)
 
-def _is_matrix_product(node: fx.Node) -> bool:
-    return (
-        node.target in (ops.contraction, ops.masked_contraction) and len(node.all_input_nodes) > 1
-    )
+    for result in results:
+        stack = [result] if result in members else []
+        while stack:
+            node = stack[-1]
+            missing = [x for x in needs[node] if x not in done]
+            if node in done or not missing:
+                stack.pop()
+                if node not in done:
+                    make(node)
+                continue
+            stack.append(max(missing, key=lambda x: (depth[x], -position[x])))
+    return list(done)
 
 
 def _groups(nodes: Sequence[fx.Node], members: set[fx.Node]) -> dict[fx.Node, list[fx.Node]]:

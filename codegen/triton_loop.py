@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from torch import fx
-from tttc.codegen.ordering import depth_first, least_live, products_first
+from tttc.codegen.ordering import least_live, on_demand, products_first
 from tttc.codegen.triton_functions import RECIPROCAL
 from tttc.codegen.triton_operators import Operators
 from tttc.codegen.triton_solve import INVERSE
@@ -304,8 +304,11 @@ class Renderer(Operators):
             return nodes
         if self.schedule.order == "products_first":
             return products_first(nodes)
-        if self.schedule.order == "depth_first":
-            return depth_first(nodes, self._updates_last(nodes))
+        if self.schedule.order == "on_demand":
+            results = [n for n, _ in self.loop.sinks]
+            return on_demand(
+                nodes, results, lambda n: len(dims_of(n)) < 2, self._updates_last(nodes)
+            )
         held = {n for n, _ in self.loop.sinks} | self.invariant
         return least_live(nodes, self._on_chip, held, self._updates_last(nodes))
 
