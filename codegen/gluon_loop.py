@@ -432,6 +432,14 @@ class GluonRenderer(Renderer):
                 self.fenced = False
                 if name in new:
                     self.renewing[new[name]] = (name, readers)
+        for node in self._ahead() if self.schedule.prefetch else ():
+            memory = self._as_stored(self._tensor(node), dims_of(node))
+            rows, columns = (self.side(d) for d in memory)
+            layout = self.layouts.shared(rows, columns)
+            shape = f"[2, {rows}, {columns}]"
+            self.write(
+                f"{self._slot(self._tensor(node))} = gl.allocate_shared_memory(DOT, {shape}, {layout})"
+            )
         for node, sink in self.loop.sinks:
             if sink.kind == "sum":
                 tile = self._sum_tile(node, sink.name)
@@ -450,6 +458,51 @@ class GluonRenderer(Renderer):
 
     def _sum_tile(self, node: fx.Node, name: str) -> Held:
         return self._state_tile(name, dims_of(node))
+
+    # -- loads a turn ahead ----------------------------------------------------------------------------------
+
+    def _ahead(self) -> list[fx.Node]:
+        """The small matrices that are copied into shared memory a turn of the loop before they are read."""
+        return [
+            n for n in self._fetched()
+            if len(dims_of(n)) == 2 and n in self.loop.sources and self._narrow(self._tensor(n))
+            and math.prod(self.side(d) for d in dims_of(n)) < WAITS
+        ]  # fmt: skip
+
+    def _tensor(self, node: fx.Node) -> str:
+        return self._place(node, "n", "")[0]
+
+    def _slot(self, tensor: str) -> str:
+        return f"{tensor}_turns"
+
+    def _prefetch(self, slot: str = "following & 1") -> None:
+        for node in self._ahead():
+            tensor, pointer, dims, rows = self._place(node, "following", "_f")
+            memory = self._as_stored(tensor, dims)
+            self.at = self.layouts.rows_read(*(self.side(d) for d in memory))
+            target = f"{self._slot(tensor)}.index({slot})"
+            address = f"{pointer} + {self.offset(tensor, memory, rows)}"
+            self.write(f"async_copy.async_copy_global_to_shared({target}, {address})")
+        self.write("async_copy.commit_group()")
+
+    def _arrived(self) -> None:
+        self.write("async_copy.wait_group(0)")
+        self.fenced = False
+        for node in self._ahead():
+            tensor, _, dims, _ = self._place(node, "n", "")
+            memory = self._as_stored(tensor, dims)
+            name = self.fresh("x")
+            self.write(f"{name}_s = {self._slot(tensor)}.index(n & 1)")
+            self.copies[name] = f"{name}_s"
+            layout = self._layout(self.order(memory))
+            self.tiles[node] = Held(name, memory, frozenset(), layout, True)
+        for node in self._fetched():
+            if len(dims_of(node)) < 2:
+                self._load(node)
+        forwards = not self.loop.reverse or self.loop.parallel
+        after = "gl.minimum(n + 1, N - 1)" if forwards else "gl.maximum(n - 1, 0)"
+        self.write(f"following = {after}")
+        self._prefetch("(n + 1) & 1")
 
     def _carried(self, name: str, node: fx.Node) -> str:
         """A value in the layout of what is carried under a name."""
@@ -497,10 +550,12 @@ class GluonRenderer(Renderer):
         super()._header()
         start = self.lines.index("import triton")
         definitions = self.layouts.lines()
+        names = ["async_copy"] if self.schedule.prefetch else []
+        names += ["fence_async_shared", "warpgroup_mma"]
         self.lines[start : start + 2] = [
             "from triton.experimental import gluon",
             "from triton.experimental.gluon import language as gl",
-            "from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma",
+            f"from triton.experimental.gluon.language.nvidia.hopper import {', '.join(names)}",
             "",
             *definitions,
         ]
@@ -532,9 +587,11 @@ def shared_bytes(source: str) -> int:
     lines = source.splitlines()
     change = [0] * (len(lines) + 1)
     for at, line in enumerate(lines):
-        if found := re.match(r" *(\w+) = gl.allocate_shared_memory\(DOT, \[(\d+), (\d+)\]", line):
-            size = 2 * int(found[2]) * int(found[3])
+        if found := re.match(r" *(\w+) = gl.allocate_shared_memory\(DOT, \[([0-9, ]+)\]", line):
+            size = 2 * math.prod(int(n) for n in found[2].split(","))
             uses = [i for i, x in enumerate(lines) if re.search(rf"\b{found[1]}\b", x)]
+            # What is there before the loop is there in all of it.
+            last = len(lines) - 1 if line.startswith("    " + found[1]) else max(uses)
             change[at] += size
-            change[max(uses) + 1] -= size
+            change[last + 1] -= size
     return max(itertools.accumulate(change)) + SCRATCH_BYTES

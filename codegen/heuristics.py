@@ -262,13 +262,17 @@ def _warpgroups(loop: Loop) -> Schedule | None:
         ("widest", f"a tile of {WIDEST} rows takes 32 registers of each thread of {MOST_WARPS} warps"),
         ("order", "what is computed from a product is computed before the next: little stays on chip"),
     )  # fmt: skip
-    schedule = Schedule(
-        num_warps=MOST_WARPS, num_stages=1, late_loads=True, order="on_demand", renderer="gluon",
-        widest=WIDEST, narrow=True, nan="ignored", reasons=reasons,
-    )  # fmt: skip
-    try:
-        gluon_renderer(divided(loop, WIDEST), schedule)
-    except NotLowerable as problem:
-        log.info("%s: no Gluon kernel: %s", loop.name, problem)
-        return None
-    return schedule
+    problem: NotLowerable | None = None
+    for ahead, again in ((True, False), (False, False), (True, True), (False, True)):
+        schedule = Schedule(
+            num_warps=MOST_WARPS, num_stages=1, late_loads=True, order="on_demand", renderer="gluon",
+            prefetch=ahead, reload=again, widest=WIDEST, narrow=True, nan="ignored", reasons=reasons,
+        )  # fmt: skip
+        try:
+            gluon_renderer(divided(loop, WIDEST), schedule)
+        except NotLowerable as found:
+            problem = found
+            continue
+        return schedule
+    log.info("%s: no Gluon kernel: %s", loop.name, problem)
+    return None
