@@ -141,18 +141,24 @@ def default_schedule(
         "matrices that pass between kernels have the dtype of the tokens: half the bytes",
     )
     large = not fits(loop, MOST_WARPS)
-    chosen = (gluon and large and _warpgroups(loop)) or (
-        _large(loop) if large else _small(loop, crowd)
-    )
-    reasons = (("stages", why), vectors, *chosen.reasons)
-    if backward:
-        ignored = (
-            "nan",
-            "what is not finite makes the loss so: it is not traced through cotangents",
+    choices = [_large(loop) if large else _small(loop, crowd)]
+    if gluon and large:
+        choices = [*_warpgroups(loop), *choices]
+    chosen: Schedule | None = None
+    for choice in reversed(choices):
+        reasons = (("stages", why), vectors, *choice.reasons)
+        if backward:
+            ignored = (
+                "nan",
+                "what is not finite makes the loss so: it is not traced through cotangents",
+            )
+            reasons = (*(r for r in reasons if r[0] != "nan"), narrow, ignored)
+            choice = replace(choice, nan="ignored", narrow=True)
+        chosen = replace(
+            choice, stages=count, repeat_vectors=False, reasons=reasons, instead=chosen
         )
-        reasons = (*(r for r in reasons if r[0] != "nan"), narrow, ignored)
-        chosen = replace(chosen, nan="ignored", narrow=True)
-    return replace(chosen, stages=count, repeat_vectors=False, reasons=reasons)
+    assert chosen is not None
+    return chosen
 
 
 def _small(loop: Loop, crowd: int) -> Schedule:
@@ -252,17 +258,21 @@ def _large(loop: Loop) -> Schedule:
     )  # fmt: skip
 
 
-def _warpgroups(loop: Loop) -> Schedule | None:
-    """Where warpgroups hold the state in accumulators and read operands from shared memory; None where they can't."""
+def _warpgroups(loop: Loop) -> list[Schedule]:
+    """Where warpgroups hold the state in accumulators and read operands from shared memory, the best first.
+
+    Empty where the loop has no such kernel. How much shared memory one takes is only about known before it is
+    compiled: what does not fit after all is left for the next.
+    """
     reasons = (
         (
             "renderer",
             "large tiles on a Hopper GPU: accumulators of warpgroups hold them, operands are read from shared memory",
         ),
         ("widest", f"a tile of {WIDEST} rows takes 32 registers of each thread of {MOST_WARPS} warps"),
-        ("order", "what is computed from a product is computed before the next: little stays on chip"),
+        ("order", "each value is made right before it is read: little stays on chip"),
     )  # fmt: skip
-    problem: NotLowerable | None = None
+    found = []
     for ahead, again in ((True, False), (False, False), (True, True), (False, True)):
         schedule = Schedule(
             num_warps=MOST_WARPS, num_stages=1, late_loads=True, order="on_demand", renderer="gluon",
@@ -270,9 +280,8 @@ def _warpgroups(loop: Loop) -> Schedule | None:
         )  # fmt: skip
         try:
             gluon_renderer(divided(loop, WIDEST), schedule)
-        except NotLowerable as found:
-            problem = found
+        except NotLowerable as problem:
+            log.info("%s: no Gluon kernel: %s", loop.name, problem)
             continue
-        return schedule
-    log.info("%s: no Gluon kernel: %s", loop.name, problem)
-    return None
+        found.append(schedule)
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import cache, partial
 
 from tttc.codegen.gluon_loop import gluon_renderer
 from tttc.codegen.kernel import Kernel
@@ -24,6 +25,8 @@ def render(loop: Loop, schedule: Schedule) -> Kernel:
         NotLowerable: where an operator has no form in kernels, or the renderer has none for the loop.
     """
     log.info("%s: %s", loop.name, schedule)
+    instead = schedule.instead
+    other = None if instead is None else cache(partial(render, loop, instead))
     loop = divided(loop, schedule.widest) if schedule.widest else loop
     make = gluon_renderer if schedule.renderer == "gluon" else Renderer
     renderer: Renderer = make(loop, schedule)
@@ -53,4 +56,4 @@ def render(loop: Loop, schedule: Schedule) -> Kernel:
         },
         "mini_batch_size": loop.mini_batch_size,
     }
-    return Kernel(loop.name, source, config)
+    return Kernel(loop.name, source, config, instead=other)

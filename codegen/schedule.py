@@ -33,6 +33,7 @@ class Schedule:
         reload: large arguments are loaded again where they are read again, not kept in shared memory.
         widest: feature dimensions wider than this are divided into pieces, None for no such limit.
         maxnreg: registers a thread may take, None for the compiler's choice.
+        instead: what runs where a kernel under this schedule does not fit the device; no part of what is equal to what.
         reasons: pairs of a choice and why it was made, in words; no part of what is equal to what.
     """
 
@@ -52,8 +53,9 @@ class Schedule:
     reload: bool = False
     widest: int | None = None
     maxnreg: int | None = None
+    instead: Schedule | None = field(default=None, compare=False, repr=False)
     reasons: tuple[tuple[str, str], ...] = field(default=(), compare=False, repr=False)
 
     def choices(self) -> dict[str, Any]:
         """The choices by name, without the reasons for them."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "reasons"}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.compare}
