@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -138,7 +139,7 @@ def main() -> None:
             took = time.time() - start
             off = error(got, wanted) if wanted is not None else float("nan")
             again = bool((run(case, program) == got).all())
-            ms = triton.testing.do_bench(lambda: run(case, program), return_mode="median")
+            ms = triton.testing.do_bench(partial(run, case, program), return_mode="median")
             print(f"{shape} {label}: {ms * 1e3:.0f} us, error {off:.2e}, same again {again}, first {took:.1f} s",
                   flush=True)  # fmt: skip
 

@@ -33,7 +33,6 @@ from tttc.ir.spec import Dims, parse
 
 OPERATORS = (ops.elementwise, ops.contraction)
 SHARED_BYTES = 227 * 1024  # of a multiprocessor of sm_90, for one program
-SCRATCH_BYTES = 16 * 1024  # for sums over warps and changes of layout
 NEAR = 2  # products after which a large argument may be loaded again
 WAITS = 8192  # elements of a value from which it waits in shared memory for a reader after another product
 
@@ -583,7 +582,7 @@ def gluon_renderer(loop: Loop, schedule: Schedule) -> GluonRenderer:
 
 
 def shared_bytes(source: str) -> int:
-    """About what a kernel takes of shared memory: what is alive at a time, and what changes of layout need."""
+    """The least a kernel takes of shared memory: what is alive at a time."""
     lines = source.splitlines()
     change = [0] * (len(lines) + 1)
     for at, line in enumerate(lines):
@@ -594,4 +593,4 @@ def shared_bytes(source: str) -> int:
             last = len(lines) - 1 if line.startswith("    " + found[1]) else max(uses)
             change[at] += size
             change[last + 1] -= size
-    return max(itertools.accumulate(change)) + SCRATCH_BYTES
+    return max(itertools.accumulate(change))

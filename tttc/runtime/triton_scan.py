@@ -83,13 +83,21 @@ def _loop(
 
 
 def suits_gluon(program: Program, tokens: Sequence[Tensor], dtype: torch.dtype) -> bool:
-    """Whether kernels for warpgroups take tokens: tiles in the 16-bit dtype of the products, on a Hopper GPU."""
+    """Whether kernels for warpgroups take tokens, on the device where they are.
+
+    It has to be a Hopper GPU, and tiles must have the 16-bit dtype of the products and rows that can be copied 16 bytes
+    at a time.
+    """
+    if dtype not in (torch.bfloat16, torch.float16) or not hopper(tokens[0].device):
+        return False
     axes = 2 if program.sequential else 1  # of a token that make its tile a matrix
     matrices = [x for x in tokens if sum(n > 1 for n in x.shape[3:]) >= axes]
-    return (
-        dtype in (torch.bfloat16, torch.float16)
-        and hopper(tokens[0].device)
-        and all(x.dtype == dtype for x in matrices)
+    return all(
+        x.dtype == dtype
+        and x.data_ptr() % 16 == 0
+        and x.stride(-1) == 1
+        and all(n % 16 == 0 for n in x.stride()[:-1])
+        for x in matrices
     )
 
 
