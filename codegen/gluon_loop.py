@@ -90,6 +90,8 @@ class GluonRenderer(Renderer):
         for node in self.loop.graph.nodes:
             if node not in self.used or node.op != "call_function":
                 continue
+            if node.target is ops.rename:
+                continue
             if node.target not in OPERATORS:
                 raise NotLowerable(f"{node.target.__name__} has no Gluon form yet")
             if len(dims_of(node)) > 2 or len(parse(spec_of(node)).labels) > 3:
@@ -334,8 +336,20 @@ class GluonRenderer(Renderer):
                 self._renew_copy(name, tile)
 
     def _make(self, node: fx.Node) -> None:
-        super().emit(node)
+        if node.target is ops.rename:
+            self.tiles[node] = self._renamed(node)
+        else:
+            super().emit(node)
         self.made[node] = self.products
+
+    def _renamed(self, node: fx.Node) -> Held:
+        """The same tile; where its axes are not in the order of the new names it is turned where it is read."""
+        (source,) = operands_of(node)
+        tile = self.tile(source)
+        assert isinstance(tile, Held)
+        names = dict(zip(dims_of(source), dims_of(node), strict=True))
+        dims = tuple(names[d] for d in tile.dims)
+        return Held(tile.name, dims, frozenset(), tile.layout, tile.raw)
 
     def _load(self, node: fx.Node) -> None:
         super()._load(node)
@@ -380,9 +394,11 @@ class GluonRenderer(Renderer):
         def is_product(n: fx.Node) -> bool:
             return n in products
 
+        def is_wide(n: fx.Node) -> bool:
+            return len(dims_of(n)) == 2 and math.prod(self.side(d) for d in dims_of(n)) >= WAITS
+
         def is_large(n: fx.Node) -> bool:
-            large = math.prod(self.side(d) for d in dims_of(n)) >= WAITS
-            return large and len(dims_of(n)) == 2 and not self._is_state(n)
+            return is_wide(n) and n not in states
 
         def is_there(n: fx.Node) -> bool:
             return n in self.operands or n in self.loop.sources
@@ -393,15 +409,23 @@ class GluonRenderer(Renderer):
             if self._dot_labels(n) is not None or any(self._deferred(x) for x in n.all_input_nodes)
         }
         new = {node for node, sink in self.loop.sinks if sink.kind == "state"}
+        states = self._states()
         self.operands = {
             n for n in made
-            if is_large(n) and n not in new and any(self._dot_labels(u) for u in n.users)
+            if is_wide(n) and n not in new and any(self._dot_labels(u) for u in n.users)
         }  # fmt: skip
         self.waiting, self.repeated_here = kept_and_repeated(made, is_product, is_large, is_there)
         return self.sequence
 
-    def _is_state(self, node: fx.Node) -> bool:
-        return node in self.loop.sources and self.loop.sources[node].kind == "state"
+    def _states(self) -> set[fx.Node]:
+        """States, and what is made of them number by number: they are never rounded on their way to the next one."""
+        found = {n for n, source in self.loop.sources.items() if source.kind == "state"}
+        for node in self.loop.graph.nodes:
+            if node.target is ops.elementwise and any(
+                x in found and set(dims_of(x)) == set(dims_of(node)) for x in node.all_input_nodes
+            ):
+                found.add(node)
+        return found
 
     def _invariants(self) -> None:
         """Parameters, and states to start from: in accumulators, with copies where products read them."""
@@ -422,7 +446,7 @@ class GluonRenderer(Renderer):
                 continue
             name, dims = source.name, dims_of(node)
             tile = self.tiles[node] = self._state_tile(name, dims)
-            readers = {u for u in node.users if u in self.used and self._dot_labels(u) is not None}
+            readers = self._copy_readers(node)
             if readers:
                 shape, layout = self._shared(tile.dims)
                 value = f"{tile.name}.to(DOT)"
@@ -445,6 +469,20 @@ class GluonRenderer(Renderer):
                 self.write(f"{tile.name} = {self._zeros(tile.dims, tile.layout)}" if tile.dims
                            else f"{tile.name} = 0.0")  # fmt: skip
         self.invariant = set(self.tiles)
+
+    def _copy_readers(self, node: fx.Node) -> set[fx.Node]:
+        """Whose lines read the copy of a value: products, or the sums that make them, also under other names."""
+        found: set[fx.Node] = set()
+        for user in node.users:
+            if user not in self.used:
+                continue
+            if user.target is ops.rename:
+                found |= self._copy_readers(user)
+            elif self._dot_labels(user) is not None:
+                found |= (
+                    {u for u in user.users if u in self.used} if self._deferred(user) else {user}
+                )
+        return found
 
     def _home(self, name: str, dims: Dims) -> str:
         """The layout of what is carried from mini-batch to mini-batch."""

@@ -9,6 +9,7 @@ from pathlib import Path
 import gluon_on_cpu
 import pytest
 import torch
+from torch.utils import _pytree as pytree
 from tttc.codegen import gluon_loop, heuristics
 from tttc.codegen.loop import used
 from tttc.codegen.pieces import divided
@@ -24,8 +25,10 @@ from tttc.ir.build import dims_of
 from tttc.ir.errors import KernelTooLarge, NotLowerable
 from tttc.runtime import fused_scan, launch, triton_scan, triton_scan_backward
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-from scans import make_case
+sys.path[:0] = [
+    str(Path(__file__).parent.parent / place) for place in ("benchmarks", "examples/rules")
+]
+from scans import Case, example_rule, make_case  # noqa: E402
 
 GLUON = Schedule(
     num_warps=8, num_stages=1, late_loads=True, order="on_demand", renderer="gluon", widest=128,
@@ -76,6 +79,16 @@ def test_forward_computes_what_the_program_says(choice):
     case = chunk_case()
     got = forward(case, replace(GLUON, **choice), gluon_on_cpu.run)
     assert_close(got, exact(case), 1e-5)
+
+
+def test_another_rule_with_many_products():
+    """Chunks that are read before they are learnt, weights made orthogonal by a chain of products under new names."""
+    rule = example_rule("lact")
+    torch.manual_seed(0)
+    made = rule.example(rule.Normal(), B=1, H=1, T=2, d=64, c=64)
+    init, tokens, shared = (pytree.tree_map(lambda x: x.float(), x) for x in made[:3])
+    case = Case("lact", rule.step, init, tokens, shared, 1, {})
+    assert_close(forward(case, replace(GLUON, widest=64), gluon_on_cpu.run), exact(case), 1e-5)
 
 
 def test_operands_of_products_have_the_dtype_of_tokens():
