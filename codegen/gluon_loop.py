@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +70,11 @@ class GluonRenderer(Renderer):
         self.waiting: set[fx.Node] = set()  # what is read again after another product
         self.repeated_here: set[fx.Node] = set()  # what is computed again there
         self.made: dict[fx.Node, int] = {}  # products before a value was computed
+        self.first = 0  # products before the mini-batch
+        self.begins: dict[
+            int, dict[fx.Node, None]
+        ] = {}  # copies to begin, by products of the mini-batch before them
+        self.pending: set[str] = set()  # copies that may not be complete
         self.loaded: dict[fx.Node, int] = {}  # products before a large argument was loaded
         self.operands: set[fx.Node] = set()  # large operands of products
         self.waits: dict[fx.Node, int] = {}  # products before it was put into shared memory
@@ -255,6 +261,7 @@ class GluonRenderer(Renderer):
 
     def _read(self, tile: Held) -> Held:
         """A tile from its copy in shared memory, its axes in the kernel's order."""
+        self._wait_for(tile)
         key, target = (tile.name, f"after {self.products} products"), self.order(tile.dims)
         if key not in self.turned:
             turned = "" if target == tile.dims else ".permute((1, 0))"
@@ -267,6 +274,7 @@ class GluonRenderer(Renderer):
 
     def copy(self, tile: Tile) -> str:
         """The copy of a tile in shared memory."""
+        self._wait_for(tile)
         if tile.name not in self.copies:
             shape, layout = self._shared(tile.dims)
             name = self.copies[tile.name] = f"{tile.name}_s"
@@ -302,6 +310,7 @@ class GluonRenderer(Renderer):
         made = super()._dot(node, accumulator, negative)
         self.reading = False
         self.products += 1
+        self._begin_copies()
         return Held(made.name, made.dims, made.zero, self._layout(made.dims))
 
     def _product(
@@ -415,6 +424,13 @@ class GluonRenderer(Renderer):
             if is_wide(n) and n not in new and any(self._dot_labels(u) for u in n.users)
         }  # fmt: skip
         self.waiting, self.repeated_here = kept_and_repeated(made, is_product, is_large, is_there)
+        self._plan_copies(made, products)
+        for (
+            node
+        ) in self._fetched():  # vectors take a register each: they are on their way from the start
+            if len(dims_of(node)) < 2:
+                self._load(node)
+        self._begin_copies()
         return self.sequence
 
     def _states(self) -> set[fx.Node]:
@@ -455,7 +471,7 @@ class GluonRenderer(Renderer):
                 self.fenced = False
                 if name in new:
                     self.renewing[new[name]] = (name, readers)
-        for node in self._ahead() if self.schedule.prefetch else ():
+        for node in self._ahead():
             memory = self._as_stored(self._tensor(node), dims_of(node))
             rows, columns = (self.side(d) for d in memory)
             layout = self.layouts.shared(rows, columns)
@@ -496,15 +512,23 @@ class GluonRenderer(Renderer):
     def _sum_tile(self, node: fx.Node, name: str) -> Held:
         return self._state_tile(name, dims_of(node))
 
-    # -- loads a turn ahead ----------------------------------------------------------------------------------
+    # -- loads ahead of their use -----------------------------------------------------------------------------
 
     def _ahead(self) -> list[fx.Node]:
         """The small matrices that are copied into shared memory a turn of the loop before they are read."""
-        return [
-            n for n in self._fetched()
-            if len(dims_of(n)) == 2 and n in self.loop.sources and self._narrow(self._tensor(n))
-            and math.prod(self.side(d) for d in dims_of(n)) < WAITS
-        ]  # fmt: skip
+        small = [n for n in self._fetched() if self._copied(n) and self._size(n) < WAITS]
+        return small if self.schedule.prefetch else []
+
+    def _copied(self, node: fx.Node) -> bool:
+        """Whether an argument goes straight to shared memory."""
+        return (
+            len(dims_of(node)) == 2
+            and node in self.loop.sources
+            and self._narrow(self._tensor(node))
+        )
+
+    def _size(self, node: fx.Node) -> int:
+        return math.prod(self.side(d) for d in dims_of(node))
 
     def _tensor(self, node: fx.Node) -> str:
         return self._place(node, "n", "")[0]
@@ -512,14 +536,17 @@ class GluonRenderer(Renderer):
     def _slot(self, tensor: str) -> str:
         return f"{tensor}_turns"
 
+    def _start_copy(self, node: fx.Node, target: str, n: str, suffix: str) -> None:
+        """Begin to copy what mini-batch ``n`` reads into shared memory."""
+        tensor, pointer, dims, rows = self._place(node, n, suffix)
+        memory = self._as_stored(tensor, dims)
+        self.at = self.layouts.rows_read(*(self.side(d) for d in memory))
+        self.write(f"start_copy({target}, {pointer} + {self.offset(tensor, memory, rows)})")
+
     def _prefetch(self, slot: str = "following & 1") -> None:
         for node in self._ahead():
-            tensor, pointer, dims, rows = self._place(node, "following", "_f")
-            memory = self._as_stored(tensor, dims)
-            self.at = self.layouts.rows_read(*(self.side(d) for d in memory))
-            target = f"{self._slot(tensor)}.index({slot})"
-            address = f"{pointer} + {self.offset(tensor, memory, rows)}"
-            self.write(f"async_copy.async_copy_global_to_shared({target}, {address})")
+            target = f"{self._slot(self._tensor(node))}.index({slot})"
+            self._start_copy(node, target, "following", "_f")
         self.write("async_copy.commit_group()")
 
     def _arrived(self) -> None:
@@ -530,16 +557,72 @@ class GluonRenderer(Renderer):
             memory = self._as_stored(tensor, dims)
             name = self.fresh("x")
             self.write(f"{name}_s = {self._slot(tensor)}.index(n & 1)")
-            self.copies[name] = f"{name}_s"
-            layout = self._layout(self.order(memory))
-            self.tiles[node] = Held(name, memory, frozenset(), layout, True)
-        for node in self._fetched():
-            if len(dims_of(node)) < 2:
-                self._load(node)
+            self._arrives(node, name, memory)
         forwards = not self.loop.reverse or self.loop.parallel
         after = "gl.minimum(n + 1, N - 1)" if forwards else "gl.maximum(n - 1, 0)"
         self.write(f"following = {after}")
         self._prefetch("(n + 1) & 1")
+
+    def _arrives(self, node: fx.Node, name: str, memory: Dims) -> None:
+        self.copies[name] = f"{name}_s"
+        self.tiles[node] = Held(name, memory, frozenset(), self._layout(self.order(memory)), True)
+
+    def _plan_copies(self, made: list[fx.Node], products: set[fx.Node]) -> None:
+        """After which product the copies begin of what is read after the next one."""
+        self.first = self.products
+        fetched = {n for n in self._fetched() if self._copied(n) and n not in self._ahead()}
+        segment: dict[fx.Node, int] = {}
+        self.begins = {}
+        last: dict[fx.Node, int] = {}
+        now = 0
+
+        def read(node: fx.Node) -> set[fx.Node]:
+            if node in fetched:
+                return {node}
+            if node in self.repeated_here and segment[node] < now:
+                return set().union(*(read(x) for x in node.all_input_nodes))
+            return set()
+
+        for node in made:
+            inputs = [
+                y
+                for x in node.all_input_nodes
+                for y in (x.all_input_nodes if self._deferred(x) else (x,))
+            ]
+            for x in sorted(set().union(*(read(y) for y in inputs)), key=made_order(self.loop)):
+                far = (
+                    self.schedule.reload
+                    and self._size(x) >= WAITS
+                    and last.get(x, now) + NEAR < now
+                )
+                if x not in last or far:
+                    last[x] = now
+                    self.begins.setdefault(max(now - 1, 0), {})[x] = None
+            now += node in products
+            segment[node] = now
+
+    def _begin_copies(self) -> None:
+        """Begin the copies that are due after as many products."""
+        due = self.begins.pop(self.products - self.first, {}) if self.schedule.early else {}
+        for node in due:
+            tensor, _, dims, _ = self._place(node, "n", "")
+            memory = self._as_stored(tensor, dims)
+            shape, layout = self._shared(memory)
+            name = self.fresh("x")
+            self.write(f"{name}_s = gl.allocate_shared_memory(DOT, {shape}, {layout})")
+            self._start_copy(node, f"{name}_s", "n", "")
+            self._arrives(node, name, memory)
+            self.loaded[node] = self.products + 1
+            self.pending.add(name)
+        if due:
+            self.write("async_copy.commit_group()")
+
+    def _wait_for(self, tile: Tile) -> None:
+        """Wait until a tile is in shared memory."""
+        if tile.name in self.pending:
+            self.write("async_copy.wait_group(0)")
+            self.pending.clear()
+            self.fenced = False
 
     def _carried(self, name: str, node: fx.Node) -> str:
         """A value in the layout of what is carried under a name."""
@@ -587,7 +670,8 @@ class GluonRenderer(Renderer):
         super()._header()
         start = self.lines.index("import triton")
         definitions = self.layouts.lines()
-        names = ["async_copy"] if self.schedule.prefetch else []
+        copies = self.schedule.prefetch or self.schedule.early
+        names = ["async_copy"] if copies else []
         names += ["fence_async_shared", "warpgroup_mma"]
         self.lines[start : start + 2] = [
             "from triton.experimental import gluon",
@@ -595,9 +679,27 @@ class GluonRenderer(Renderer):
             f"from triton.experimental.gluon.language.nvidia.hopper import {', '.join(names)}",
             "",
             *definitions,
+            *(START_COPY.splitlines() if copies else ()),
         ]
         self.lines = [_in_gluon(line) for line in self.lines]
         self.body = [_in_gluon(line) for line in self.body]
+
+
+START_COPY = """
+
+@gluon.jit
+def start_copy(target, address):
+    if address.dtype.element_ty == target.dtype:
+        async_copy.async_copy_global_to_shared(target, address)
+    else:
+        target.store(gl.load(address).to(target.dtype))
+
+"""
+
+
+def made_order(loop: Loop) -> Callable[[fx.Node], int]:
+    """The places of nodes in a graph, to sort by."""
+    return {n: i for i, n in enumerate(loop.graph.nodes)}.__getitem__
 
 
 def _in_gluon(line: str) -> str:

@@ -31,6 +31,7 @@ class Schedule:
         group: mini-batches a program of a parallel kernel handles.
         renderer: "triton", or "gluon": state in the accumulators of warpgroups, operands in shared memory (sm_90).
         reload: large arguments are loaded again where they are read again, not kept in shared memory.
+        early: matrices are on their way into shared memory from a product before they are read.
         widest: feature dimensions wider than this are divided into pieces, None for no such limit.
         maxnreg: registers a thread may take, None for the compiler's choice.
         instead: what runs where a kernel under this schedule does not fit the device; no part of what is equal to what.
@@ -51,6 +52,7 @@ class Schedule:
     group: int = 1
     renderer: str = "triton"
     reload: bool = False
+    early: bool = False
     widest: int | None = None
     maxnreg: int | None = None
     instead: Schedule | None = field(default=None, compare=False, repr=False)

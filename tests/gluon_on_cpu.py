@@ -33,7 +33,7 @@ class Shared:
     """A tile in shared memory, not a number until something is stored."""
 
     def __init__(self, data: torch.Tensor) -> None:
-        self.data = data
+        self.data, self.dtype = data, data.dtype
 
     def load(self, layout: Any) -> torch.Tensor:
         return self.data.clone()

@@ -34,7 +34,13 @@ GLUON = Schedule(
     num_warps=8, num_stages=1, late_loads=True, order="on_demand", renderer="gluon", widest=128,
     narrow=True, nan="ignored", repeat_vectors=False,
 )  # fmt: skip
-CHOICES = [{}, {"prefetch": True, "reload": True}, {"order": "graph"}, {"widest": 64}]
+CHOICES = [
+    {},
+    {"prefetch": True, "reload": True},
+    {"early": True},
+    {"order": "graph"},
+    {"widest": 64},
+]
 
 
 @torch.no_grad()
@@ -154,7 +160,7 @@ def backward(case, schedule, launcher):
 
 @pytest.mark.parametrize(
     "choice",
-    [{"stages": 3}, {"stages": 3, "prefetch": True, "reload": True}, {"stages": 1}],
+    [{"stages": 3}, {"stages": 3, "prefetch": True, "reload": True, "early": True}, {"stages": 1}],
     ids=str,
 )
 def test_backward_computes_what_the_program_says(choice, monkeypatch):
