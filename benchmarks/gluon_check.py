@@ -1,7 +1,7 @@
 """Values and times of Gluon kernels beside those of plain Triton, on a Hopper GPU.
 
     python benchmarks/gluon_check.py CASE SHAPE [SHAPE ...] [-- SCHEDULE ...]
-    python benchmarks/gluon_check.py backward CASE SHAPE [SHAPE ...]
+    python benchmarks/gluon_check.py backward CASE SHAPE [SHAPE ...] [-- SCHEDULE ...]
 
 ``CASE`` and ``SHAPE`` as in scans.py; a ``SCHEDULE`` is what to change in the schedule chosen, as in
 ``order="least_live",num_warps=8``. Errors are against torch operations in float64.
@@ -19,7 +19,7 @@ import torch
 import triton
 from scans import SHAPES, Case, make_case
 from sweep_schedules import Bench
-from tttc.codegen.heuristics import default_schedule
+from tttc.codegen import heuristics
 from tttc.codegen.torch_scan import run_program
 
 from tttc._scan_op import scan_info
@@ -55,12 +55,16 @@ def error(got: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((got.double() - wanted).norm() / wanted.norm())
 
 
-def backward(name: str, shapes: list[str]) -> None:
+def backward(name: str, shapes: list[str], changes: list[dict[str, Any]]) -> None:
     """Times of the kernels of forward and backward as they are chosen, with and without Gluon; errors of gradients."""
+    ways = heuristics.WAYS
     for shape in shapes:
         batch, length = SIZES[shape]
-        for gluon in (False, True):
+        for change in (None, *changes):
+            gluon = change is not None
             triton_scan.hopper = lambda device, gluon=gluon: gluon
+            heuristics.WAYS = tuple(way | (change or {}) for way in ways)
+            label = "plain" if change is None else f"gluon {change or ''}"
             bench = Bench(make_case(name, batch, length), "backward")
             times: dict[str, float] = {}
 
@@ -85,7 +89,7 @@ def backward(name: str, shapes: list[str]) -> None:
             errors: list[float] = []
             if batch * length <= 4096:
                 errors = gradient_errors(bench, got)
-            print(f"{shape} gluon={gluon}: forward and backward {ms * 1e3:.0f} us; "
+            print(f"{shape} {label}: forward and backward {ms * 1e3:.0f} us; "
                   + ", ".join(f"{k} {v:.0f}" for k, v in times.items())
                   + "; errors " + ", ".join(f"{x:.2e}" for x in errors), flush=True)  # fmt: skip
 
@@ -109,18 +113,18 @@ def gradient_errors(bench: Bench, got: list[torch.Tensor]) -> list[float]:
 def main() -> None:
     """Check, then time."""
     print(torch.cuda.get_device_name(), triton.__version__)
-    if sys.argv[1] == "backward":
-        backward(sys.argv[2], sys.argv[3:])
-        return
     cut = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
-    name, *shapes = sys.argv[1:cut]
     changes: list[dict[str, Any]] = [eval(f"dict({x})") for x in sys.argv[cut + 1 :]] or [{}]
+    if sys.argv[1] == "backward":
+        backward(sys.argv[2], sys.argv[3:cut], changes)
+        return
+    name, *shapes = sys.argv[1:cut]
     for shape in shapes:
         batch, length = SIZES[shape]
         case = make_case(name, batch, length)
         program = case.program()
         part = "tokens" if program.sequential else "full"
-        chosen = default_schedule(triton_scan._loop(program, part, False), 2)
+        chosen = heuristics.default_schedule(triton_scan._loop(program, part, False), 2)
         wanted = exact(case, program) if batch * length <= 4096 else None
         for change in ({"plain": True}, *changes):
             label = ", ".join(f"{k}={v}" for k, v in change.items())

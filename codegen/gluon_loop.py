@@ -61,8 +61,13 @@ class GluonRenderer(Renderer):
         self.within = ""  # the layout of the vectors being made
         self.copies: dict[str, str] = {}  # tiles in shared memory
         self.turned: dict[tuple[str, str], str] = {}  # tiles in other layouts
-        self.homes = homes or {}  # layouts of carried vectors
-        self.seen: dict[str, str] = {}  # layouts that carried vectors are made in
+        self.homes = homes or {}  # layouts of vectors that are carried or loaded
+        self.seen: dict[
+            str, str
+        ] = {}  # those in which carried ones are made, and loaded ones are read first
+        self.origins: dict[
+            str, str
+        ] = {}  # arguments that vectors come from, themselves or number by number
         self.sequence = []
         self.products = 0  # matrix products so far
         self.reading = False
@@ -177,7 +182,7 @@ class GluonRenderer(Renderer):
         if len(memory) == 2:
             self.at = self.layouts.rows_read(*sides)
         elif memory:
-            self.at = self.layouts.vector(*sides)
+            self.at = self.homes.get(tensor, self.layouts.vector(*sides))
         name = self.fresh("x")
         offset = self.offset(tensor, memory, rows)
         value = f"gl.load({pointer} + {offset})" if offset else f"gl.load({pointer})"
@@ -189,6 +194,7 @@ class GluonRenderer(Renderer):
             self.copies[name], self.fenced = f"{name}_s", False
             return Held(name, memory, frozenset(), self._layout(self.order(memory)), True)
         self.write(f"{name} = {value}.to(gl.float32)")
+        self.origins[name] = tensor
         return Held(name, memory, frozenset(), self.at if memory else "")
 
     def _as_stored(self, tensor: str, dims: Dims) -> Dims:
@@ -227,6 +233,8 @@ class GluonRenderer(Renderer):
         if not tile.dims or (tile.layout == layout and not turn):
             return tile.name
         key = (tile.name, layout)
+        if len(tile.dims) == 1 and tile.name in self.origins:
+            self.seen.setdefault(self.origins[tile.name], layout)
         if key not in self.turned:
             value = f"gl.permute({tile.name}, (1, 0))" if turn else tile.name
             self.turned[key] = self.fresh("l")
@@ -378,7 +386,13 @@ class GluonRenderer(Renderer):
             tiles = [self.tile(x) for x in operands_of(node) if isinstance(x, fx.Node)]
             found = [t.layout for t in tiles if isinstance(t, Held) and t.dims]
             self.within = next((x for x in found if not x.startswith("VECTOR")), found[0])
-        return super()._elementwise(node)
+        made = super()._elementwise(node)
+        if len(made.dims) == 1:
+            tiles = [self.tile(x) for x in operands_of(node) if isinstance(x, fx.Node)]
+            loaded = [self.origins[t.name] for t in tiles if t.name in self.origins]
+            if loaded and all(t.name in self.origins or not t.dims for t in tiles):
+                self.origins[made.name] = loaded[0]
+        return made
 
     def _broadcast_product(self, node: fx.Node, tiles: list[Tile], masked: bool = False) -> Tile:
         spec = parse(spec_of(node))
@@ -449,6 +463,8 @@ class GluonRenderer(Renderer):
             if source.kind in ("shared", "constant") and node in self.used:
                 tile = self.load(source.name, f"{source.name}_ptr", dims_of(node), None)
                 self.tiles[node] = tile
+                # In the layout that it is read in it would take registers all along.
+                self.origins.pop(tile.name, None)
         states = {} if self.loop.parallel else self._state_dims()
         for name, dims in states.items():
             tile = self.load(name, f"{name}_ptr", dims, None)

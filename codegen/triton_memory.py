@@ -130,8 +130,12 @@ class Memory(Tiles):
     def _declare_value(self, node: fx.Node, name: str) -> None:
         """A value of every mini-batch that passes from one kernel to another."""
         dims = self.memory(dims_of(node))
-        self.declare(name, ("B", "H", "N"), dims)
         tokens = [d for d in dims if base(d) in (TOKEN, EARLIER)]
+        if (
+            not tokens
+        ):  # wide dimensions are rows of tiles: every kernel finds them in the same place
+            dims = tuple(sorted(dims, key=lambda d: -self.loop.whole_size(d)))
+        self.declare(name, ("B", "H", "N"), dims)
         piece = self.loop.piece(name)
         self.values[piece.of if piece else name] = tuple(
             self.side(d) if d in tokens else self.loop.whole_size(d) for d in dims

@@ -245,7 +245,7 @@ def test_resources_on_hopper():
     forward(case, GLUON, calls.append)
     (got,) = measure([calls[0].request(fast=True)], "sm_90")
     assert got.shared_bytes <= gluon_loop.SHARED_BYTES
-    assert got.spill_bytes <= 600  # plain Triton spills several times that
+    assert got.spill_bytes <= 640  # plain Triton spills several times that
     assert (
         calls[0].kernel.source.count("warpgroup_mma(") == 14
     )  # seven products, in two pieces each
