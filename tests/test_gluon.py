@@ -34,6 +34,9 @@ GLUON = Schedule(
     num_warps=8, num_stages=1, late_loads=True, order="on_demand", renderer="gluon", widest=128,
     narrow=True, nan="ignored", repeat_vectors=False,
 )  # fmt: skip
+interpreted = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="the interpreter is what runs kernels without a GPU"
+)
 CHOICES = [
     {},
     {"prefetch": True, "reload": True},
@@ -102,6 +105,7 @@ def test_operands_of_products_have_the_dtype_of_tokens():
     assert_close(forward(case, GLUON, gluon_on_cpu.run), exact(case), 1e-2)
 
 
+@interpreted
 def test_pieces_are_for_plain_triton_too():
     case = chunk_case()
     plain = Schedule(widest=64, order="on_demand", late_loads=True)
@@ -212,6 +216,7 @@ def test_a_wide_dimension_is_divided():
     assert divided(loop, 256) is loop
 
 
+@interpreted
 def test_what_does_not_compile_runs_by_the_next_schedule():
     case = chunk_case()
     refused = replace(GLUON, num_warps=4, instead=Schedule(late_loads=True))
