@@ -97,16 +97,22 @@ def _groups(loop: Loop, exact: Schedule) -> list[dict[str, Any]]:
 CHOICES: tuple[Choice, ...] = (_warps, _orientations, _loads, _orders, _nan, _vectors, _groups)
 
 
-def candidates(loop: Loop, crowd: int, backward: bool = False) -> list[Schedule]:
-    """The schedules worth a look for one kernel, the default first.
+def candidates(
+    loop: Loop, crowd: int, backward: bool = False, gluon: bool = False
+) -> list[Schedule]:
+    """The schedules worth a look for one kernel, the default first; of Gluon kernels that one alone.
 
     Args:
         loop: of one kernel (a stage, as :func:`tttc.codegen.stages.stages` makes them).
         crowd: of :func:`tttc.codegen.heuristics.crowding`.
         backward: the loop of a VJP.
+        gluon: kernels for warpgroups may run.
     """
-    exact = replace(default_schedule(loop, crowd, backward), reasons=(), origin="candidate")
-    made = [exact]
+    first, exact = (
+        replace(default_schedule(loop, crowd, backward, may), reasons=(), origin="candidate")
+        for may in (gluon, False)
+    )
+    made = [first, exact]
     for parts in itertools.product(*(choice(loop, exact) for choice in CHOICES)):
         made.append(replace(exact, **{k: v for part in parts for k, v in part.items()}))
     return list(dict.fromkeys(made))

@@ -6,18 +6,24 @@ reason for it (:attr:`Schedule.reasons`), which ``tttc.explain`` shows.
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import replace
 
 import torch
 from tttc.codegen.devices import device_of
+from tttc.codegen.gluon_loop import gluon_renderer
 from tttc.codegen.loop import Loop, used
+from tttc.codegen.pieces import divided
 from tttc.codegen.schedule import Schedule
 
 from tttc.ir import ops
 from tttc.ir.body import EARLIER, TOKEN
 from tttc.ir.build import dims_of
 from tttc.ir.cost import element_count
+from tttc.ir.errors import NotLowerable
+
+log = logging.getLogger("tttc.schedule")
 
 Reasons = tuple[tuple[str, str], ...]
 
@@ -28,6 +34,9 @@ STATE_REGISTERS = (
 GROUP = 8  # mini-batches a program of a parallel kernel handles
 MANY_PRODUCTS = 12  # of a turn of a loop: more need the registers of more warps
 LEAST_MINI_BATCHES = 8  # from which stages pay
+# Of Gluon kernels, the best first. ``prefetch`` and ``early`` are not measured yet.
+WAYS: tuple[dict[str, bool], ...] = ({"reload": False}, {"reload": True})
+WIDEST = 128  # rows of a tile of warpgroups
 MOST_WARPS = 8  # with 16, matrix products of 64 rows are made more than once
 
 
@@ -103,8 +112,17 @@ def default_stages(loop: Loop, crowd: int, backward: bool) -> tuple[int, str]:
     return 1, "the programs fill the device: one kernel passes nothing through memory"
 
 
-def default_schedule(loop: Loop, crowd: int, backward: bool = False) -> Schedule:
+def hopper(device: torch.device) -> bool:
+    """Whether a device has the warpgroups that Gluon kernels are written for."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def default_schedule(
+    loop: Loop, crowd: int, backward: bool = False, gluon: bool = False
+) -> Schedule:
     """The schedule of a loop or of one of its stages, with its reasons; ``crowd``: of :func:`crowding`.
+
+    ``gluon``: kernels for warpgroups may be chosen, see :func:`hopper`.
 
     ``backward``: the loop of a VJP. What is not finite makes the loss so: it is not traced token by token through
     cotangents.
@@ -118,22 +136,30 @@ def default_schedule(loop: Loop, crowd: int, backward: bool = False) -> Schedule
         "narrow",
         "matrices that pass between kernels have the dtype of the tokens: half the bytes",
     )
-    chosen = _small(loop, crowd) if fits(loop, MOST_WARPS) else _large(loop)
-    reasons = (("stages", why), vectors, *chosen.reasons)
-    if backward:
-        ignored = (
-            "nan",
-            "what is not finite makes the loss so: it is not traced through cotangents",
+    large = not fits(loop, MOST_WARPS)
+    choices = [_large(loop) if large else _small(loop, crowd)]
+    if gluon and large:
+        choices = [*_warpgroups(loop), *choices]
+    chosen: Schedule | None = None
+    for choice in reversed(choices):
+        reasons = (("stages", why), vectors, *choice.reasons)
+        if backward:
+            ignored = (
+                "nan",
+                "what is not finite makes the loss so: it is not traced through cotangents",
+            )
+            reasons = (*(r for r in reasons if r[0] != "nan"), narrow, ignored)
+            choice = replace(choice, nan="ignored", narrow=True)
+        chosen = replace(
+            choice,
+            stages=count,
+            repeat_vectors=False,
+            reasons=reasons,
+            origin="rules, without a measurement",
+            instead=chosen,
         )
-        reasons = (*(r for r in reasons if r[0] != "nan"), narrow, ignored)
-        chosen = replace(chosen, nan="ignored", narrow=True)
-    return replace(
-        chosen,
-        stages=count,
-        repeat_vectors=False,
-        reasons=reasons,
-        origin="rules, without a measurement",
-    )
+    assert chosen is not None
+    return chosen
 
 
 def _small(loop: Loop, crowd: int) -> Schedule:
@@ -231,3 +257,32 @@ def _large(loop: Loop) -> Schedule:
         num_warps=MOST_WARPS, num_stages=1, prefetch=True, order="products_first", nan="branch",
         reasons=(*reasons, ahead),
     )  # fmt: skip
+
+
+def _warpgroups(loop: Loop) -> list[Schedule]:
+    """Where warpgroups hold the state in accumulators and read operands from shared memory, the best first.
+
+    Empty where the loop has no such kernel. How much shared memory one takes is only about known before it is
+    compiled: what does not fit after all is left for the next.
+    """
+    reasons = (
+        (
+            "renderer",
+            "large tiles on a Hopper GPU: accumulators of warpgroups hold them, operands are read from shared memory",
+        ),
+        ("widest", f"a tile of {WIDEST} rows takes 32 registers of each thread of {MOST_WARPS} warps"),
+        ("order", "each value is made right before it is read: little stays on chip"),
+    )  # fmt: skip
+    found = []
+    for way in WAYS:
+        schedule = Schedule(
+            num_warps=MOST_WARPS, num_stages=1, late_loads=True, order="on_demand", renderer="gluon",
+            widest=WIDEST, narrow=True, nan="ignored", reasons=reasons, **way,
+        )  # fmt: skip
+        try:
+            gluon_renderer(divided(loop, WIDEST), schedule)
+        except NotLowerable as problem:
+            log.info("%s: no Gluon kernel: %s", loop.name, problem)
+            continue
+        found.append(schedule)
+    return found

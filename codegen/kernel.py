@@ -9,6 +9,7 @@ import os
 import sys
 import tempfile
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -45,7 +46,7 @@ class Kernel:
 
     ``name`` is the function's name in ``source``; ``config`` holds launch options and constant
     arguments; ``resources`` and ``cost`` are filled in where they are known. ``compiled`` is what launches found for
-    arguments laid out in one way.
+    arguments laid out in one way; ``instead`` gives the kernel that runs where this one is ``refused``.
     """
 
     name: str
@@ -54,6 +55,8 @@ class Kernel:
     resources: dict[str, Any] | None = None
     cost: Any = None
     compiled: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    instead: Callable[[], Kernel] | None = field(default=None, repr=False, compare=False)
+    refused: bool = field(default=False, init=False, repr=False, compare=False)
     _function: Any = field(default=None, init=False, repr=False, compare=False)
 
     @property

@@ -40,6 +40,15 @@ class Sink:
     name: str
 
 
+@dataclass(frozen=True)
+class Piece:
+    """A part of a tensor: what lies from ``offset`` on along ``dim``."""
+
+    of: str
+    dim: str
+    offset: int
+
+
 @dataclass
 class Loop:
     """One kernel: a program a (batch, head), or a (batch, head, mini-batch) where ``parallel``."""
@@ -58,12 +67,26 @@ class Loop:
     save: tuple[str, ...] = ()  # states stored before mini-batches, as ``saved_<name>``
     interval: int = 1  # of the mini-batches before which states are stored
     store_state: bool = True  # the states are stored after the last mini-batch
+    pieces: dict[str, Piece] = field(default_factory=dict)  # of arguments, by name
+    whole: dict[str, int] = field(default_factory=dict)  # sizes of dimensions that are in pieces
     notes: list[str] = field(default_factory=list)
 
     @property
     def states(self) -> list[str]:
         """The names of the carried states, in order."""
         return list(dict.fromkeys(s.name for s in self.sources.values() if s.kind == "state"))
+
+    def piece(self, tensor: str) -> Piece | None:
+        """What part of which tensor an argument is (``saved_`` and ``new_`` states too), None for a whole one."""
+        for prefix in ("", "saved_", "new_"):
+            if found := self.pieces.get(tensor.removeprefix(prefix)):
+                lead = prefix if tensor.startswith(prefix) else ""
+                return Piece(lead + found.of, found.dim, found.offset)
+        return None
+
+    def whole_size(self, dim: str) -> int:
+        """The size of a feature dimension, all of its pieces together."""
+        return self.whole.get(dim, self.sizes[dim])
 
 
 def scan_loop(

@@ -35,6 +35,52 @@ def products_first(nodes: Sequence[fx.Node]) -> list[fx.Node]:
     return sorted(nodes, key=lambda n: depth[n] > 1)
 
 
+def on_demand(
+    nodes: Sequence[fx.Node],
+    results: Sequence[fx.Node],
+    small: Callable[[fx.Node], bool],
+    after: Mapping[fx.Node, set[fx.Node]],
+) -> list[fx.Node]:
+    """The nodes with each value made right before it is read: of two operands, the one of the longer chain first.
+
+    What is small, and what is a result, is made as soon as it can be: it frees what it is made of.
+
+    Args:
+        nodes: operators in a valid order.
+        results: those wanted, in the order in which they are asked for.
+        small: whether a value takes next to nothing on chip.
+        after: nodes that must come after others.
+    """
+    members, depth = set(nodes), _depths(nodes)
+    position = {n: i for i, n in enumerate(nodes)}
+    needs = {n: {x for x in (*n.all_input_nodes, *after.get(n, ())) if x in members} for n in nodes}
+    readers: dict[fx.Node, list[fx.Node]] = {n: [] for n in nodes}
+    for n in nodes:
+        for x in needs[n]:
+            readers[x].append(n)
+    eager = {n for n in nodes if n in set(results) or small(n)}
+    done: dict[fx.Node, None] = {}
+
+    def make(node: fx.Node) -> None:
+        done[node] = None
+        for reader in readers[node]:
+            if reader in eager and reader not in done and needs[reader] <= done.keys():
+                make(reader)
+
+    for result in results:
+        stack = [result] if result in members else []
+        while stack:
+            node = stack[-1]
+            missing = [x for x in needs[node] if x not in done]
+            if node in done or not missing:
+                stack.pop()
+                if node not in done:
+                    make(node)
+                continue
+            stack.append(max(missing, key=lambda x: (depth[x], -position[x])))
+    return list(done)
+
+
 def _groups(nodes: Sequence[fx.Node], members: set[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
     """Elementwise values that only one other of the same depth reads are made with it: groups by their last node.
 

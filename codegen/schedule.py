@@ -16,7 +16,8 @@ class Schedule:
         num_stages: depth of the software pipeline over mini-batches, 1 for none.
         accumulate: products are added into their sum inside the matrix unit.
         order: in which values are computed: as in the "graph", "products_first" (of tokens and state, before
-            anything waits for a sum), or "least_live" (what keeps least on chip).
+            anything waits for a sum), "least_live" (what keeps least on chip), or "on_demand" (each right before
+            it is read).
         late_loads: tokens are loaded where they are first needed (else all at the start of a mini-batch).
         prefetch: what a mini-batch reads is loaded a turn before, into registers.
         stages: kernels a loop is made of: 1; 2 (the states mini-batch after mini-batch, then the rest in parallel
@@ -28,7 +29,12 @@ class Schedule:
             causal one, by a "branch" taken where there is such a value, or not at all ("ignored": for
             measuring what exactness costs).
         group: mini-batches a program of a parallel kernel handles.
+        renderer: "triton", or "gluon": state in the accumulators of warpgroups, operands in shared memory (sm_90).
+        reload: large arguments are loaded again where they are read again, not kept in shared memory.
+        early: matrices are on their way into shared memory from a product before they are read.
+        widest: feature dimensions wider than this are divided into pieces, None for no such limit.
         maxnreg: registers a thread may take, None for the compiler's choice.
+        instead: what runs where a kernel under this schedule does not fit the device; no part of what is equal to what.
         reasons: pairs of a choice and why it was made, in words; no part of what is equal to what.
         origin: where the schedule comes from, in words, as "rules" or "measured: ..."; likewise.
     """
@@ -45,9 +51,13 @@ class Schedule:
     repeat_vectors: bool = True
     nan: str = "product"
     group: int = 1
+    renderer: str = "triton"
+    reload: bool = False
+    early: bool = False
+    widest: int | None = None
     maxnreg: int | None = None
+    instead: Schedule | None = field(default=None, compare=False, repr=False)
     reasons: tuple[tuple[str, str], ...] = field(default=(), compare=False, repr=False)
-
     origin: str = field(default="given", compare=False, repr=False)
 
     def choices(self) -> dict[str, Any]:

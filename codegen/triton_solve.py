@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from torch import fx
+from tttc.codegen.triton_tiles import Tile
 
 from tttc.ir.body import operands_of
 from tttc.ir.build import dims_of
@@ -18,7 +19,7 @@ from tttc.ir.errors import NotLowerable
 from tttc.ir.spec import Dims, parse_relation
 
 if TYPE_CHECKING:
-    from tttc.codegen.triton_loop import Renderer, Tile
+    from tttc.codegen.triton_products import Products
 
 # Products of the inverse stay close to float32, whatever the tokens are: errors in it are errors of every token.
 INVERSE = """@triton.jit
@@ -37,14 +38,12 @@ def unit_triangular_inverse(L, rows, columns, SIZE: tl.constexpr, FAST: tl.const
 """
 
 
-def triangular_solve(renderer: Renderer, node: fx.Node) -> Tile:
+def triangular_solve(renderer: Products, node: fx.Node) -> Tile:
     """The tile that solves a system, by its inverse.
 
     Raises:
         NotLowerable: where more than one feature dimension is solved for.
     """
-    from tttc.codegen.triton_loop import Tile
-
     system, x = (renderer.tile(y) for y in operands_of(node))
     relation = str(node.args[0])
     r = parse_relation(relation)
@@ -84,7 +83,7 @@ def _finite(tile: Tile) -> str:
 
 
 def _poison(
-    renderer: Renderer, made: Tile, system: Tile, x: Tile, own: str, other: str, forwards: bool
+    renderer: Products, made: Tile, system: Tile, x: Tile, own: str, other: str, forwards: bool
 ) -> None:
     """What is not finite reaches the tokens that are solved after it."""
     pair, depth = system.dims, renderer.indent
@@ -103,14 +102,12 @@ def _poison(
     renderer.indent = depth
 
 
-def _applied(renderer: Renderer, pairs: Tile, x: Tile, result: Dims, own: str, other: str) -> str:
+def _applied(renderer: Products, pairs: Tile, x: Tile, result: Dims, own: str, other: str) -> str:
     """A tile over pairs of tokens times rows of tokens."""
     if len(x.dims) == 1:
         seen = x.name + renderer.index((other,), pairs.dims)
         return f"tl.sum({pairs.name} * {seen}, {pairs.dims.index(other)})"
     # The other token dimension takes the place of the own one in what is summed.
-    from tttc.codegen.triton_loop import Tile
-
     seen = Tile(x.name, tuple(other if d == own else d for d in x.dims))
     left, right = (pairs, seen) if result[0] == own else (seen, pairs)
     return renderer._product(left, right, (*result, other), None)

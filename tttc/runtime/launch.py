@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -90,6 +91,7 @@ def dot_dtype(dtype: torch.dtype) -> Any:
     return {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}.get(dtype, tl.float32)
 
 
+log = logging.getLogger("tttc.kernels")
 MOST_KNOWN = 512  # layouts of a kernel's arguments that are remembered
 
 
@@ -103,6 +105,9 @@ def launch(call: Launch) -> None:
         KernelTooLarge: where it takes more than the device has.
     """
     kernel = call.kernel
+    if kernel.refused and kernel.instead is not None:
+        launch(replace(call, kernel=kernel.instead()))
+        return
     device = next(iter(call.tensors.values())).get_device()
     if device >= 0 and device != torch.cuda.current_device():
         with torch.cuda.device(device):
@@ -138,8 +143,20 @@ def _first_launch(call: Launch, arguments: list[Any], known: tuple[Any, ...]) ->
     try:
         with phase("kernels", f"{kernel.name}: first launch") if first else nullcontext():
             found = kernel.function()[call.grid](*arguments, **constants, **call.options)
-    except OutOfResources as error:
-        raise KernelTooLarge(f"{kernel.name}: {error}") from error
+    except Exception as error:
+        too_large = isinstance(error, OutOfResources)
+        if kernel.instead is not None:
+            # Gluon is young: what it does not compile runs by plain Triton, and says so.
+            log.log(
+                logging.INFO if too_large else logging.WARNING,
+                "%s under %s: %s", kernel.name, kernel.config["schedule"], error,
+            )  # fmt: skip
+            kernel.refused = True
+            launch(call)
+            return
+        if too_large:
+            raise KernelTooLarge(f"{kernel.name}: {error}") from error
+        raise
     if len(kernel.compiled) >= MOST_KNOWN:
         kernel.compiled.clear()
     if found is not None:  # the interpreter compiles nothing

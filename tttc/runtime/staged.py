@@ -9,9 +9,9 @@ import torch
 
 from tttc.codegen.kernel import Kernel
 from tttc.codegen.loop import Loop, only_products_read
+from tttc.codegen.render import render
 from tttc.codegen.schedule import Schedule
 from tttc.codegen.stages import stages
-from tttc.codegen.triton_loop import render
 from tttc.ir.build import dims_of
 from tttc.runtime.ahead import compile_ahead
 from tttc.runtime.launch import Launch, launch

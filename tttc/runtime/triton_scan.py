@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from tttc.codegen.heuristics import default_schedule
+from tttc.codegen.heuristics import default_schedule, hopper
 from tttc.codegen.loop import Loop, constant_tensors, scan_loop
 from tttc.codegen.schedule import Schedule
 from tttc.codegen.torch_scan import run_program, squeeze_features
@@ -58,14 +58,16 @@ def scan_kernels(
             return _loop(program, part, states, save, interval)
 
         plan = plan_for(program, which, loop, setting, call=call) if schedule is None else None
-        key = (*which, schedule or plan or setting.crowd)
+        key = (*which, schedule or plan or (setting.crowd, setting.gluon))
         if key not in program.kernels:
             whole = loop()
 
             def chosen(part: Loop) -> Schedule:
                 if schedule is not None:
                     return schedule
-                return plan.schedule(part) if plan else default_schedule(part, setting.crowd)
+                if plan:
+                    return plan.schedule(part)
+                return default_schedule(part, setting.crowd, gluon=setting.gluon)
 
             # Outputs made in parallel need the state of every mini-batch.
             wanted = plan.stages if plan else chosen(whole).stages
@@ -89,6 +91,25 @@ def _loop(
         interval=interval,
         continued=part == "continued",
         store_state=states,
+    )
+
+
+def suits_gluon(program: Program, tokens: Sequence[Tensor], dtype: torch.dtype) -> bool:
+    """Whether kernels for warpgroups take tokens, on the device where they are.
+
+    It has to be a Hopper GPU, and tiles must have the 16-bit dtype of the products and rows that can be copied 16 bytes
+    at a time.
+    """
+    if dtype not in (torch.bfloat16, torch.float16) or not hopper(tokens[0].device):
+        return False
+    axes = 2 if program.sequential else 1  # of a token that make its tile a matrix
+    matrices = [x for x in tokens if sum(n > 1 for n in x.shape[3:]) >= axes]
+    return all(
+        x.dtype == dtype
+        and x.data_ptr() % 16 == 0
+        and x.stride(-1) == 1
+        and all(n % 16 == 0 for n in x.stride()[:-1])
+        for x in matrices
     )
 
 
@@ -119,7 +140,13 @@ def run_kernels(
     batch, heads, length = tokens[0].shape[:3]
     shapes = [x.shape for x in anchor]
     mini_batches = -(-length // program.unit)
-    setting = setting_of(batch * heads, mini_batches, output_dtype, device or anchor[0].device)
+    setting = setting_of(
+        batch * heads,
+        mini_batches,
+        output_dtype,
+        device or anchor[0].device,
+        suits_gluon(program, tokens, output_dtype),
+    )
     named: dict[str, Tensor] = constant_tensors(program, anchor[0].device)
     named |= {f"shared_{i}": squeeze_features(x, 1) for i, x in enumerate(shared)}
     now_anchor = [squeeze_features(x, 2) for x in anchor]

@@ -16,7 +16,7 @@ from tttc.ir.body import role
 from tttc.ir.program import Program
 from tttc.runtime.launch import launch
 from tttc.runtime.staged import Launcher, Staged, narrow_sources, run_staged, staged
-from tttc.runtime.triton_scan import PLAIN, run_kernels
+from tttc.runtime.triton_scan import PLAIN, run_kernels, suits_gluon
 from tttc.tuning.choose import plan_for
 from tttc.tuning.plan import Setting, setting_of
 from tttc.tuning.search import Call
@@ -49,10 +49,12 @@ def backward_kernels(
             return backward_loop_of(program, part, leaves, live)
 
         plan = plan_for(program, which, loop, setting, True, call) if chosen is None else None
-        key = (*which, chosen or plan or setting.crowd)
+        key = (*which, chosen or plan or (setting.crowd, setting.gluon))
         if key not in program.kernels:
             whole = loop()
-            schedule = chosen or default_schedule(whole, setting.crowd, backward=True)
+            schedule = chosen or default_schedule(
+                whole, setting.crowd, backward=True, gluon=setting.gluon
+            )
 
             def of(stage: Loop) -> Schedule:
                 given = program.schedules.get(stage.name) or chosen
@@ -60,7 +62,7 @@ def backward_kernels(
                     return given
                 if plan is not None:
                     return plan.schedule(stage)
-                return default_schedule(stage, setting.crowd, backward=True)
+                return default_schedule(stage, setting.crowd, backward=True, gluon=setting.gluon)
 
             program.kernels[key] = staged(whole, plan.stages if plan else schedule.stages, of)
         return program.kernels[key]
@@ -114,7 +116,9 @@ def run_backward_kernels(
     """
     batch, heads, length = tokens[0].shape[:3]
     b = program.unit
-    setting = setting_of(batch * heads, -(-length // b), dtype, anchor[0].device)
+    outer = [x for x in given[2] if x is not None]
+    gluon = suits_gluon(program, [*tokens, *outer], dtype)
+    setting = setting_of(batch * heads, -(-length // b), dtype, anchor[0].device, gluon)
     named = constant_tensors(program, anchor[0].device)
     named |= {f"shared_{i}": squeeze_features(x, 1) for i, x in enumerate(shared)}
     now_anchor = [squeeze_features(x, 2) for x in anchor]

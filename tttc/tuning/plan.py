@@ -28,6 +28,7 @@ class Setting:
         programs, mini_batches: their numbers of bits: powers of two share a plan.
         dtype: of the tokens.
         device: the call runs on.
+        gluon: whether device and tokens are such that kernels for warpgroups may run.
     """
 
     crowd: int = 1
@@ -35,6 +36,7 @@ class Setting:
     mini_batches: int = 0
     dtype: torch.dtype = torch.float32
     device: torch.device = CPU
+    gluon: bool = False
 
 
 def setting_of(
@@ -42,10 +44,11 @@ def setting_of(
     mini_batches: int,
     dtype: torch.dtype,
     device: torch.device,
+    gluon: bool = False,
 ) -> Setting:
     """The setting of a call of so many sequences times heads, and mini-batches."""
     crowd = crowding(programs, mini_batches, device)
-    return Setting(crowd, programs.bit_length(), mini_batches.bit_length(), dtype, device)
+    return Setting(crowd, programs.bit_length(), mini_batches.bit_length(), dtype, device, gluon)
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,7 @@ def key_of(loop: Loop, setting: Setting) -> dict[str, Any]:
         "loop": digest(loop),
         "kernel": loop.name,
         "crowd": setting.crowd,
+        "gluon": setting.gluon,
         "programs": setting.programs,
         "mini_batches": setting.mini_batches,
         "dtype": str(setting.dtype).removeprefix("torch."),

@@ -167,7 +167,7 @@ def _splits(loop: Loop, call: Call, setting: Setting, backward: bool, worse: flo
     for common in plans(loop, setting.crowd, backward):
         parts = stages(loop, common["stages"])
         models = [(p, CostModel(p, sizes, device, call.dtype.itemsize)) for p in parts]
-        first = [candidates(p, setting.crowd, backward)[0] for p in parts]
+        first = [candidates(p, setting.crowd, backward, setting.gluon)[0] for p in parts]
         estimate = sum(
             m.estimate(replace(s, **common)).seconds
             for (_, m), s in zip(models, first, strict=True)
@@ -184,7 +184,10 @@ def _splits(loop: Loop, call: Call, setting: Setting, backward: bool, worse: flo
     for _, common, models in kept:
         kernels = []
         for part, model in models:
-            all_ = [replace(s, **common) for s in candidates(part, setting.crowd, backward)]
+            all_ = [
+                replace(s, **common)
+                for s in candidates(part, setting.crowd, backward, setting.gluon)
+            ]
             ranked = [s for s, _ in model.rank(all_)]
             kernels.append(_Kernel(part, model, list(dict.fromkeys([all_[0], *ranked]))))
         splits.append(_Split(loop, common["stages"], kernels))
