@@ -132,7 +132,7 @@ def errors(name: str, sizes: Sizes) -> dict[str, Any]:
     names = exact.tokens._fields
     program = case.program()
     return {
-        "output": relative(z, want.detach()),
+        "output": relative(z.detach(), want.detach()),
         **{f"gradient of {n}": relative(x, y) for n, x, y in zip(names, grads, want_grads, strict=True)},
         "largest": float(want.detach().abs().max()),
         "form": program.reason or (f"chunks of {program.unit}" if program.chunk_size else "dual"),

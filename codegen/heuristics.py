@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 from tttc.codegen.loop import Loop, used
 from tttc.codegen.schedule import Schedule
+from tttc.codegen.solves import has_solves
 
 from tttc.ir import ops
 from tttc.ir.body import EARLIER, TOKEN
@@ -102,6 +103,11 @@ def default_stages(loop: Loop, crowd: int, backward: bool) -> tuple[int, str]:
         return 1, "one mini-batch, or tokens one after another: nothing runs beside them"
     if backward and not fits(loop, MOST_WARPS):
         return 3, "the state takes most registers: what does not need it is made by other kernels"
+    if has_solves(loop) and fits(loop, MOST_WARPS):
+        return (
+            3,
+            "triangular systems are solved before the state is known, for all mini-batches at once",
+        )
     if crowd == 0 and fits(loop, MOST_WARPS):
         return 3 if backward else 2, (
             "some multiprocessors have no program: what the state does not wait for runs in parallel"
@@ -151,11 +157,13 @@ def _small(loop: Loop, crowd: int) -> Schedule:
     beside = ("nan", "a small product beside each causal one costs least")
     reasons: Reasons
     if loop.parallel:
-        warps = 2 if heavy else 1
+        # Tiles of more tokens take the registers of more warps; so does the inverse of a triangular system.
+        rows = max(loop.mini_batch_size, 16) if loop.tokens else 16
+        warps = 4 if has_solves(loop) else min((2 if heavy else 1) * rows // 16, 4)
         reasons = (
             (
                 "num_warps",
-                f"{products(loop)} products: {warps} warps hold their tiles, many programs run",
+                f"{products(loop)} products of {rows} tokens: {warps} warps hold their tiles, many programs run",
             ),
             ("group", f"a program loads parameters once for {GROUP} mini-batches"),
             order,

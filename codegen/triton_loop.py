@@ -59,6 +59,9 @@ class Renderer:
         self.counter = 0
         self.arguments: list[str] = []
         self.strides: dict[str, list[str]] = {}
+        self.inverses: dict[
+            Any, tuple[Tile, Tile]
+        ] = {}  # of triangular systems, by system and relation
         self.values: dict[str, tuple[int, ...]] = {}  # shapes of what passes between kernels
         self.used = used(loop)
         self.results: dict[fx.Node, list[Sink]] = {}  # where nodes go, but for new states
