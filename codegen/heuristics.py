@@ -142,6 +142,30 @@ def default_schedule(loop: Loop, crowd: int, backward: bool = False) -> Schedule
     return replace(chosen, stages=count, repeat_vectors=False, reasons=reasons)
 
 
+def phase_schedule(loop: Loop, group: int) -> Schedule:
+    """The schedule of one phase of a step over tall tiles (:mod:`tttc.codegen.phases`).
+
+    ``group``: the pieces of rows that a program handles.
+    """
+    reasons = (
+        ("num_warps", "fast weights and sums of their size take most registers"),
+        ("order", "values are made late and given up early"),
+    )
+    if not loop.tokens:
+        return Schedule(
+            num_warps=MOST_WARPS, num_stages=1, late_loads=True, order="least_live",
+            repeat_vectors=False, nan="ignored", reasons=reasons,
+        )  # fmt: skip
+    turned = (
+        "feature_major",
+        f"with features as rows a product of {MOST_WARPS} warps keeps its operands once",
+    )
+    return Schedule(
+        num_warps=MOST_WARPS, num_stages=1, feature_major=True, late_loads=True, order="least_live",
+        repeat_vectors=False, nan="ignored", group=group, reasons=(*reasons, turned),
+    )  # fmt: skip
+
+
 def _small(loop: Loop, crowd: int) -> Schedule:
     """Where the state leaves registers to other tiles."""
     heavy = products(loop) > MANY_PRODUCTS

@@ -14,6 +14,7 @@ from tttc.codegen.torch_scan import run_program, squeeze_features
 from tttc.ir.errors import KernelTooLarge
 from tttc.ir.program import Program
 from tttc.passes.prune_state import live_states
+from tttc.runtime.chunked import Chunked, chunked, programs_a_tile
 from tttc.runtime.launch import launch
 from tttc.runtime.staged import Launcher, Staged, run_staged, staged
 
@@ -29,7 +30,8 @@ def scan_kernels(
     save: tuple[int, ...] = (),
     crowd: int = 1,
     interval: int = 1,
-) -> Staged:
+    split: int = 1,
+) -> Staged | Chunked:
     """The kernels of a part of a program, rendered once.
 
     Args:
@@ -41,15 +43,19 @@ def scan_kernels(
         crowd: how full the device is of programs (:func:`tttc.codegen.heuristics.crowding`), which the default
             depends on.
         interval: of the mini-batches at which states are stored.
+        split: programs that share a tile, where tokens are tall ones (:mod:`tttc.runtime.chunked`).
 
     Raises:
         NotLowerable: where an operator has no Triton form.
     """
     with _lock:
         schedule = schedule or program.schedules.get(part)
-        key = (part, states, save, interval, schedule or crowd)
+        key = (part, states, save, interval, schedule or crowd, split)
         if key not in program.kernels:
             loop = _loop(program, part, states, save, interval)
+            if part == "tokens" and (made := chunked(loop, split)) is not None:
+                program.kernels[key] = made
+                return made
             # Outputs made in parallel need the state of every mini-batch.
             count = 1 if interval > 1 else (schedule or default_schedule(loop, crowd)).stages
             program.kernels[key] = staged(
@@ -102,6 +108,7 @@ def run_kernels(
     batch, heads, length = tokens[0].shape[:3]
     shapes = [x.shape for x in anchor]
     crowd = crowding(batch * heads, -(-length // program.unit), anchor[0].device)
+    split = programs_a_tile(batch * heads, anchor[0].device)
     named: dict[str, Tensor] = constant_tensors(program.token, anchor[0].device)
     named |= {f"shared_{i}": squeeze_features(x, 1) for i, x in enumerate(shared)}
     now_anchor = [squeeze_features(x, 2) for x in anchor]
@@ -131,7 +138,9 @@ def run_kernels(
     def run(part: str, start: int, count: int, place: int, states: bool) -> None:
         nonlocal now_anchor, now_carry
         stored = tuple(save or ()) if part in ("full", "tokens") else ()
-        kernels = scan_kernels(program, part, states, save=stored, crowd=crowd, interval=interval)
+        kernels = scan_kernels(
+            program, part, states, save=stored, crowd=crowd, interval=interval, split=split
+        )
         given = named | saved
         given |= {f"token_{i}": x[:, :, start : start + count] for i, x in enumerate(rows)}
         given |= {f"output_{i}": x[:, :, start : start + count] for i, x in enumerate(results)}

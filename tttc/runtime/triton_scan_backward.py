@@ -13,6 +13,7 @@ from tttc.codegen.torch_scan import squeeze_features
 from tttc.codegen.torch_scan_backward import Leaves, derive, live_cotangents
 from tttc.ir.body import role
 from tttc.ir.program import Program
+from tttc.runtime.chunked import Chunked, chunked, programs_a_tile
 from tttc.runtime.launch import launch
 from tttc.runtime.staged import Launcher, Staged, narrow_sources, run_staged, staged
 from tttc.runtime.triton_scan import run_kernels
@@ -27,10 +28,11 @@ def backward_kernels(
     leaves: Leaves,
     live: tuple[int, ...] | None = None,
     crowd: int = 1,
-) -> Staged:
+    split: int = 1,
+) -> Staged | Chunked:
     """The kernels of the VJP of a body ("full", "continued" or "token"), rendered once.
 
-    ``live``: the states that have cotangents, all where None. ``crowd``: as of
+    ``live``: the states that have cotangents, all where None. ``crowd``, ``split``: as of
     :func:`tttc.runtime.triton_scan.scan_kernels`.
 
     Raises:
@@ -38,9 +40,12 @@ def backward_kernels(
     """
     with _lock:
         chosen = program.schedules.get(f"{part}_backward")
-        key = ("backward", part, leaves, live, chosen or crowd)
+        key = ("backward", part, leaves, live, chosen or crowd, split)
         if key not in program.kernels:
             loop = backward_loop_of(program, part, leaves, live)
+            if part == "token" and (tall := chunked(loop, split)) is not None:
+                program.kernels[key] = tall
+                return tall
             schedule = chosen or default_schedule(loop, crowd, backward=True)
             program.kernels[key] = staged(
                 loop,
@@ -102,6 +107,7 @@ def run_backward_kernels(
     batch, heads, length = tokens[0].shape[:3]
     b = program.unit
     crowd = crowding(batch * heads, -(-length // b), anchor[0].device)
+    split = programs_a_tile(batch * heads, anchor[0].device)
     named = constant_tensors(program.token, anchor[0].device)
     named |= {f"shared_{i}": squeeze_features(x, 1) for i, x in enumerate(shared)}
     now_anchor = [squeeze_features(x, 2) for x in anchor]
@@ -136,7 +142,7 @@ def run_backward_kernels(
 
     def run(part: str, start: int, count: int, states: dict[str, Tensor]) -> None:
         nonlocal on_anchor, on_carry
-        kernels = backward_kernels(program, part, leaves, given_states, crowd)
+        kernels = backward_kernels(program, part, leaves, given_states, crowd, split)
         tensors = named | states | {k: x[:, :, start : start + count] for k, x in rows.items()}
         tensors |= {f"gstate_{i}": g for i, g in enumerate(on_carry)}
         results = run_staged(kernels, tensors, batch, heads, count, 0, dtype, launcher)
