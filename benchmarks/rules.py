@@ -100,7 +100,8 @@ def trained(run: Callable[..., torch.Tensor], arguments: Sequence[Any]) -> tuple
         z = run(arguments[0], pytree.tree_unflatten(leaves, spec), *arguments[2:])
         if not seed:
             g = torch.Generator(z.device).manual_seed(1)
-            seed.append(torch.randn(z.shape, generator=g, device=z.device).to(z.dtype))
+            drawn = torch.randn(z.shape, generator=g, device=z.device)
+            seed.append(torch.empty_like(z).copy_(drawn))  # laid out as the output is
         return z, list(torch.autograd.grad(z, leaves, seed[0]))
 
     return forward, train
@@ -151,11 +152,13 @@ def fla_delta(case: Case, gated: bool) -> Callable[..., torch.Tensor]:
     else:
         from fla.ops.delta_rule import chunk_delta_rule as peer
 
+    extra = {"g": case.tokens.alpha.transpose(1, 2).float().log()} if gated else {}
+    state = case.init.expand(case.tokens.q.shape[0], *case.init.shape).contiguous()
+
     def run(init: Any, tokens: Any, shared: Any) -> torch.Tensor:
-        q, k, v, *gates, beta = (x.transpose(1, 2) for x in tokens)
-        extra = {"g": gates[0].float().log()} if gated else {}
-        state = init.expand(q.shape[0], *init.shape)
-        return peer(q, k, v, beta=beta, scale=1.0, initial_state=state, **extra)[0].transpose(1, 2)
+        q, k, v, beta = (x.transpose(1, 2) for x in (*tokens[:3], tokens.beta))
+        out = peer(q, k, v, beta=beta, scale=1.0, initial_state=state, **extra)[0]
+        return out.transpose(1, 2)
 
     return run
 

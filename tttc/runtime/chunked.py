@@ -10,8 +10,11 @@ import torch
 from tttc.codegen.heuristics import phase_schedule, processors
 from tttc.codegen.kernel import Kernel
 from tttc.codegen.loop import Loop
-from tttc.codegen.phases import Phases, outputs_alone, phases
+from tttc.codegen.phases import TALLEST, Phases, outputs_alone, phases
 from tttc.codegen.triton_loop import render
+from tttc.ir.body import role
+from tttc.ir.build import dims_of
+from tttc.ir.program import Program
 from tttc.runtime.launch import Launch
 
 Tensor = torch.Tensor
@@ -30,6 +33,18 @@ class Chunked:
     loop: Loop
     made: Phases
     kernels: tuple[Kernel, ...]
+
+
+def is_tall(program: Program) -> bool:
+    """Whether tokens are tiles of more rows than one program holds."""
+    if "tall" not in program.kernels:
+        body = program.token
+        kept = {d for p in body.placeholders if role(p)[0] != "token" for d in dims_of(p)}
+        tokens = [p for p in body.placeholders if role(p)[0] == "token"]
+        program.kernels["tall"] = any(
+            d not in kept and body.sizes[d] > TALLEST for p in tokens for d in dims_of(p)
+        )
+    return program.kernels["tall"]
 
 
 def chunked(loop: Loop, split: int) -> Chunked | None:

@@ -14,7 +14,7 @@ from tttc.codegen.torch_scan import run_program, squeeze_features
 from tttc.ir.errors import KernelTooLarge
 from tttc.ir.program import Program
 from tttc.passes.prune_state import live_states
-from tttc.runtime.chunked import Chunked, chunked, programs_a_tile
+from tttc.runtime.chunked import Chunked, chunked, is_tall, programs_a_tile
 from tttc.runtime.launch import launch
 from tttc.runtime.staged import Launcher, Staged, run_staged, staged
 
@@ -50,7 +50,7 @@ def scan_kernels(
     """
     with _lock:
         schedule = schedule or program.schedules.get(part)
-        key = (part, states, save, interval, schedule or crowd, split)
+        key = (part, states, save, interval, schedule or crowd, split if is_tall(program) else 1)
         if key not in program.kernels:
             loop = _loop(program, part, states, save, interval)
             if part == "tokens" and (made := chunked(loop, split)) is not None:

@@ -13,7 +13,7 @@ from tttc.codegen.torch_scan import squeeze_features
 from tttc.codegen.torch_scan_backward import Leaves, derive, live_cotangents
 from tttc.ir.body import role
 from tttc.ir.program import Program
-from tttc.runtime.chunked import Chunked, chunked, programs_a_tile
+from tttc.runtime.chunked import Chunked, chunked, is_tall, programs_a_tile
 from tttc.runtime.launch import launch
 from tttc.runtime.staged import Launcher, Staged, narrow_sources, run_staged, staged
 from tttc.runtime.triton_scan import run_kernels
@@ -40,7 +40,7 @@ def backward_kernels(
     """
     with _lock:
         chosen = program.schedules.get(f"{part}_backward")
-        key = ("backward", part, leaves, live, chosen or crowd, split)
+        key = ("backward", part, leaves, live, chosen or crowd, split if is_tall(program) else 1)
         if key not in program.kernels:
             loop = backward_loop_of(program, part, leaves, live)
             if part == "token" and (tall := chunked(loop, split)) is not None:
