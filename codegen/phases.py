@@ -171,7 +171,9 @@ class _Splitter:
     def part(self, name: str, targets: list[fx.Node], phase: int) -> Loop:
         """The loop that makes some values of a phase."""
         graph = fx.Graph()
-        builder, env, sources = Builder(graph), {}, {}
+        builder = Builder(graph)
+        env: dict[fx.Node, fx.Node] = {}
+        sources: dict[fx.Node, Source] = {}
         by_rows = phase % 2 == 0
         inside = self.computed(targets, phase)
         inputs = {x for n in inside for x in n.all_input_nodes} - inside
