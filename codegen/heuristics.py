@@ -25,6 +25,7 @@ THREADS = 32  # of a warp
 STATE_REGISTERS = (
     80  # of a thread, at most, where warps can be added: tiles and operands need the others
 )
+MATRIX_REGISTERS = 128  # of a thread, about, that matrices of a parallel kernel may take
 GROUP = 8  # mini-batches a program of a parallel kernel handles
 MANY_PRODUCTS = 12  # of a turn of a loop: more need the registers of more warps
 LEAST_MINI_BATCHES = 8  # from which stages pay
@@ -48,6 +49,14 @@ def state_elements(loop: Loop) -> int:
         if source.kind == "state" and (source.name in made or node in wanted)
     }
     return sum(counted.values())
+
+
+def matrix_elements(loop: Loop) -> int:
+    """Numbers of the matrices without tokens that a parallel loop reads for a mini-batch or adds up."""
+    read = {n for n, s in loop.sources.items() if s.kind in ("saved", "value") and n in used(loop)}
+    nodes = read | {n for n, s in loop.sinks if s.kind == "sum"}
+    matrices = [dims_of(n) for n in nodes if len(dims_of(n)) > 1]
+    return sum(element_count(d, loop.sizes) for d in matrices if not {TOKEN, EARLIER} & set(d))
 
 
 def tile_rows(loop: Loop) -> int:
@@ -178,24 +187,28 @@ def _small(loop: Loop, crowd: int) -> Schedule:
         "nan",
         "a branch that is hardly ever taken costs few warps less than a second product beside each causal one",
     )
+    least = ("order", "matrices take most registers: values are made late and given up early")
     beside = ("nan", "a small product beside each causal one costs least")
     reasons: Reasons
     if loop.parallel:
         # Tiles of more tokens take the registers of more warps; so does the inverse of a triangular system.
         rows = max(loop.mini_batch_size, 16) if loop.tokens else 16
         warps = 4 if has_solves(loop) else min((2 if heavy else 1) * rows // 16, 4)
+        while warps < MOST_WARPS and matrix_elements(loop) > MATRIX_REGISTERS * THREADS * warps:
+            warps *= 2
         reasons = (
             (
                 "num_warps",
                 f"{products(loop)} products of {rows} tokens: {warps} warps hold their tiles, many programs run",
             ),
             ("group", f"a program loads parameters once for {GROUP} mini-batches"),
-            order,
+            least if warps == MOST_WARPS else order,
             branch,
         )
+        full = warps == MOST_WARPS
         return Schedule(
-            num_warps=warps, num_stages=2, late_loads=True, group=GROUP, order="products_first",
-            nan="branch", reasons=reasons,
+            num_warps=warps, num_stages=1 if full else 2, late_loads=True, group=GROUP,
+            order="least_live" if full else "products_first", nan="branch", reasons=reasons,
         )  # fmt: skip
     warps = 2 if crowd == 2 and not heavy else 4
     elements = state_elements(loop)
