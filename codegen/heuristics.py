@@ -196,19 +196,19 @@ def _small(loop: Loop, crowd: int) -> Schedule:
         warps = 4 if has_solves(loop) else min((2 if heavy else 1) * rows // 16, 4)
         while warps < MOST_WARPS and matrix_elements(loop) > MATRIX_REGISTERS * THREADS * warps:
             warps *= 2
+        matrices = warps == MOST_WARPS
         reasons = (
             (
                 "num_warps",
                 f"{products(loop)} products of {rows} tokens: {warps} warps hold their tiles, many programs run",
             ),
             ("group", f"a program loads parameters once for {GROUP} mini-batches"),
-            least if warps == MOST_WARPS else order,
+            least if matrices else order,
             branch,
         )
-        full = warps == MOST_WARPS
         return Schedule(
-            num_warps=warps, num_stages=1 if full else 2, late_loads=True, group=GROUP,
-            order="least_live" if full else "products_first", nan="branch", reasons=reasons,
+            num_warps=warps, num_stages=1 if matrices else 2, late_loads=True, group=GROUP,
+            order="least_live" if matrices else "products_first", nan="branch", reasons=reasons,
         )  # fmt: skip
     warps = 2 if crowd == 2 and not heavy else 4
     elements = state_elements(loop)
