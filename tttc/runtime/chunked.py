@@ -37,14 +37,14 @@ class Chunked:
 
 def is_tall(program: Program) -> bool:
     """Whether tokens are tiles of more rows than one program holds."""
-    if "tall" not in program.kernels:
+    if program.tall is None:
         body = program.token
         kept = {d for p in body.placeholders if role(p)[0] != "token" for d in dims_of(p)}
         tokens = [p for p in body.placeholders if role(p)[0] == "token"]
-        program.kernels["tall"] = any(
+        program.tall = any(
             d not in kept and body.sizes[d] > TALLEST for p in tokens for d in dims_of(p)
         )
-    return program.kernels["tall"]
+    return program.tall
 
 
 def chunked(loop: Loop, split: int) -> Chunked | None:
