@@ -16,6 +16,7 @@ from tttc.codegen.gluon_loop import gluon_renderer
 from tttc.codegen.loop import Loop, used
 from tttc.codegen.pieces import divided
 from tttc.codegen.schedule import Schedule
+from tttc.codegen.solves import has_solves
 
 from tttc.ir import ops
 from tttc.ir.body import EARLIER, TOKEN
@@ -31,6 +32,7 @@ THREADS = 32  # of a warp
 STATE_REGISTERS = (
     80  # of a thread, at most, where warps can be added: tiles and operands need the others
 )
+MATRIX_REGISTERS = 128  # of a thread, about, that matrices of a parallel kernel may take
 GROUP = 8  # mini-batches a program of a parallel kernel handles
 MANY_PRODUCTS = 12  # of a turn of a loop: more need the registers of more warps
 LEAST_MINI_BATCHES = 8  # from which stages pay
@@ -50,6 +52,14 @@ def state_elements(loop: Loop) -> int:
         if source.kind == "state" and (source.name in made or node in wanted)
     }
     return sum(counted.values())
+
+
+def matrix_elements(loop: Loop) -> int:
+    """Numbers of the matrices without tokens that a parallel loop reads for a mini-batch or adds up."""
+    read = {n for n, s in loop.sources.items() if s.kind in ("saved", "value") and n in used(loop)}
+    nodes = read | {n for n, s in loop.sinks if s.kind == "sum"}
+    matrices = [dims_of(n) for n in nodes if len(dims_of(n)) > 1]
+    return sum(element_count(d, loop.sizes) for d in matrices if not {TOKEN, EARLIER} & set(d))
 
 
 def tile_rows(loop: Loop) -> int:
@@ -105,6 +115,11 @@ def default_stages(loop: Loop, crowd: int, backward: bool) -> tuple[int, str]:
         return 1, "one mini-batch, or tokens one after another: nothing runs beside them"
     if backward and not fits(loop, MOST_WARPS):
         return 3, "the state takes most registers: what does not need it is made by other kernels"
+    if has_solves(loop) and fits(loop, MOST_WARPS):
+        return (
+            3,
+            "triangular systems are solved before the state is known, for all mini-batches at once",
+        )
     if crowd == 0 and fits(loop, MOST_WARPS):
         return 3 if backward else 2, (
             "some multiprocessors have no program: what the state does not wait for runs in parallel"
@@ -162,6 +177,30 @@ def default_schedule(
     return chosen
 
 
+def phase_schedule(loop: Loop, group: int) -> Schedule:
+    """The schedule of one phase of a step over tall tiles (:mod:`tttc.codegen.phases`).
+
+    ``group``: the pieces of rows that a program handles.
+    """
+    reasons = (
+        ("num_warps", "fast weights and sums of their size take most registers"),
+        ("order", "values are made late and given up early"),
+    )
+    if not loop.tokens:
+        return Schedule(
+            num_warps=MOST_WARPS, num_stages=1, late_loads=True, order="least_live",
+            repeat_vectors=False, nan="ignored", reasons=reasons,
+        )  # fmt: skip
+    turned = (
+        "feature_major",
+        f"with features as rows a product of {MOST_WARPS} warps keeps its operands once",
+    )
+    return Schedule(
+        num_warps=MOST_WARPS, num_stages=1, feature_major=True, late_loads=True, order="least_live",
+        repeat_vectors=False, nan="ignored", group=group, reasons=(*reasons, turned),
+    )  # fmt: skip
+
+
 def _small(loop: Loop, crowd: int) -> Schedule:
     """Where the state leaves registers to other tiles."""
     heavy = products(loop) > MANY_PRODUCTS
@@ -174,22 +213,28 @@ def _small(loop: Loop, crowd: int) -> Schedule:
         "nan",
         "a branch that is hardly ever taken costs few warps less than a second product beside each causal one",
     )
+    least = ("order", "matrices take most registers: values are made late and given up early")
     beside = ("nan", "a small product beside each causal one costs least")
     reasons: Reasons
     if loop.parallel:
-        warps = 2 if heavy else 1
+        # Tiles of more tokens take the registers of more warps; so does the inverse of a triangular system.
+        rows = max(loop.mini_batch_size, 16) if loop.tokens else 16
+        warps = 4 if has_solves(loop) else min((2 if heavy else 1) * rows // 16, 4)
+        while warps < MOST_WARPS and matrix_elements(loop) > MATRIX_REGISTERS * THREADS * warps:
+            warps *= 2
+        matrices = warps == MOST_WARPS
         reasons = (
             (
                 "num_warps",
-                f"{products(loop)} products: {warps} warps hold their tiles, many programs run",
+                f"{products(loop)} products of {rows} tokens: {warps} warps hold their tiles, many programs run",
             ),
             ("group", f"a program loads parameters once for {GROUP} mini-batches"),
-            order,
+            least if matrices else order,
             branch,
         )
         return Schedule(
-            num_warps=warps, num_stages=2, late_loads=True, group=GROUP, order="products_first",
-            nan="branch", reasons=reasons,
+            num_warps=warps, num_stages=1 if matrices else 2, late_loads=True, group=GROUP,
+            order="least_live" if matrices else "products_first", nan="branch", reasons=reasons,
         )  # fmt: skip
     warps = 2 if crowd == 2 and not heavy else 4
     elements = state_elements(loop)

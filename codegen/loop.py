@@ -19,7 +19,7 @@ class Source:
     """Where an argument of the graph comes from.
 
     ``kind``: "state" (carried from mini-batch to mini-batch, loaded once), "saved" (one value a mini-batch,
-    ``[B, H, N, ...]``), "value" (what an earlier kernel made for every mini-batch, ``[B, H, N, ...]``), "token" (a
+    ``[B, H, N, ...]``), "held" (``[B, H, ...]``, the same for all tokens), "value" (what an earlier kernel made for every mini-batch, ``[B, H, N, ...]``), "token" (a
     tile of tokens, ``[B, H, T, ...]``), "shared" (``[H, ...]``) or "constant" (no leading axes).
     """
 

@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 import networkx
 from torch import fx
 from tttc.codegen.loop import Loop, Sink, Source, used
+from tttc.codegen.solves import solved_before_states
 
 from tttc.ir import ops
 from tttc.ir.body import EARLIER, TOKEN, spec_of
@@ -189,6 +190,8 @@ def stages(loop: Loop, count: int) -> list[Loop]:
     The recurrence comes next to last; it saves the states that the last one reads. Values that pass from one
     stage to another are ``value_0``, ``value_1``, ... of both.
     """
+    if count == 3:
+        loop = solved_before_states(loop)
     state_sinks = [(n, s) for n, s in loop.sinks if s.kind == "state"]
     other_sinks = [(n, s) for n, s in loop.sinks if s.kind != "state"]
     if count == 1 or not state_sinks or not other_sinks:

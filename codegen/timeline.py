@@ -17,7 +17,7 @@ from tttc.codegen.devices import Device
 from tttc.codegen.loop import Loop, used
 from tttc.codegen.ordering import least_live, products_first
 from tttc.codegen.schedule import Schedule
-from tttc.codegen.triton_loop import padded
+from tttc.codegen.triton_tiles import padded
 from tttc.codegen.work import VIEWS, instructions, is_product, narrow, through_memory
 
 from tttc.ir import ops

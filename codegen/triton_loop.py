@@ -117,7 +117,7 @@ class Renderer(Operators):
         """What does not change from mini-batch to mini-batch: parameters, states to start from."""
         states = self._state_dims() if not self.loop.parallel else {}
         for node, source in self.loop.sources.items():
-            if source.kind in ("shared", "constant") and node in self.used:
+            if source.kind in ("held", "shared", "constant") and node in self.used:
                 tile = self.load(source.name, f"{source.name}_ptr", dims_of(node), None)
                 self.tiles[node] = self._named(tile, source.name + "_v")
         for name, dims in states.items():

@@ -102,7 +102,7 @@ class Memory(Tiles):
 
     def _declare_arguments(self) -> None:
         lead = {"state": ("B", "H"), "saved": ("B", "H", "N"), "token": ("B", "H", "T"),
-                "shared": ("H",), "constant": ()}  # fmt: skip
+                "held": ("B", "H"), "shared": ("H",), "constant": ()}  # fmt: skip
         for node, source in self.loop.sources.items():
             if source.kind == "value":
                 self._declare_value(node, source.name)

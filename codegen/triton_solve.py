@@ -44,14 +44,34 @@ def triangular_solve(renderer: Products, node: fx.Node) -> Tile:
     Raises:
         NotLowerable: where more than one feature dimension is solved for.
     """
-    system, x = (renderer.tile(y) for y in operands_of(node))
-    relation = str(node.args[0])
-    r = parse_relation(relation)
+    x = renderer.tile(operands_of(node)[1])
+    r = parse_relation(str(node.args[0]))
     (own,) = {r.earlier, r.later} & set(dims_of(node))
     other = r.earlier if own == r.later else r.later
     columns = [d for d in x.dims if d != own]
     if len(columns) > 1:
         raise NotLowerable("a triangular system of tiles has no Triton form")
+    given, inverse = _inverse(renderer, node, own, other)
+    right = x
+    if renderer.schedule.nan != "ignored":
+        x = renderer.let("f", _finite(right), right.dims, right.zero)
+    result = renderer.order(dims_of(node))
+    zero = frozenset(d for d in columns if d in x.zero)
+    text = _applied(renderer, inverse, x, result, own, other)
+    made = renderer.let("y", text, result, zero, note=f"solved over {r}")
+    if renderer.schedule.nan != "ignored":
+        _poison(renderer, made, given, right, own, other, own == r.later)
+    return made
+
+
+def _inverse(renderer: Products, node: fx.Node, own: str, other: str) -> tuple[Tile, Tile]:
+    """The system, zero where its relation does not hold, and its inverse: once for all right sides in a place."""
+    system_node, relation = operands_of(node)[0], str(node.args[0])
+    key = (system_node, relation, own)
+    if key in renderer.inverses:
+        return renderer.inverses[key]
+    system = renderer.tile(system_node)
+    r = parse_relation(relation)
     pair = renderer.order((own, other))
     side = renderer.side(own)
     whole = f"{renderer.line_up(system, pair)} + tl.zeros(({side}, {side}), tl.float32)"
@@ -60,22 +80,15 @@ def triangular_solve(renderer: Products, node: fx.Node) -> Tile:
     held = renderer._causal(Tile(whole, pair), relation)
     if other == r.later:  # tokens beyond the sequence come first
         held = renderer.cleared(held, (other,))
-    exact = renderer.schedule.nan != "ignored"
-    if exact:
-        given, right = held, x
+    given = held
+    if renderer.schedule.nan != "ignored":
         held = renderer.let("f", _finite(given), pair)
-        x = renderer.let("f", _finite(right), right.dims, right.zero)
     rows, cols = (f"{d}{renderer.index((d,), pair)}" for d in pair)
     inverse = renderer.let(
         "c", f"unit_triangular_inverse({held.name}, {rows}, {cols}, {side}, FAST)", pair
     )
-    result = renderer.order(dims_of(node))
-    zero = frozenset(d for d in columns if d in x.zero)
-    text = _applied(renderer, inverse, x, result, own, other)
-    made = renderer.let("y", text, result, zero, note=f"solved over {relation}")
-    if exact:
-        _poison(renderer, made, given, right, own, other, own == r.later)
-    return made
+    renderer.inverses[key] = given, inverse
+    return given, inverse
 
 
 def _finite(tile: Tile) -> str:

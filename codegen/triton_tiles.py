@@ -49,6 +49,8 @@ class Tiles:
         self.counter = 0
         self.arguments: list[str] = []
         self.strides: dict[str, list[str]] = {}
+        # Of triangular systems, by system and relation: as given, and the inverse.
+        self.inverses: dict[Any, tuple[Tile, Tile]] = {}
         self.values: dict[str, tuple[int, ...]] = {}  # shapes of what passes between kernels
         self.used = used(loop)
         self.results: dict[fx.Node, list[Sink]] = {}  # where nodes go, but for new states

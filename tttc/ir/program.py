@@ -36,6 +36,9 @@ class Program:
     constants: dict = field(default_factory=dict)  # of the bodies, by device
     gradients: dict = field(default_factory=dict)  # what backends derive from the bodies' VJPs
     save_interval: int | None = None  # mini-batches between saved states; None: chosen by cost
+    tall: bool | None = (
+        None  # tokens are tiles of more rows than a program holds; None: not asked yet
+    )
     no_kernels: str | None = None  # why Triton can not express it
     no_backward_kernels: str | None = None  # likewise, of its backward
 

@@ -14,6 +14,7 @@ from tttc.codegen.schedule import Schedule
 from tttc.codegen.stages import stages
 from tttc.ir.build import dims_of
 from tttc.runtime.ahead import compile_ahead
+from tttc.runtime.chunked import Chunked, run_chunked
 from tttc.runtime.launch import Launch, launch
 
 Tensor = torch.Tensor
@@ -83,7 +84,7 @@ def staged(loop: Loop, count: int, schedule: Callable[[Loop], Schedule]) -> Stag
 
 
 def run_staged(
-    made: Staged,
+    made: Staged | Chunked,
     tensors: Mapping[str, Tensor],
     batch: int,
     heads: int,
@@ -97,6 +98,8 @@ def run_staged(
     ``tensors``: by argument; what passes between kernels, new states and sums are made here. Returns the new
     states (``new_<state>``, ``[B, H, ...]``) and sums over mini-batches (``[B, H, ...]``) by name.
     """
+    if isinstance(made, Chunked):
+        return run_chunked(made, tensors, batch, heads, length, dtype, launcher)
     have = dict(tensors)
     device = next(iter(tensors.values())).device
     mini_batches = -(-length // made.kernels[0].config["mini_batch_size"])

@@ -14,6 +14,7 @@ from tttc.codegen.torch_scan import run_program, squeeze_features
 from tttc.ir.errors import KernelTooLarge
 from tttc.ir.program import Program
 from tttc.passes.prune_state import live_states
+from tttc.runtime.chunked import Chunked, chunked, is_tall, programs_a_tile
 from tttc.runtime.launch import launch
 from tttc.runtime.staged import Launcher, Staged, run_staged, staged
 from tttc.tuning.choose import plan_for
@@ -34,7 +35,8 @@ def scan_kernels(
     setting: Setting = PLAIN,
     interval: int = 1,
     call: Call | None = None,
-) -> Staged:
+    split: int = 1,
+) -> Staged | Chunked:
     """The kernels of a part of a program, rendered once.
 
     Args:
@@ -46,6 +48,7 @@ def scan_kernels(
         setting: the size class of the call, which the default depends on.
         interval: of the mini-batches at which states are stored.
         call: arguments to search for a schedule on, where none is known.
+        split: programs that share a tile, where tokens are tall ones (:mod:`tttc.runtime.chunked`).
 
     Raises:
         NotLowerable: where an operator has no Triton form.
@@ -57,6 +60,12 @@ def scan_kernels(
         def loop() -> Loop:
             return _loop(program, part, states, save, interval)
 
+        if part == "tokens" and is_tall(program):
+            tall = (*which, "tall", split)
+            if tall not in program.kernels:
+                program.kernels[tall] = chunked(loop(), split)
+            if program.kernels[tall] is not None:
+                return program.kernels[tall]
         plan = plan_for(program, which, loop, setting, call=call) if schedule is None else None
         key = (*which, schedule or plan or (setting.crowd, setting.gluon))
         if key not in program.kernels:
@@ -147,6 +156,7 @@ def run_kernels(
         device or anchor[0].device,
         suits_gluon(program, tokens, output_dtype),
     )
+    split = programs_a_tile(batch * heads, device or anchor[0].device)
     named: dict[str, Tensor] = constant_tensors(program, anchor[0].device)
     named |= {f"shared_{i}": squeeze_features(x, 1) for i, x in enumerate(shared)}
     now_anchor = [squeeze_features(x, 2) for x in anchor]
@@ -184,7 +194,14 @@ def run_kernels(
         searched = tune and part != "continued" and launcher is launch
         call = Call(given, batch, heads, count, place, output_dtype) if searched else None
         kernels = scan_kernels(
-            program, part, states, save=stored, setting=setting, interval=interval, call=call
+            program,
+            part,
+            states,
+            save=stored,
+            setting=setting,
+            interval=interval,
+            call=call,
+            split=split,
         )
         try:
             made = run_staged(kernels, given, batch, heads, count, place, output_dtype, launcher)

@@ -14,6 +14,7 @@ from tttc.codegen.torch_scan import squeeze_features
 from tttc.codegen.torch_scan_backward import Leaves, derive, live_cotangents
 from tttc.ir.body import role
 from tttc.ir.program import Program
+from tttc.runtime.chunked import Chunked, chunked, is_tall, programs_a_tile
 from tttc.runtime.launch import launch
 from tttc.runtime.staged import Launcher, Staged, narrow_sources, run_staged, staged
 from tttc.runtime.triton_scan import PLAIN, run_kernels, suits_gluon
@@ -32,11 +33,12 @@ def backward_kernels(
     live: tuple[int, ...] | None = None,
     setting: Setting = PLAIN,
     call: Call | None = None,
-) -> Staged:
+    split: int = 1,
+) -> Staged | Chunked:
     """The kernels of the VJP of a body ("full", "continued" or "token"), rendered once.
 
-    ``live``: the states that have cotangents, all where None. ``setting`` and
-    ``call``: as of :func:`tttc.runtime.triton_scan.scan_kernels`.
+    ``live``: the states that have cotangents, all where None. ``setting``, ``call`` and ``split``: as of
+    :func:`tttc.runtime.triton_scan.scan_kernels`.
 
     Raises:
         NotLowerable: where an operator has no derivative or no Triton form.
@@ -48,6 +50,12 @@ def backward_kernels(
         def loop() -> Loop:
             return backward_loop_of(program, part, leaves, live)
 
+        if part == "token" and is_tall(program):
+            tall = (*which, "tall", split)
+            if tall not in program.kernels:
+                program.kernels[tall] = chunked(loop(), split)
+            if program.kernels[tall] is not None:
+                return program.kernels[tall]
         plan = plan_for(program, which, loop, setting, True, call) if chosen is None else None
         key = (*which, chosen or plan or (setting.crowd, setting.gluon))
         if key not in program.kernels:
@@ -119,6 +127,7 @@ def run_backward_kernels(
     outer = [x for x in given[2] if x is not None]
     gluon = suits_gluon(program, [*tokens, *outer], dtype)
     setting = setting_of(batch * heads, -(-length // b), dtype, anchor[0].device, gluon)
+    split = programs_a_tile(batch * heads, anchor[0].device)
     named = constant_tensors(program, anchor[0].device)
     named |= {f"shared_{i}": squeeze_features(x, 1) for i, x in enumerate(shared)}
     now_anchor = [squeeze_features(x, 2) for x in anchor]
@@ -157,7 +166,7 @@ def run_backward_kernels(
         tensors |= {f"gstate_{i}": g for i, g in enumerate(on_carry)}
         searched = tune and part != "continued" and launcher is launch
         call = Call(tensors, batch, heads, count, 0, dtype) if searched else None
-        kernels = backward_kernels(program, part, leaves, given_states, setting, call)
+        kernels = backward_kernels(program, part, leaves, given_states, setting, call, split)
         results = run_staged(kernels, tensors, batch, heads, count, 0, dtype, launcher)
         for i, x in enumerate(on_carry):
             on_carry[i] = results.get(f"new_gstate_{i}", results.get(f"gcarry_{i}", x))

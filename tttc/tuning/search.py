@@ -19,10 +19,10 @@ from tttc.codegen.candidates import candidates, neighbours, plans, shortlist
 from tttc.codegen.cost_model import CostModel
 from tttc.codegen.devices import device_of
 from tttc.codegen.loop import Loop
+from tttc.codegen.render import render
 from tttc.codegen.resources import Request, ResourceError
 from tttc.codegen.schedule import Schedule
 from tttc.codegen.stages import stages
-from tttc.codegen.triton_loop import render
 from tttc.ir.errors import KernelTooLarge, NotLowerable
 from tttc.progress import counting, phase
 from tttc.runtime.ahead import Compiler, fast

@@ -1,0 +1,74 @@
+"""Timing contenders in turn, so that whatever the machine does meets all of them."""
+
+from __future__ import annotations
+
+import datetime
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from typing import Any
+
+import torch
+
+PACKAGES = ("tttc", "torch", "triton", "flash-linear-attention", "fla-core", "mamba-ssm")
+SAMPLE = 2e-3  # seconds of calls between two readings of the clock, about
+ROUNDS = 60
+
+
+def record() -> dict[str, Any]:
+    """What every record says of itself: command, date, device, versions."""
+    installed = {n for n in PACKAGES if any(True for _ in metadata.distributions(name=n))}
+    return {
+        "command": shlex.join(["python", *sys.argv]),
+        "date": datetime.date.today().isoformat(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "versions": {n: metadata.version(n) for n in PACKAGES if n in installed},
+    }
+
+
+def once(run: Callable[[], Any], calls: int = 1) -> float:
+    """Seconds a call takes, over ``calls`` in a row."""
+    if not torch.cuda.is_available():
+        start = time.perf_counter()
+        for _ in range(calls):
+            run()
+        return (time.perf_counter() - start) / calls
+    torch.cuda.synchronize()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(calls):
+        run()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / calls / 1e3
+
+
+def interleaved(
+    contenders: Mapping[str, Callable[[], Any]], seconds: float = 3.0
+) -> dict[str, dict[str, float]]:
+    """Median and quartiles of each contender's time in microseconds, all measured in turn, for about ``seconds`` in all."""
+    calls: dict[str, int] = {}
+    for name, run in contenders.items():
+        once(run)
+        once(run)
+        calls[name] = max(1, min(20, round(SAMPLE / max(once(run), 1e-9))))
+    samples: dict[str, list[float]] = {name: [] for name in contenders}
+    start = time.perf_counter()
+    while len(next(iter(samples.values()))) < 3 or (
+        time.perf_counter() - start < seconds and len(next(iter(samples.values()))) < ROUNDS
+    ):
+        for name, run in contenders.items():
+            samples[name].append(1e6 * once(run, calls[name]))
+    made = {}
+    for name, found in samples.items():
+        low, middle, high = statistics.quantiles(found, n=4)
+        made[name] = {"us": middle, "q25": low, "q75": high, "rounds": len(found)}
+    return made
+
+
+def relative(x: torch.Tensor, exact: torch.Tensor) -> float:
+    """``|x - exact| / |exact|``."""
+    return float((x.double() - exact.double()).norm() / exact.double().norm())
