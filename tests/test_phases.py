@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from _run import errors, results
 from test_passes import compiled
-from test_rules import in_single, scan_of, small
+from test_rules import errors, in_single, results, scan_of, small
 from tttc.codegen.phases import PIECE
 
 import tttc
