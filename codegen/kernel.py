@@ -18,7 +18,7 @@ from typing import Any
 log = logging.getLogger("tttc.kernels")
 KINDS = ("kernels", "schedules")  # the folders of the cache: what `tttc cache` shows and clears
 _lock = threading.Lock()
-_modules: dict[str, ModuleType] = {}
+_modules: dict[tuple[str, bool], ModuleType] = {}
 
 
 def cache_dir() -> Path:
@@ -67,9 +67,13 @@ class Kernel:
 
     def module(self) -> ModuleType:
         """The source, imported from :attr:`path` (written first where it isn't there yet)."""
+        import triton
+
         path = self.path
+        # The decorator of a kernel asks whether the interpreter runs it.
+        key = (str(path), triton.knobs.runtime.interpret)
         with _lock:
-            if str(path) not in _modules:
+            if key not in _modules:
                 if not path.exists() or path.read_text(encoding="utf-8") != self.source:
                     write_atomically(path, self.source)
                 spec = importlib.util.spec_from_file_location(f"tttc_kernels.{path.stem}", path)
@@ -79,8 +83,8 @@ class Kernel:
                 spec.loader.exec_module(module)
                 log.info("%s: %s", self.name, path)
                 log.debug("%s is\n%s", self.name, self.source)
-                _modules[str(path)] = module
-            return _modules[str(path)]
+                _modules[key] = module
+            return _modules[key]
 
     def function(self) -> Any:
         """The ``triton.jit`` function."""

@@ -85,7 +85,7 @@ def test_costs_errors_and_kernels(explained):
         assert 4 * 2 * 10 * 16 * 4 <= kernel.cost["bytes"] < 200_000
 
 
-def test_text_fits_eighty_columns(explained):
+def test_text_fits_eighty_columns(explained, monkeypatch):
     from tttc.report.render import explanation
 
     shown = text.plain(*explanation(explained), width=80).splitlines()
@@ -94,6 +94,7 @@ def test_text_fits_eighty_columns(explained):
         # A row of a table on one line, its error at the end.
         (row,) = [x for x in shown if x.strip().startswith(f"scan1.{stage} ")]
         assert "e-0" in row.split()[-1]
+    monkeypatch.setenv("COLUMNS", "160")
     wide = str(explained).splitlines()
     assert max(map(len, wide)) <= text.WIDE and any("dual form  " in x for x in wide)
 

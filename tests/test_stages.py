@@ -13,6 +13,7 @@ from tttc._checks import check_scan_inputs
 from tttc._scan_op import interned
 from tttc.nn import TTTMLP, TTTLinear
 from tttc.pipeline import build_program
+from tttc.runtime import triton_scan_backward
 from tttc.scan import _flatten
 
 pytestmark = pytest.mark.skipif(
@@ -64,9 +65,25 @@ def test_any_number_of_kernels(cls, interval, prefetch):
     program.kernels.clear()
 
 
+def test_few_mini_batches_together(monkeypatch):
+    call, program, b = call_of(TTTLinear, T=70)
+    exact = gradients(call, b, torch.float64, "torch", 1)
+    monkeypatch.setattr(triton_scan_backward, "ENOUGH_PROGRAMS", 1)
+    program.schedules["full_backward"] = Schedule(
+        stages=3, group=2, nan="ignored", repeat_vectors=False
+    )
+    got = gradients(call, b, torch.float32, "triton", 1)
+    assert program.no_backward_kernels is None
+    for x, y in zip(got, exact, strict=True):
+        if y is not None:
+            assert float((x.double() - y).norm()) <= 1e-5 * float(y.norm()) + 1e-12
+    program.schedules.clear()
+    program.kernels.clear()
+
+
 def test_the_stages_of_a_forward_are_the_one_kernel():
     layer = TTTLinear(32, num_heads=2, mini_batch_size=8)
-    x = torch.randn(1, 40, 32)
+    x = torch.randn(1, 80, 32)
     compiled = tttc.compile(layer, backend="triton", strict=True)
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), layer(x), rtol=1e-4, atol=1e-4)

@@ -24,6 +24,7 @@ from tttc.tuning.search import Call
 
 Tensor = torch.Tensor
 _lock = threading.Lock()
+ENOUGH_PROGRAMS = 2048  # of a parallel kernel: many a multiprocessor, on any device
 
 
 def backward_kernels(
@@ -98,6 +99,14 @@ def narrow_states(program: Program, leaves: Leaves) -> set[int]:
         found = {role(n)[1] for n, s in loop.sources.items() if f"saved_{s.name}" in names}
         program.gradients[key] = found - wide
     return program.gradients[key]
+
+
+def _together(made: Staged | Chunked, heads: int) -> int:
+    """Mini-batches that the kernels of a backward handle at once, for so many heads of sequences."""
+    if isinstance(made, Chunked) or len(made.kernels) == 1:
+        return 1 << 30
+    groups = [k.config["schedule"].group for k in made.kernels if k.config["parallel"]]
+    return max(groups) * -(-ENOUGH_PROGRAMS // heads)
 
 
 def run_backward_kernels(
@@ -187,7 +196,11 @@ def run_backward_kernels(
     def states_of(segment: int) -> dict[str, Tensor]:
         """The states at the start of every mini-batch of a segment of ``interval``."""
         if interval == 1:
-            return {f"saved_{kind}_{i}": squeeze_features(x, 3) for i, x in zip(live, saved, strict=True)}  # fmt: skip
+            these = slice(segment * size // b, -(-min((segment + 1) * size, length - first) // b))
+            return {
+                f"saved_{kind}_{i}": squeeze_features(x[:, :, these], 3)
+                for i, x in zip(live, saved, strict=True)
+            }
         start = first + segment * interval * b
         stop = min(start + interval * b, length)
         begin = list(anchor)
@@ -217,8 +230,14 @@ def run_backward_kernels(
         )
         return {f"saved_{kind}_{i}": squeeze_features(x, 3) for i, x in kept.items()}
 
-    # All mini-batches together where every state is there, else segment after segment from the last.
-    size = interval * b if interval > 1 else max(length - first, 1)
+    # From the last segment to the first: of ``interval`` mini-batches where states between are made again; else as many
+    # as give parallel kernels enough programs, so that what passes between kernels is never there for all tokens.
+    size = max(length - first, 1)
+    if interval > 1:
+        size = interval * b
+    elif length - first >= b:
+        made = backward_kernels(program, part, leaves, given_states, setting, None, split)
+        size = min(size, _together(made, batch * heads) * b)
     for segment in reversed(range(-(-(length - first) // size))):
         start, stop = first + segment * size, min(first + (segment + 1) * size, length)
         kept = states_of(segment)
