@@ -23,7 +23,7 @@ def start(w: Writer, tree: str, name: str) -> str:
     rank = len(trees_of(w)[tree][name])
     if tree == "extra":
         first = at_token(w, "k", "0")
-        return f"torch.zeros_like({first})" if rank else f"torch.zeros_like({first[:-1]}, 0])"
+        return f"torch.zeros_like({first})" if rank else f"torch.zeros_like({first}[..., 0])"
     parameter = f"self.{name}"
     if grid == "T" and w.program.loop.state == "attribute":
         parameter = f"1.0 * {parameter}"  # modules take no tensor where they had a parameter
