@@ -47,12 +47,6 @@ class Program:
         """The tokens that ``full`` handles at a time."""
         return self.chunk_size or self.mini_batch_size
 
-    def parts(self, one_by_one: str) -> list[str]:
-        """What may run of it: ``one_by_one``, or the bodies of mini-batches."""
-        if self.sequential:
-            return [one_by_one]
-        return ["full"] if self.continued is None else ["full", "continued"]
-
     @property
     def sequential(self) -> bool:
         """Whether tokens run one after another."""

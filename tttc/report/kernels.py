@@ -12,7 +12,7 @@ import torch
 from tttc._scan_op import scan_info
 from tttc.codegen.kernel import Kernel, write_atomically
 from tttc.codegen.resources import Request, ResourceError, Resources, measure
-from tttc.codegen.torch_scan_backward import live_cotangents, saved_leaves
+from tttc.codegen.torch_scan_backward import saved_leaves
 from tttc.ir.errors import NotLowerable
 from tttc.ir.program import Program
 from tttc.progress import phase
@@ -112,11 +112,6 @@ def backward_launches(program: Program, call: Call) -> tuple[list[Launch], str |
     except NotLowerable as error:
         return [], error.reason
     return _distinct(launches), None
-
-
-def gradient_states(program: Program, leaves: tuple[str, ...]) -> tuple[int, ...]:
-    """The states that come to have cotangents where only outputs are given some."""
-    return live_cotangents(program, leaves, ())
 
 
 def _outputs(program: Program) -> list[tuple[int, ...]]:

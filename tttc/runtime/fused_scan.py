@@ -16,7 +16,7 @@ from tttc.ir.errors import NotLowerable
 from tttc.ir.program import Program
 from tttc.pipeline import build_program
 from tttc.runtime.ranges import scan_range
-from tttc.runtime.triton_scan import run_kernels, scan_kernels
+from tttc.runtime.triton_scan import run_kernels
 from tttc.runtime.triton_scan_backward import narrow_states
 
 Tensor = torch.Tensor
@@ -56,8 +56,6 @@ def _by_kernels(
         else None
     )
     try:
-        for part in program.parts("tokens"):
-            scan_kernels(program, part, states)
         out = run_kernels(
             program,
             anchor,

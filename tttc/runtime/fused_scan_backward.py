@@ -6,11 +6,11 @@ import torch
 
 from tttc._scan_op import interned, scan_info
 from tttc.codegen.torch_scan_backward import run_backward, saved_leaves
-from tttc.ir.errors import KernelTooLarge, NotLowerable
+from tttc.ir.errors import NotLowerable
 from tttc.pipeline import build_program
 from tttc.runtime.fused_scan import LIBRARY, floating_leaves, runs_by_kernels
 from tttc.runtime.ranges import scan_range
-from tttc.runtime.triton_scan_backward import backward_kernels, run_backward_kernels
+from tttc.runtime.triton_scan_backward import run_backward_kernels
 
 Tensor = torch.Tensor
 RECOMPUTED = 16  # mini-batches at a time, where the forward saved no states
@@ -96,12 +96,13 @@ def _run(
     )
     rows = {name: x for name, x in zip(chosen, out, strict=True) if name.startswith("token")}
     made = None
-    if saved and _has_kernels(program, leaves, backend, tokens[0], info.compute):
+    refused = program.no_kernels or program.no_backward_kernels
+    if saved and not refused and runs_by_kernels(backend, tokens[0].device, info.compute):
         try:
             made = run_backward_kernels(
                 program, leaves, *arguments, interval, rows, info.output, tune=tune
             )
-        except KernelTooLarge as error:
+        except NotLowerable as error:
             program.no_backward_kernels = error.reason
     if made is None:
         made = run_backward(program, leaves, *arguments, interval or RECOMPUTED)
@@ -112,19 +113,6 @@ def _run(
         if found[name] is not x:
             x.copy_(found[name].reshape(x.shape))
     return out
-
-
-def _has_kernels(program, leaves, backend, token, compute) -> bool:
-    refused = program.no_kernels or program.no_backward_kernels
-    if refused is not None or not runs_by_kernels(backend, token.device, compute):
-        return False
-    try:
-        for part in program.parts("token"):
-            backward_kernels(program, part, leaves)
-    except NotLowerable as error:
-        program.no_backward_kernels = error.reason
-        return False
-    return True
 
 
 def _names(anchor, carry, tokens, shared) -> list[str]:
