@@ -9,16 +9,15 @@ laid out [B, T, H, d] as projections leave them; times are medians of repeated r
 from __future__ import annotations
 
 import copy
-import datetime
 import json
 import sys
 import traceback
-from importlib import metadata
 from typing import Any
 
 import torch
 import triton
 from scans import SHAPES, Case, make_case
+from timing import bandwidth, record, relative
 from tttc.codegen.torch_scan import run_program
 
 import tttc
@@ -27,11 +26,6 @@ from tttc.runtime.triton_scan import run_kernels
 
 CASES = ("ttt_linear_b16", "ttt_mlp_b16", "ttt_mlp_chunk64")
 D, HEADS = 64, 32
-PACKAGES = ("tttc", "torch", "triton", "flash-linear-attention", "fla-core")
-
-
-def _installed(name: str) -> bool:
-    return any(True for _ in metadata.distributions(name=name))
 
 
 def median(run, rep: int = 100) -> dict[str, float]:
@@ -52,11 +46,6 @@ def replayed(run) -> dict[str, float]:
     with torch.cuda.graph(graph):
         run()
     return {f"graph_{k}": v for k, v in median(graph.replay, 60).items()}
-
-
-def relative(x: torch.Tensor, exact: torch.Tensor) -> float:
-    """``|x - exact| / |exact|``."""
-    return float((x.double() - exact).norm() / exact.norm())
 
 
 def exact_output(case: Case) -> torch.Tensor:
@@ -97,6 +86,7 @@ def launches(case: Case, states: bool = False) -> list:
 
 def forward_rows() -> list[dict[str, Any]]:
     rows = []
+    rate = bandwidth()
     for name in CASES:
         small = make_case(name, 1, 2048, HEADS, D)
         call, program = small.flat(), small.program()
@@ -126,7 +116,7 @@ def forward_rows() -> list[dict[str, Any]]:
                     program, call.anchor, call.carry, call.tokens, call.shared, 0, dtype, False
                 )
 
-            floor = 4 * batch * length * HEADS * D * 2 / 4.27e12 * 1e6
+            floor = 4 * batch * length * HEADS * D * 2 / rate * 1e6
             row = {"case": name, "shape": shape, **median(run), "floor_us": floor, "errors": errors}
             row["schedule"] = str(launches(case)[0].kernel.config["schedule"])
             rows.append(row)
@@ -266,25 +256,20 @@ def model_rows() -> list[dict[str, Any]]:
 
 def main() -> None:
     (out,) = sys.argv[1:]
-    record: dict[str, Any] = {
-        "command": f"python benchmarks/scan_forward.py {out}",
-        "date": datetime.date.today().isoformat(),
-        "device": torch.cuda.get_device_name(),
-        "versions": {n: metadata.version(n) for n in PACKAGES if _installed(n)},
-    }
+    made = record()
     for section, make in (
         ("forward", forward_rows),
         ("peers", peer_rows),
-        ("layers", model_rows),
         ("training", training_rows),
+        ("layers", model_rows),
     ):
         try:
-            record[section] = make()
+            made[section] = make()
         except Exception:
-            record[section] = {"error": traceback.format_exc()}
-            print(section, "FAILED", record[section]["error"][-1500:])
+            made[section] = {"error": traceback.format_exc()}
+            print(section, "FAILED", made[section]["error"][-1500:])
         with open(out, "w") as f:
-            json.dump(record, f, indent=1)
+            json.dump(made, f, indent=1)
 
 
 if __name__ == "__main__":

@@ -223,7 +223,7 @@ def memory_words(record: Record) -> str:
     """The same in a sentence."""
     ratios = [r["ratio"] for r in record.data["cases"]["ttt_linear_b16"]["rows"]]
     return (
-        f"Peak memory of forward and backward grows in proportion to T: {min(ratios):.1f} to {max(ratios):.1f} times "
+        f"Peak memory of forward and backward grows in proportion to T: {min(ratios):.2f} to {max(ratios):.2f} times "
         "the bytes of q, k, v, the output and their gradients for TTT-Linear"
     )
 

@@ -69,6 +69,15 @@ def interleaved(
     return made
 
 
+def bandwidth(size: int = 1 << 30) -> float:
+    """Bytes a second that a copy of ``size`` bytes moves through the memory of the device at hand, reads and writes."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x = torch.zeros(size if device == "cuda" else size >> 6, dtype=torch.uint8, device=device)
+    y = torch.empty_like(x)
+    y.copy_(x)
+    return 2 * x.numel() / min(once(lambda: y.copy_(x), 5) for _ in range(5))
+
+
 def relative(x: torch.Tensor, exact: torch.Tensor) -> float:
     """``|x - exact| / |exact|``."""
     return float((x.double() - exact.double()).norm() / exact.double().norm())
