@@ -48,6 +48,21 @@ def test_new_kernels_are_compiled_together(monkeypatch, tmp_path):
     program.kernels.clear()
 
 
+def test_what_is_asked_for_is_aligned_as_the_tensors_are():
+    call, program, _ = call_of(TTTLinear, T=38, d=16, b=8)
+    groups = [[x.float() for x in g] for g in (call.anchor, call.tokens, call.shared)]
+    launches = []
+    run_kernels(program, *groups[:1], [], *groups[1:], 3, torch.float32, launcher=launches.append)
+    program.kernels.clear()
+    found = set()
+    for made in launches:
+        aligned = made.request().aligned
+        for name, _ in made.kernel.config["arguments"]:
+            assert (name in aligned) == (made.tensors[name].data_ptr() % 16 == 0)
+            found.add(name in aligned)
+    assert found == {True, False}, "the learning rates of later tokens lie anywhere"
+
+
 @on_gpu
 def test_triton_finds_what_was_compiled_ahead(monkeypatch, tmp_path):
     monkeypatch.setenv("TTTC_CACHE_DIR", str(tmp_path / "tttc"))

@@ -16,7 +16,6 @@ Tensor = torch.Tensor
 RECOMPUTED = 16  # mini-batches at a time, where the forward saved no states
 
 
-@torch.library.custom_op("tttc::fused_scan_backward", mutates_args=())
 def fused_scan_backward(
     grads: list[Tensor | None],
     anchor: list[Tensor],
@@ -154,9 +153,18 @@ def _of_nothing(out, grads, anchor, carry, wanted, states, place) -> list[Tensor
     return out
 
 
-@fused_scan_backward.register_fake
 def _fake(grads, anchor, carry, tokens, shared, saved, wanted, *rest):
     return _empty_cotangents(anchor, carry, tokens, shared, wanted)
+
+
+LIBRARY.define(
+    f"fused_scan_backward{torch.library.infer_schema(fused_scan_backward, mutates_args=())}",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+LIBRARY.impl(
+    "fused_scan_backward", torch._disable_dynamo(fused_scan_backward), "CompositeExplicitAutograd"
+)
+torch.library.register_fake("tttc::fused_scan_backward", _fake, lib=LIBRARY)
 
 
 class _FusedScan(torch.autograd.Function):
@@ -226,4 +234,6 @@ def _second_order(ctx, grads):
     )
 
 
-fused_scan_backward.register_autograd(_second_order, setup_context=_setup_second_order)
+torch.library.register_autograd(
+    "tttc::fused_scan_backward", _second_order, setup_context=_setup_second_order, lib=LIBRARY
+)

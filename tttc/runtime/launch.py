@@ -60,9 +60,13 @@ class Launch:
         aligned: list[str] = []
         integers: dict[str, int] = {}
         for name, rank in self.kernel.config["arguments"]:
-            signature[name] = POINTERS[self.tensors[name].dtype]
-            aligned.append(name)
-            for i, n in enumerate(self.tensors[name].stride()[:rank]):
+            x = self.tensors[name]
+            signature[name] = POINTERS[x.dtype]
+            if (
+                x.data_ptr() % 16 == 0
+            ):  # the tokens after the first of a row of scalars may not be; meta tensors are
+                aligned.append(name)
+            for i, n in enumerate(x.stride()[:rank]):
                 integers[f"{name}_s{i}"] = n
                 signature[f"{name}_s{i}"] = "i32"
         for name, n in self.sizes.items():
