@@ -114,7 +114,7 @@ class Steps:
     @functools.cached_property
     def optimizer(self) -> torch.optim.Optimizer:
         """Made by the first training step."""
-        return torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
+        return torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True, capturable=ON_GPU)
 
     def ids(self, context: int) -> torch.Tensor:
         """Random tokens ``[B, T + 1]``."""

@@ -22,7 +22,7 @@ import multiprocessing
 import statistics
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -33,12 +33,27 @@ from timing import once, record
 
 BURST = 0.15  # seconds of steps between two contenders, about
 ROUNDS = 15
+REPLAYS = 5
 SLOWEST = 40.0  # seconds of the slowest step worth waiting for, and what comes with it
+LONGEST_CAPTURED = 1.5  # seconds of a step that is captured as a CUDA graph too
 SHOWN = 12  # kernels of a profile
 RECOMPILE_LIMIT = 64  # contexts times directions, for each of what is compiled
 
 
 # -- in a contender's process ------------------------------------------------------------------------------
+
+
+def captured(run: Callable[[], Any]) -> torch.cuda.CUDAGraph:
+    """A step as a CUDA graph."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph
 
 
 class Contender:
@@ -79,6 +94,16 @@ class Contender:
         del run
         self._free()
         return {"us": us, "peak_bytes": peak, "finite": finite}
+
+    def replay(self, context: int, direction: str, calls: int) -> dict[str, Any]:
+        """Microseconds of a step replayed as one CUDA graph: what the device takes, without the Python that launches it."""
+        assert self.made is not None
+        graph = captured(self.made.step(context, direction))
+        graph.replay()
+        us = statistics.median(1e6 * once(graph.replay, calls) for _ in range(REPLAYS))
+        del graph
+        self._free()
+        return {"graph_us": us}
 
     def profile(self, context: int, direction: str) -> dict[str, Any]:
         """Kernels of one step, the longest first, and what the device was busy in all."""
@@ -252,24 +277,27 @@ class Comparison:
                     samples[w].append(found)
                 calls[w] = max(1, min(20, round(1e6 * BURST / found["us"])))
             rounds += 1
-        for w in calls:
-            self.add(w, context, direction, samples[w])
+        for w, n in calls.items():
+            row = self.row(w, context, direction, samples[w])
+            if ON_GPU and row["us"] < 1e6 * LONGEST_CAPTURED:
+                try:
+                    row |= w.asked(min(SLOWEST, self.left), "replay", context, direction, n)
+                except Refused as why:
+                    self.fail(w, f"graph of {direction} at {context}", why)
+            self.made["rows"].append(row)
+            print(shown(row), flush=True)
         self.save()
 
-    def add(self, worker: Worker, context: int, direction: str, samples: list[dict[str, Any]]) -> None:  # fmt: skip
-        """A row of samples."""
+    def row(self, worker: Worker, context: int, direction: str, samples: list[dict[str, Any]]) -> dict[str, Any]:  # fmt: skip
+        """What is recorded of samples."""
         size = SIZES[worker.size]
         low, middle, high = statistics.quantiles((s["us"] for s in samples), n=4)
-        tokens = size.batch(context) * context
-        row = {
+        return {
             "size": worker.size, "model": worker.name, "context": context, "batch": size.batch(context),
-            "direction": direction, "tokens_per_second": tokens / middle * 1e6,
+            "direction": direction, "tokens_per_second": size.batch(context) * context / middle * 1e6,
             "us": middle, "q25": low, "q75": high, "rounds": len(samples),
             "peak_bytes": samples[0]["peak_bytes"], "finite": all(s["finite"] for s in samples),
         }  # fmt: skip
-        self.made["rows"].append(row)
-        peak = "" if row["peak_bytes"] is None else f", {row['peak_bytes'] / 2**30:.1f} GiB"
-        print(f"{worker.size} T{context} {direction} {worker.name}: {row['tokens_per_second']:,.0f} tokens a second ({middle / 1e3:.1f} ms{peak})", flush=True)  # fmt: skip
 
     def profiled(self, workers: Sequence[Worker], context: int, direction: str) -> None:
         """Where the time of a step goes."""
@@ -282,6 +310,16 @@ class Comparison:
             said = {"size": w.size, "model": w.name, "context": context, "direction": direction}
             self.made["profiles"].append(said | found)
         self.save()
+
+
+def shown(row: dict[str, Any]) -> str:
+    """A row in words."""
+    text = f"{row['size']} T{row['context']} {row['direction']} {row['model']}: {row['tokens_per_second']:,.0f} tokens a second ({row['us'] / 1e3:.1f} ms"
+    if "graph_us" in row:
+        text += f", as a graph {row['graph_us'] / 1e3:.1f}"
+    if row["peak_bytes"] is not None:
+        text += f", {row['peak_bytes'] / 2**30:.1f} GiB"
+    return text + ")"
 
 
 def main() -> None:

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from tttc.nn.inner import INNER_EPS
-from tttc.nn.rotary import rotary
 
 from tttc.nn import TTTLinear
+from tttc.nn.inner import INNER_EPS
+from tttc.nn.rotary import rotary
 
 Tensor = torch.Tensor
 GROUP = 16  # mini-batches that the backward recomputes together

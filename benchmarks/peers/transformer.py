@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from tttc.models.language_model import INIT_STD, SwiGLU
 
 from tttc.models import TTTConfig
+from tttc.models.language_model import INIT_STD, SwiGLU
 
 Angles = tuple[torch.Tensor, torch.Tensor]
 
