@@ -16,6 +16,12 @@ from tttc.runtime.launch import launch
 from tttc.tuning import choose
 
 
+in_interpreter = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="the interpreter is what runs kernels without a GPU"
+)
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
 def at(address: int, like: torch.Tensor) -> torch.Tensor:
     """A tensor laid out as another, at an address."""
     last = sum((n - 1) * s for n, s in zip(like.shape, like.stride(), strict=True))
@@ -61,6 +67,7 @@ def step_of(layer, x, backend):
     return [y.detach(), x.grad, *(p.grad.clone() for p in layer.parameters())]
 
 
+@in_interpreter
 @pytest.mark.parametrize("kind", [TTTLinear, TTTMLP])
 def test_a_call_is_replayed_on_other_values(kind, replaying):
     torch.manual_seed(0)
@@ -76,6 +83,7 @@ def test_a_call_is_replayed_on_other_values(kind, replaying):
         assert len(replaying) == 2 * max(0, turn - 1), "forward and backward from the third on"
 
 
+@in_interpreter
 def test_tensors_that_share_memory_once_need_not_again(replaying):
     """q, k and v are slices of one tensor while the call is recorded, and tensors of their own later."""
 
@@ -100,6 +108,7 @@ def test_tensors_that_share_memory_once_need_not_again(replaying):
     assert len(replaying) == 2
 
 
+@in_interpreter
 def test_results_are_new_each_time(replaying):
     torch.manual_seed(0)
     layer = TTTLinear(32, 2, mini_batch_size=8)
@@ -133,3 +142,31 @@ def test_a_plan_found_since_is_not_missed(monkeypatch):
     setting = choose.Setting()
     assert choose.plan_for(program, "full", lambda: None, setting, call=object()) == 1
     assert not program.calls
+
+
+@on_gpu
+@pytest.mark.parametrize("kind", [TTTLinear, TTTMLP])
+def test_replayed_launches_compute_what_others_do(kind, monkeypatch):
+    torch.manual_seed(0)
+    layer = kind(128, 2, mini_batch_size=16).cuda().bfloat16()
+    inputs = [torch.randn(2, 100, 128, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
+    count = []
+    play = replay.Tape.__call__
+    monkeypatch.setattr(
+        replay.Tape, "__call__", lambda tape, given: (count.append(1), play(tape, given))[1]
+    )
+
+    def results():
+        found = []
+        for x in inputs:
+            layer.zero_grad(set_to_none=True)
+            y = tttc.compile(layer, strict=True)(x)
+            y.float().square().sum().backward()
+            found += [y.detach(), *(p.grad for p in layer.parameters())]
+        return found
+
+    found = results()
+    assert len(count) == 4, "two forwards, two backwards"
+    monkeypatch.setattr(replay, "_at_hand", lambda device: False)
+    for x, y in zip(found, results(), strict=True):
+        assert torch.equal(x, y)

@@ -6,7 +6,6 @@ import math
 import os
 from collections.abc import Sequence
 from itertools import islice
-from typing import Any
 
 import torch
 
@@ -104,11 +103,11 @@ def fused_scan(
     program = build_program(interned(key), mini_batch_size)
     place %= mini_batch_size  # which may not be the model's own
     counts = (len(anchor), len(carry), len(tokens), len(shared))
-    rest: tuple[Any, ...] = (key, place, backend, states, interval, tune)
+    rest = (key, place, backend, states, interval, tune)
 
     def run(flat: list[Tensor], launcher: Launcher) -> list[Tensor]:
         anchor, carry, tokens, shared = grouped(flat, counts)
-        return _run(program, anchor, carry, tokens, shared, *rest, launcher=launcher)
+        return _run(program, anchor, carry, tokens, shared, *rest, launcher)
 
     with scan_range("forward", key, layer):
         call = ("forward", counts, rest)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from tttc._scan_op import interned, scan_info
@@ -46,14 +44,14 @@ def fused_scan_backward(
     groups = (anchor, carry, tokens, shared, saved)
     given = tuple(g is not None for g in grads)
     counts = (sum(given), *(len(group) for group in groups))
-    rest: tuple[Any, ...] = (place, backend, states, interval, tune)
+    rest = (place, backend, states, interval, tune)
 
     def run(flat: list[Tensor], launcher: Launcher) -> list[Tensor]:
         some, anchor, carry, tokens, shared, saved = grouped(flat, counts)
         found = iter(some)
         all_ = [next(found) if g else None for g in given]
         these = (anchor, carry, tokens, shared, saved)
-        return _run(program, all_, *these, wanted, *rest, launcher=launcher)
+        return _run(program, all_, *these, wanted, *rest, launcher)
 
     flat = [x for group in groups for x in group]
     with scan_range("backward", key, layer):
