@@ -15,7 +15,6 @@ from tttc.runtime import replay
 from tttc.runtime.launch import launch
 from tttc.tuning import choose
 
-
 in_interpreter = pytest.mark.skipif(
     torch.cuda.is_available(), reason="the interpreter is what runs kernels without a GPU"
 )
