@@ -35,7 +35,9 @@ BURST = 0.15  # seconds of steps between two contenders, about
 ROUNDS = 15
 REPLAYS = 5
 SLOWEST = 40.0  # seconds of the slowest step worth waiting for, and what comes with it
-LONGEST_CAPTURED = 1.5  # seconds of a step that is captured as a CUDA graph too
+SLOW = 0.5  # seconds of a step that bursts need not repeat
+ENOUGH = 3  # of such a step
+LONGEST_CAPTURED = 0.5  # seconds of a step that is captured as a CUDA graph too
 SHOWN = 12  # kernels of a profile
 RECOMPILE_LIMIT = 64  # contexts times directions, for each of what is compiled
 
@@ -83,17 +85,17 @@ class Contender:
         return {"parameters": self.made.parameters, "first_loss": loss}
 
     def time(self, context: int, direction: str, calls: int) -> dict[str, Any]:
-        """Microseconds of a step, over ``calls`` in a row; peak memory."""
+        """Microseconds of a step, over ``calls`` in a row after one; peak memory. A slow step is taken once."""
         assert self.made is not None
-        run = self.made.step(context, direction)
+        run, out = self.made.step(context, direction), []
         if ON_GPU:
             torch.cuda.reset_peak_memory_stats()
-        finite = bool(run().float().sum().isfinite())
-        us = 1e6 * once(run, calls)
+        first = once(lambda: out.append(run()))
         peak = torch.cuda.max_memory_allocated() if ON_GPU else None
-        del run
+        finite = bool(out.pop().isfinite().all())
+        seconds = first if first > SLOW else once(run, calls)
         self._free()
-        return {"us": us, "peak_bytes": peak, "finite": finite}
+        return {"us": 1e6 * seconds, "peak_bytes": peak, "finite": finite}
 
     def replay(self, context: int, direction: str, calls: int) -> dict[str, Any]:
         """Microseconds of a step replayed as one CUDA graph: what the device takes, without the Python that launches it."""
@@ -265,27 +267,45 @@ class Comparison:
         calls = dict.fromkeys(workers, 1)
         samples: dict[Worker, list[dict[str, Any]]] = {w: [] for w in workers}
         start, rounds = time.time(), 0
-        while calls and (rounds < 4 or (time.time() - start < seconds and rounds < ROUNDS)):
+        while rounds < 4 or (time.time() - start < seconds and rounds < ROUNDS):
             for w, n in list(calls.items()):
+                slow = samples[w] and samples[w][-1]["us"] > 1e6 * SLOW
+                if slow and len(samples[w]) == ENOUGH:
+                    continue
                 try:
                     found = w.asked(min(SLOWEST, self.left), "time", context, direction, n)
                 except Refused as why:
                     self.fail(w, f"{direction} at {context}", why)
                     del calls[w]
                     continue
-                if rounds:  # the first found how many calls make a burst
+                if rounds or found["us"] > 1e6 * SLOW:  # the first says how many calls make a burst
                     samples[w].append(found)
                 calls[w] = max(1, min(20, round(1e6 * BURST / found["us"])))
             rounds += 1
         for w, n in calls.items():
-            row = self.row(w, context, direction, samples[w])
-            if ON_GPU and row["us"] < 1e6 * LONGEST_CAPTURED:
-                try:
-                    row |= w.asked(min(SLOWEST, self.left), "replay", context, direction, n)
-                except Refused as why:
-                    self.fail(w, f"graph of {direction} at {context}", why)
+            row = self.row(w, context, direction, samples[w]) | {"calls": n}
             self.made["rows"].append(row)
             print(shown(row), flush=True)
+        self.save()
+
+    def replayed(self, workers: Sequence[Worker]) -> None:
+        """Rows as CUDA graphs too; last, since a capture that fails may take the process with it."""
+        by_name = {w.name: w for w in workers if w.alive}
+        for row in self.made["rows"]:
+            w = by_name.get(row["model"])
+            if (
+                w is None
+                or not w.alive
+                or row["size"] != w.size
+                or row["us"] > 1e6 * LONGEST_CAPTURED
+            ):
+                continue  # fmt: skip
+            try:
+                row |= w.asked(min(SLOWEST, self.left), "replay", row["context"], row["direction"], row["calls"])  # fmt: skip
+            except Refused as why:
+                self.fail(w, f"graph of {row['direction']} at {row['context']}", why)
+            else:
+                print(shown(row), flush=True)
         self.save()
 
     def row(self, worker: Worker, context: int, direction: str, samples: list[dict[str, Any]]) -> dict[str, Any]:  # fmt: skip
@@ -353,6 +373,8 @@ def main() -> None:
                         comparison.timed(ready, context, direction, 0 if given.quick else given.seconds)  # fmt: skip
             if comparison.left > 0:
                 comparison.profiled(ready, sorted(contexts[size])[len(contexts[size]) // 2], given.directions[-1])  # fmt: skip
+            if ON_GPU and comparison.left > 0:
+                comparison.replayed(ready)
             for w in ready:
                 w.alive and w.end()
     finally:
