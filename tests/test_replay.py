@@ -11,7 +11,7 @@ import torch
 import tttc
 from tttc.ir.program import Program
 from tttc.nn import TTTMLP, TTTLinear
-from tttc.runtime import replay
+from tttc.runtime import replay, triton_scan_backward
 from tttc.runtime.launch import launch
 from tttc.tuning import choose
 
@@ -118,6 +118,29 @@ def test_results_are_new_each_time(replaying):
     kept = [x.clone() for x in found]
     assert all(torch.equal(a, b) for a, b in zip(found, kept, strict=True))
     assert len({x.untyped_storage().data_ptr() for x in found}) == 5
+
+
+@in_interpreter
+def test_what_kernels_pass_on_takes_no_more_for_longer_sequences(replaying, monkeypatch):
+    """The backward goes over few mini-batches at a time, and replayed it takes the memory of one such turn."""
+    monkeypatch.setattr(triton_scan_backward, "ENOUGH_PROGRAMS", 1)
+    torch.manual_seed(0)
+    layer = TTTLinear(32, 2, mini_batch_size=8)
+    compiled = tttc.compile(layer, strict=True, backend="triton")
+    found = []
+    play = replay.Tape.__call__
+
+    def noted(tape, inputs):
+        found.append((tape.workspace, len(tape.placed)))
+        return play(tape, inputs)
+
+    monkeypatch.setattr(replay.Tape, "__call__", noted)
+    for mini_batches in (16, 32):
+        for _ in range(3):
+            compiled(torch.randn(1, 8 * mini_batches, 32)).sum().backward()
+    (_, _), (short, few), (_, _), (long, many) = found
+    assert many > few > 0
+    assert short <= long <= 1.1 * short, "as much memory, in other places"
 
 
 def test_what_torch_operations_run_is_not_remembered(replaying):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -113,6 +114,11 @@ class _Launched:
     arguments: list[Any]
     addresses: list[tuple[int, int, int]]  # place, slot, bytes from its start
 
+    @property
+    def slots(self) -> list[int]:
+        """The tensors it reads or writes."""
+        return [slot for _, slot, _ in self.addresses]
+
     def __call__(self, tensors: list[Any], pointers: list[int]) -> None:
         arguments = self.arguments.copy()
         for place, slot, offset in self.addresses:
@@ -129,6 +135,11 @@ class _Computed:
     spec: Any
     made: tuple[int, ...]  # slots of its results that are new
 
+    @property
+    def slots(self) -> list[int]:
+        """The tensors it reads or writes."""
+        return [*(x.slot for x in self.arguments if isinstance(x, _View)), *self.made]
+
     def __call__(self, tensors: list[Any], pointers: list[int]) -> None:
         given = [x.of(tensors) if isinstance(x, _View) else x for x in self.arguments]
         args, kwargs = pytree.tree_unflatten(given, self.spec)
@@ -140,13 +151,22 @@ class _Computed:
 
 
 @dataclass(frozen=True)
-class _Fresh:
-    """A tensor to allocate."""
+class _Allocated:
+    """A tensor that operators read or write, or a result."""
 
     slot: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
+    device: torch.device
+
+    def __call__(self, tensors: list[Any], pointers: list[int]) -> None:
+        x = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
+        tensors[self.slot] = x
+        pointers[self.slot] = x.data_ptr()
+
+
+_Step = _Launched | _Computed | _Allocated
 
 
 @dataclass(frozen=True)
@@ -156,10 +176,9 @@ class Tape:
     slots: int
     device: torch.device
     constants: list[tuple[int, Tensor]]
-    fresh: list[_Fresh]
-    workspace: int  # bytes of all that kernels pass on to each other
+    workspace: int  # bytes of what kernels pass on to each other
     placed: list[tuple[int, int]]  # slot, bytes from where the workspace starts
-    steps: list[_Launched | _Computed]
+    steps: list[tuple[_Step, tuple[int, ...]]]  # and the slots that nobody reads after it
     results: list[_View]
 
     def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -167,31 +186,34 @@ class Tape:
         tensors: list[Any] = [*inputs, *[None] * (self.slots - len(inputs))]
         for slot, x in self.constants:
             tensors[slot] = x
-        for new in self.fresh:
-            tensors[new.slot] = torch.empty_strided(
-                new.shape, new.stride, dtype=new.dtype, device=self.device
-            )
         pointers = [0 if x is None else x.data_ptr() for x in tensors]
         if self.workspace:
             space = torch.empty(self.workspace, dtype=torch.uint8, device=self.device)
             start = space.data_ptr()
             for slot, offset in self.placed:
                 pointers[slot] = start + offset
-        for step in self.steps:
+        for step, done in self.steps:
             step(tensors, pointers)
+            for slot in done:
+                tensors[slot] = None
         return [x.of(tensors) for x in self.results]
 
 
 # -- recording ----------------------------------------------------------------------------------------------
 
 
-@dataclass
 class _Owner:
-    """A tensor that owns memory, while it is recorded."""
+    """A tensor that owns memory, as it was when it was made; it need not live on."""
 
-    tensor: Tensor
-    allocated: bool = False  # by nothing but an allocation
-    computed_with: bool = False
+    def __init__(self, x: Tensor, made: int) -> None:
+        self.shape, self.stride, self.dtype = tuple(x.shape), x.stride(), x.dtype
+        self.start = x.data_ptr()
+        self.bytes = x.untyped_storage().nbytes()
+        self.made = made  # steps before it
+        # While this is there no other storage has its address.
+        self.weak = StorageWeakRef(x.untyped_storage())
+        self.allocated = False  # by nothing but an allocation
+        self.computed_with = False
 
 
 class Recorder(TorchDispatchMode):
@@ -203,9 +225,8 @@ class Recorder(TorchDispatchMode):
         self.steps: list[_Launched | _Computed] = []
         self.given_up = self.launching = False
         self.constants: list[tuple[int, Tensor]] = []
-        # Tensors are known by their memory, which is not used again while it is held here.
         self._owners: list[_Owner] = []
-        self._slots: dict[int, int] = {}
+        self._slots: dict[int, int] = {}  # by where a storage is
         for x in inputs:
             self._own(x)
 
@@ -231,8 +252,7 @@ class Recorder(TorchDispatchMode):
         for place, x in enumerate(arguments):
             if isinstance(x, Tensor):
                 slot = self._slot(x)
-                start = self._owners[slot].tensor.data_ptr()
-                addresses.append((place, slot, x.data_ptr() - start))
+                addresses.append((place, slot, x.data_ptr() - self._owners[slot].start))
                 arguments[place] = 0
         self._add(_Launched(runner, arguments, addresses))
 
@@ -241,20 +261,34 @@ class Recorder(TorchDispatchMode):
         views = [] if self.given_up else [self._view(x) for x in results]
         if self.given_up or not any(isinstance(s, _Launched) for s in self.steps):
             return None
-        kept = {x.slot: x for x in views}
-        fresh, placed, size = [], [], 0
+        used: dict[int, list[int]] = {}
+        for i, step in enumerate(self.steps):
+            for slot in step.slots:
+                used.setdefault(slot, []).append(i)
+        kept = {x.slot for x in views} | {slot for slot, _ in self.constants}
+        kept |= set(range(len(self.inputs)))
+        new: dict[int, list[_Allocated]] = {}
+        passed = []
         for slot, owner in enumerate(self._owners):
             if not owner.allocated:
                 continue
-            x = owner.tensor
             if slot in kept or owner.computed_with:
-                fresh.append(_Fresh(slot, tuple(x.shape), x.stride(), x.dtype))
-            else:
-                placed.append((slot, size))
-                size += -(-x.untyped_storage().nbytes() // ALIGNED) * ALIGNED
-        return Tape(
-            len(self._owners), device, self.constants, fresh, size, placed, self.steps, views
-        )
+                made = _Allocated(slot, owner.shape, owner.stride, owner.dtype, device)
+                new.setdefault(owner.made, []).append(made)
+            elif slot in used:
+                passed.append((slot, used[slot][0], used[slot][-1], owner.bytes))
+        placed, size = _places(passed)
+        between = {slot for slot, *_ in passed}
+        done: dict[int, list[int]] = {}
+        for slot, where in used.items():
+            if slot not in kept and slot not in between:
+                done.setdefault(where[-1], []).append(slot)
+        steps: list[tuple[_Step, tuple[int, ...]]] = []
+        for i, step in enumerate(self.steps):
+            steps += [(x, ()) for x in new.pop(i, ())]
+            steps.append((step, tuple(done.get(i, ()))))
+        steps += [(x, ()) for late in new.values() for x in late]
+        return Tape(len(self._owners), device, self.constants, size, placed, steps, views)
 
     def _add(self, step: _Launched | _Computed) -> None:
         self.steps.append(step)
@@ -265,8 +299,8 @@ class Recorder(TorchDispatchMode):
         self.given_up = True
         self.steps, self._owners, self._slots = [], [], {}
 
-    def _own(self, x: Tensor, allocated: bool = False) -> int:
-        self._owners.append(_Owner(x, allocated))
+    def _own(self, x: Tensor) -> int:
+        self._owners.append(_Owner(x, len(self.steps)))
         self._slots[_memory(x)] = len(self._owners) - 1
         return len(self._owners) - 1
 
@@ -280,11 +314,11 @@ class Recorder(TorchDispatchMode):
 
     def _view(self, x: Tensor) -> _View:
         slot = self._slot(x)
-        owner = self._owners[slot].tensor
+        owner = self._owners[slot]
         if x.dtype != owner.dtype:
             self.given_up = True  # no view has another dtype than its owner
-        offset = (x.data_ptr() - owner.data_ptr()) // x.itemsize
-        whole = offset == 0 and x.shape == owner.shape and x.stride() == owner.stride()
+        offset = (x.data_ptr() - owner.start) // x.itemsize
+        whole = offset == 0 and x.shape == owner.shape and x.stride() == owner.stride
         return _View(slot, offset, tuple(x.shape), x.stride(), whole)
 
     def _note(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
@@ -297,7 +331,7 @@ class Recorder(TorchDispatchMode):
         if new and given & {_memory(x) for x in new}:
             return  # a view of what was there before
         if func in _ALLOCATING:
-            self._own(new[0], allocated=True)
+            self._owners[self._own(new[0])].allocated = True
             return
         if len(new) not in (0, len(made)):
             self._give_up()
@@ -311,3 +345,25 @@ class Recorder(TorchDispatchMode):
 
 def _memory(x: Tensor) -> int:
     return x.untyped_storage()._cdata
+
+
+def _places(passed: Sequence[tuple[int, int, int, int]]) -> tuple[list[tuple[int, int]], int]:
+    """Where tensors lie in one workspace, and its bytes, from their slots, first and last steps, and bytes.
+
+    Memory is used again where nobody reads it any more: kernels of a stream run one after another.
+    """
+    placed: list[tuple[int, int]] = []
+    living: list[tuple[int, int, int]] = []  # start, end, last step
+    size = 0
+    for slot, first, last, bytes_ in sorted(passed, key=lambda x: x[1]):
+        living = sorted(x for x in living if x[2] >= first)
+        start = 0
+        for begin, end, _ in living:
+            if start + bytes_ <= begin:
+                break
+            start = max(start, end)
+        end = start + -(-bytes_ // ALIGNED) * ALIGNED
+        living.append((start, end, last))
+        placed.append((slot, start))
+        size = max(size, end)
+    return placed, size
