@@ -316,7 +316,7 @@ class Comparison:
             "size": worker.size, "model": worker.name, "context": context, "batch": size.batch(context),
             "direction": direction, "tokens_per_second": size.batch(context) * context / middle * 1e6,
             "us": middle, "q25": low, "q75": high, "rounds": len(samples),
-            "peak_bytes": samples[0]["peak_bytes"], "finite": all(s["finite"] for s in samples),
+            "peak_bytes": max((s["peak_bytes"] or 0) for s in samples) or None, "finite": all(s["finite"] for s in samples),
         }  # fmt: skip
 
     def profiled(self, workers: Sequence[Worker], context: int, direction: str) -> None:

@@ -3,13 +3,15 @@
     python benchmarks/plots.py [RECORD.json ...]
 
 Needs matplotlib (the extra "plot"). Operations are those of the dual form as the compiler counts them, bytes those of q, k,
-v, the rates and the output once; the lines are what a copy and a matrix product reached on the card of the record.
+v, the rates and the output once; the lines are what a copy and a matrix product reached on the card of the record (a record
+without the latter has a line for the copy alone).
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ COLOURS = {
     "hand_dual": "#777777",
 }
 MARKERS = "osD^v"
+HIGHEST = 1e15  # operations a second, of the axis
 HEADS, D = 32, 64  # of the scans
 
 
@@ -46,12 +49,13 @@ def time_per_token(record: Record) -> Path:
                 r for r in rows if (r["size"], r["direction"], r["model"]) == (size, direction, model)
             ]  # fmt: skip
             x = [r["context"] for r in found]
-            y = [1e9 / r["tokens_per_second"] for r in found]
+            y = [1e6 / r["tokens_per_second"] for r in found]
             ax.loglog(x, y, "o-", color=COLOURS.get(model), label=MODELS.get(model, model), base=2)
         ticks = sorted({r["context"] for r in rows})
         ax.set_xticks(ticks, [f"{t // 1024}k" if t >= 1024 else str(t) for t in ticks])
-        ax.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda v, _: f"{v:g}"))
-        ax.set(xlabel="context", ylabel="ns a token", title=f"{size}, {direction}")
+        ax.yaxis.set_major_locator(matplotlib.ticker.LogLocator(2, subs=(1.0, 1.5)))
+        ax.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda v, _: f"{v:.2g}"))
+        ax.set(xlabel="context", ylabel="µs a token", title=f"{size}, {direction}")
         ax.grid(alpha=0.3, which="both")
     axes.flat[0].legend(frameon=False)
     figure.suptitle(f"{record.device}, bf16, {next(iter(record.data['tokens'].values()))} tokens a step")  # fmt: skip
@@ -74,20 +78,34 @@ def work(case: str) -> tuple[float, float]:
     return flops / each, elements * made.raw["q"].element_size() / each
 
 
+def copy_rate(row: dict[str, Any]) -> float:
+    """Bytes a second of a copy on the card, from a row's floor: q, k, v and the output once."""
+    batch, length = shape_of(row)
+    return 4 * 2 * batch * length * HEADS * D / row["floor_us"] * 1e6
+
+
+def shape_of(row: dict[str, Any]) -> tuple[int, int]:
+    """Batch and length of a row of scans."""
+    batch, length = (int(part[1:]) for part in row["shape"].split())
+    return batch, length
+
+
 def roofline(record: Record) -> Path:
     """Reached operations a second against operations a byte, a colour a case and a marker a shape."""
     data = record.data
     figure, ax = pyplot.subplots(figsize=(7, 4.4), layout="constrained")
-    copy, matrix = data["bytes_per_second"], data["matrix_flops"]
-    x = [1.0, matrix / copy, 1000.0]
-    ax.loglog(x, [min(copy * i, matrix) / 1e12 for i in x], color="black", linewidth=1,
-              label=f"copy {copy / 1e12:.1f} TB/s, bf16 products {matrix / 1e12:.0f} TFLOP/s")  # fmt: skip
     rows = data["forward"]
+    copy, matrix = copy_rate(rows[0]), data.get("matrix_flops", math.inf)
+    said = f", bf16 products {matrix / 1e12:.0f} TFLOP/s" if "matrix_flops" in data else ""
+    knee = min(matrix, HIGHEST) / copy
+    x = [30.0, knee, 1000.0] if matrix < HIGHEST else [30.0, knee]
+    ax.loglog(x, [min(copy * i, matrix) / 1e12 for i in x], color="black", linewidth=1,
+              label=f"copy {copy / 1e12:.1f} TB/s{said}")  # fmt: skip
     shapes = list(dict.fromkeys(r["shape"] for r in rows))
     colours = dict(zip(dict.fromkeys(r["case"] for r in rows), COLOURS.values(), strict=False))
     for row in rows:
         flops, size = work(row["case"])
-        batch, length = (int(p[1:]) for p in row["shape"].split())
+        batch, length = shape_of(row)
         reached = flops * batch * length * HEADS / row["us"] * 1e6
         marker = MARKERS[shapes.index(row["shape"])]
         ax.plot(flops / size, reached / 1e12, marker, color=colours[row["case"]])
@@ -124,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for record in found:
         if record.data.get("rows"):
             time_per_token(record)
-        elif "matrix_flops" in record.data:
+        elif record.data.get("forward"):
             roofline(record)
 
 

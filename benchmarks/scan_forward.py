@@ -303,7 +303,7 @@ def model_rows() -> list[dict[str, Any]]:
 
 def main() -> None:
     (out,) = sys.argv[1:]
-    made = record() | {"bytes_per_second": bandwidth(), "matrix_flops": matrix_rate()}
+    made = record() | {"matrix_flops": matrix_rate()}
     for section, make in (
         ("forward", forward_rows),
         ("peers", peer_rows),

@@ -37,7 +37,7 @@ NAMES = {
 MODELS = {
     "ttt_linear": "TTT-Linear, tttc",
     "ttt_mlp": "TTT-MLP, tttc",
-    "transformer": "Transformer, flash attention",
+    "transformer": "Transformer",
     "mamba": "Mamba, mamba-ssm",
     "hand_dual": "TTT-Linear by hand, torch.compile",
 }
@@ -247,42 +247,42 @@ def memory_words(record: Record) -> str:
 # -- whole models -----------------------------------------------------------------------------------------
 
 
+def rates(record: Record) -> dict[tuple[str, str], dict[str, dict[int, float]]]:
+    """Tokens a second by size and direction, model, and context, in the order of MODELS."""
+    found: dict[tuple[str, str], dict[str, dict[int, float]]] = {}
+    for r in sorted(record.data["rows"], key=lambda r: list(MODELS).index(r["model"])):
+        models = found.setdefault((r["size"], r["direction"]), {})
+        models.setdefault(r["model"], {})[r["context"]] = r["tokens_per_second"]
+    return found
+
+
 def tokens_a_second(record: Record) -> str:
     """A row a model, size and direction, a column a context; the fastest of each is bold."""
-    found = {(r["size"], r["direction"], r["model"], r["context"]): r for r in record.data["rows"]}
     contexts = sorted({r["context"] for r in record.data["rows"]})
     rows = []
-    for size, direction, model in dict.fromkeys(key[:3] for key in found):
-        cells = [size, direction, MODELS[model]]
-        for context in contexts:
-            each = {
-                m: r["tokens_per_second"]
-                for (*kind, m, c), r in found.items()
-                if kind == [size, direction] and c == context
-            }
-            shown = "" if model not in each else number(each[model])
-            cells.append(f"**{shown}**" if shown and each[model] == max(each.values()) else shown)
-        rows.append(cells)
-    return table(["size", "tokens a second", "", *(f"context {c}" for c in contexts)], rows)
+    for (size, direction), models in rates(record).items():
+        for model, each in models.items():
+            cells = [size, direction, MODELS[model]]
+            for context in contexts:
+                shown = f"{each[context] / 1e3:.{1 if each[context] < 1e5 else 0}f}" if context in each else ""  # fmt: skip
+                best = max(m.get(context, 0.0) for m in models.values())
+                cells.append(f"**{shown}**" if each.get(context) == best else shown)
+            rows.append(cells)
+    return table(["size", "", "thousand tokens a second", *(f"context {c}" for c in contexts)], rows)  # fmt: skip
 
 
 def models_verdict(record: Record) -> str:
     """How many times as fast TTT-Linear is as each peer."""
-    found: dict[tuple[str, str, str, int], float] = {
-        (r["size"], r["direction"], r["model"], r["context"]): r["tokens_per_second"]
-        for r in record.data["rows"]
-    }
-    parts = []
-    for peer in ("mamba", "transformer"):
-        for size, direction in dict.fromkeys(key[:2] for key in found):
-            ratios = [
-                f"{found[size, direction, 'ttt_linear', c] / rate:.2f} at {c}"
-                for (s, d, m, c), rate in found.items()
-                if (s, d, m) == (size, direction, peer) and (s, d, "ttt_linear", c) in found
-            ]
-            if ratios:
-                parts.append(f"{size} {direction} against {MODELS[peer]}: {', '.join(ratios)}")
-    return "TTT-Linear is, in times as fast: " + "; ".join(parts) + "."
+    contexts = sorted({r["context"] for r in record.data["rows"]})
+    rows = []
+    for (size, direction), models in rates(record).items():
+        ours = models.get("ttt_linear", {})
+        for peer in ("transformer", "mamba"):
+            each = models.get(peer, {})
+            ratios = [f"{ours[c] / each[c]:.2f}" if c in ours and c in each else "" for c in contexts]  # fmt: skip
+            if any(ratios):
+                rows.append([f"{size} {direction}", MODELS[peer], *ratios])
+    return table(["TTT-Linear is, times as fast", "as", *(f"context {c}" for c in contexts)], rows)
 
 
 def models_memory(record: Record) -> str:
