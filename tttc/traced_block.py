@@ -1,0 +1,173 @@
+"""A block of a captured graph through AOTAutograd, by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from functorch.compile import min_cut_rematerialization_partition
+from torch import fx, nn
+from torch._functorch.aot_autograd import aot_export_joint_simple
+from torch._guards import TracingContext, detect_fake_mode, tracing
+
+from tttc import _recorder
+from tttc.passes.decompositions import decompositions
+from tttc.passes.repeats import Repeat
+from tttc.runtime.blocks import Block, Program
+
+
+def traced_block(gm: fx.GraphModule, repeat: Repeat) -> Block:
+    """The first block of a row, traced, differentiated, and cut into forward and backward as the model would be.
+
+    Raises:
+        Exception: whatever AOTAutograd says of a block that can't stand by itself.
+    """
+    nodes, operands = repeat.blocks[0], repeat.operands[0]
+    values = [n.meta["example_value"] for n in operands]
+    results = [nodes[i].meta["example_value"] for i in repeat.results]
+    labels = [_recorder.layer_of(n) for n in nodes if n.target is torch.ops.tttc.fused_scan.default]
+    training = torch.is_grad_enabled() and any(map(_needs_gradient, values))
+    # A context of its own: what AOTAutograd finds out about a block is not about the model.
+    with tracing(TracingContext(detect_fake_mode(values))):
+        traced = aot_export_joint_simple(
+            _runs(gm, repeat),
+            tuple(map(_leaf, values)),
+            trace_joint=training,
+            decompositions=decompositions(),
+        )
+        if not training:
+            return _Cut(traced.graph, None, len(results), labels).block
+        with torch.no_grad(), torch._C._DisableAutocast():
+            forward, backward = min_cut_rematerialization_partition(
+                traced,
+                values,
+                num_fwd_outputs=len(results),
+                static_lifetime_input_indices=[
+                    i for i, v in enumerate(values) if isinstance(v, nn.Parameter)
+                ],
+            )
+    block = _Cut(forward.graph, backward.graph, len(results), labels).block
+    block.differentiable = [_needs_gradient(x) for x in results]
+    if sum(block.differentiable) != len(block.gradients):
+        raise RuntimeError("gradients are asked for of other results than need them")
+    return block
+
+
+def layers_of_scans(nodes: Sequence[fx.Node]) -> list[str]:
+    """The names of the layers of the scans among nodes."""
+    return [_recorder.layer_of(n) for n in nodes if n.target is torch.ops.tttc.fused_scan.default]
+
+
+def _runs(gm: fx.GraphModule, repeat: Repeat) -> Callable[..., Any]:
+    """The first block as a function of its operands."""
+    nodes, operands = repeat.blocks[0], repeat.operands[0]
+    graph = fx.Graph()
+    env = {n: graph.placeholder(n.name) for n in operands}
+    for node in nodes:
+        env[node] = graph.node_copy(node, env.__getitem__)
+    graph.output(tuple(env[nodes[i]] for i in repeat.results))
+    module = fx.GraphModule(gm, graph)
+
+    def run(*args: Any) -> Any:
+        with torch.fx.traceback.preserve_node_meta():
+            return fx.Interpreter(module).run(*args)
+
+    return run
+
+
+def _needs_gradient(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.requires_grad
+
+
+def _leaf(value: Any) -> Any:
+    """An argument as AOTAutograd sees those of a model: nothing it was computed from."""
+    if not isinstance(value, torch.Tensor) or isinstance(value, nn.Parameter):
+        return value
+    with torch.no_grad():
+        return value.detach().requires_grad_(value.requires_grad)
+
+
+def _is_size(node: fx.Node) -> bool:
+    return isinstance(node.meta["val"], torch.SymInt)
+
+
+class _Cut:
+    """The graphs of AOTAutograd's partition as programs.
+
+    The forward returns each tensor once and none that it was given; sizes that it would save are computed again.
+    """
+
+    def __init__(
+        self, forward: fx.Graph, backward: fx.Graph | None, results: int, labels: list[str]
+    ) -> None:
+        self.forward = forward
+        placeholders = forward.find_nodes(op="placeholder")
+        self.sizes = [n for n in placeholders if _is_size(n)]
+        self.tensors = [n for n in placeholders if not _is_size(n)]
+        outputs: Any = forward.output_node().args[0]
+        saved = [n for n in outputs[results:] if not _is_size(n) and n not in self.tensors]
+        made = outputs[:results]
+        self.made = [*made, *dict.fromkeys(n for n in saved if n not in made)]
+        graph = fx.Graph()
+        env = _placeholders(graph, [*self.sizes, *self.tensors])
+        self.block = Block(_program(forward, graph, env, self.made, labels), results)
+        if backward is not None:
+            self._cut_backward(backward, labels)
+
+    def _cut_backward(self, backward: fx.Graph, labels: list[str]) -> None:
+        block = self.block
+        named = {n.name: n for n in self.forward.nodes}
+        placeholders = backward.find_nodes(op="placeholder")
+        tensors = [n for n in placeholders if not _is_size(n)]
+        for node in tensors:
+            if node.name.startswith("tangents"):
+                block.gradients.append(node.meta["val"])
+            elif (kept := named[node.name]) in self.tensors:
+                block.saved.append((True, self.tensors.index(kept)))
+            else:
+                block.saved.append((False, self.made.index(kept)))
+        graph = fx.Graph()
+        env = _placeholders(graph, [*self.sizes, *tensors])
+
+        def again(node: fx.Node) -> fx.Node:
+            if node not in env:
+                env[node] = graph.node_copy(node, again)
+            return env[node]
+
+        env |= {n: again(named[n.name]) for n in placeholders if _is_size(n)}
+        outputs: Any = backward.output_node().args[0]
+        of_tensors = [
+            g
+            for g, n in zip(outputs, self.forward.find_nodes(op="placeholder"), strict=True)
+            if not _is_size(n)
+        ]
+        block.wanted = [g is not None for g in of_tensors]
+        made = [g for g in of_tensors if g is not None]
+        block.backward = _program(backward, graph, env, made, labels)
+
+
+def _placeholders(graph: fx.Graph, nodes: Sequence[fx.Node]) -> dict[fx.Node, fx.Node]:
+    env = {}
+    for node in nodes:
+        env[node] = graph.placeholder(node.name)
+        env[node].meta = dict(node.meta)
+    return env
+
+
+def _program(
+    source: fx.Graph,
+    graph: fx.Graph,
+    env: dict[fx.Node, fx.Node],
+    results: Sequence[fx.Node],
+    labels: list[str],
+) -> Program:
+    """The operations of ``source`` that lead to results, in ``graph``, which has the placeholders."""
+    for node in source.nodes:
+        if node.op == "get_attr":
+            raise NotImplementedError("it holds a constant tensor")
+        if node.op == "call_function":
+            env[node] = graph.node_copy(node, env.__getitem__)
+    graph.output(tuple(env[n] for n in results))
+    graph.eliminate_dead_code()
+    return Program(graph, labels)
