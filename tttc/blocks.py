@@ -32,10 +32,12 @@ def outline(gm: fx.GraphModule) -> dict[str, Program]:
     block that writes into its operands, or returns a view of one) stays as it is.
     """
     programs: dict[str, Program] = {}
+    now: dict[fx.Node, fx.Node] = {}  # what stands for the results of blocks that are calls
     for repeat in repeats(gm.graph, _recorder.layer_of):
         count, size = len(repeat.blocks), len(repeat.blocks[0])
+        first = [now.get(n, n) for n in repeat.operands[0]]
         try:
-            block = traced_block(gm, repeat)
+            block = traced_block(gm, repeat.blocks[0], first, repeat.results)
         except Exception as error:  # whatever PyTorch raises: traced as a whole, the graph takes it or says it again
             log.info("%d blocks of %d nodes stay as they are: %s", count, size, error)
             continue
@@ -43,15 +45,14 @@ def outline(gm: fx.GraphModule) -> dict[str, Program]:
         for program in (block.forward, block.backward):
             if program is not None:
                 programs[program.key] = program
-        _replace(gm.graph, block, repeat)
+        _replace(gm.graph, block, repeat, now)
     if programs:
         gm.recompile()
     return programs
 
 
-def _replace(graph: fx.Graph, block: Block, repeat: Repeat) -> None:
+def _replace(graph: fx.Graph, block: Block, repeat: Repeat, now: dict[fx.Node, fx.Node]) -> None:
     """One call in the place of each block."""
-    now: dict[fx.Node, fx.Node] = {}  # what stands for the results of blocks before
 
     def run_block(tensors: Any, sizes: Any, labels: Any) -> Any:
         return block(tensors, sizes, labels)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import sympy
 import torch
 from functorch.compile import min_cut_rematerialization_partition
 from torch import fx, nn
@@ -12,26 +13,32 @@ from torch._functorch.aot_autograd import aot_export_joint_simple
 from torch._guards import TracingContext, detect_fake_mode, tracing
 
 from tttc import _recorder
+from tttc.ir.index_maps import as_expr, shape_of
 from tttc.passes.decompositions import decompositions
-from tttc.passes.repeats import Repeat
 from tttc.runtime.blocks import Block, Program
 
 
-def traced_block(gm: fx.GraphModule, repeat: Repeat) -> Block:
-    """The first block of a row, traced, differentiated, and cut into forward and backward as the model would be.
+def traced_block(
+    gm: fx.GraphModule, nodes: list[fx.Node], operands: list[fx.Node], results: list[int]
+) -> Block:
+    """A block traced, differentiated, and cut into forward and backward as the model would be.
+
+    Args:
+        gm: the captured graph.
+        nodes: those of the block, in order.
+        operands: what they read from outside.
+        results: places in ``nodes`` of what is read from them outside.
 
     Raises:
         Exception: whatever AOTAutograd says of a block that can't stand by itself.
     """
-    nodes, operands = repeat.blocks[0], repeat.operands[0]
     values = [n.meta["example_value"] for n in operands]
-    results = [nodes[i].meta["example_value"] for i in repeat.results]
     labels = [_recorder.layer_of(n) for n in nodes if n.target is torch.ops.tttc.fused_scan.default]
     training = torch.is_grad_enabled() and any(map(_needs_gradient, values))
     # A context of its own: what AOTAutograd finds out about a block is not about the model.
     with tracing(TracingContext(detect_fake_mode(values))):
-        traced = aot_export_joint_simple(
-            _runs(gm, repeat),
+        traced: Any = aot_export_joint_simple(
+            _runs(gm, nodes, operands, results),
             tuple(map(_leaf, values)),
             trace_joint=training,
             decompositions=decompositions(),
@@ -48,7 +55,7 @@ def traced_block(gm: fx.GraphModule, repeat: Repeat) -> Block:
                 ],
             )
     block = _Cut(forward.graph, backward.graph, len(results), labels).block
-    block.differentiable = [_needs_gradient(x) for x in results]
+    block.differentiable = [_needs_gradient(nodes[i].meta["example_value"]) for i in results]
     if sum(block.differentiable) != len(block.gradients):
         raise RuntimeError("gradients are asked for of other results than need them")
     return block
@@ -59,14 +66,15 @@ def layers_of_scans(nodes: Sequence[fx.Node]) -> list[str]:
     return [_recorder.layer_of(n) for n in nodes if n.target is torch.ops.tttc.fused_scan.default]
 
 
-def _runs(gm: fx.GraphModule, repeat: Repeat) -> Callable[..., Any]:
-    """The first block as a function of its operands."""
-    nodes, operands = repeat.blocks[0], repeat.operands[0]
+def _runs(
+    gm: fx.GraphModule, nodes: list[fx.Node], operands: list[fx.Node], results: list[int]
+) -> Callable[..., Any]:
+    """A block as a function of its operands."""
     graph = fx.Graph()
     env = {n: graph.placeholder(n.name) for n in operands}
     for node in nodes:
         env[node] = graph.node_copy(node, env.__getitem__)
-    graph.output(tuple(env[nodes[i]] for i in repeat.results))
+    graph.output(tuple(env[nodes[i]] for i in results))
     module = fx.GraphModule(gm, graph)
 
     def run(*args: Any) -> Any:
@@ -131,8 +139,14 @@ class _Cut:
         env = _placeholders(graph, [*self.sizes, *tensors])
 
         def again(node: fx.Node) -> fx.Node:
-            if node not in env:
+            if node in env:
+                return env[node]
+            if node.target is torch.ops.aten.sym_size.int:
+                env[node] = _size_of_some(graph, {n: env[n] for n in tensors}, as_expr(node))
+            elif _is_size(node):
                 env[node] = graph.node_copy(node, again)
+            else:
+                raise NotImplementedError(f"a size that is saved is computed from {node.target}")
             return env[node]
 
         env |= {n: again(named[n.name]) for n in placeholders if _is_size(n)}
@@ -145,6 +159,17 @@ class _Cut:
         block.wanted = [g is not None for g in of_tensors]
         made = [g for g in of_tensors if g is not None]
         block.backward = _program(backward, graph, env, made, labels)
+
+
+def _size_of_some(graph: fx.Graph, tensors: dict[fx.Node, fx.Node], size: sympy.Expr) -> fx.Node:
+    """A size, from a tensor that has it."""
+    for node, at in tensors.items():
+        for d, n in enumerate(shape_of(node.meta["val"])):
+            if n == size:
+                made = graph.call_function(torch.ops.aten.sym_size.int, (at, d))
+                made.meta["val"] = node.meta["val"].shape[d]
+                return made
+    raise NotImplementedError(f"no tensor that is saved has the size {size}")
 
 
 def _placeholders(graph: fx.Graph, nodes: Sequence[fx.Node]) -> dict[fx.Node, fx.Node]:
