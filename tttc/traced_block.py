@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import sympy
 import torch
-from functorch.compile import min_cut_rematerialization_partition
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch import fx, nn
-from torch._functorch.aot_autograd import aot_export_joint_simple
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import OutputType
 from torch._guards import TracingContext, detect_fake_mode, tracing
 
 from tttc import _recorder
@@ -33,32 +34,52 @@ def traced_block(
         Exception: whatever AOTAutograd says of a block that can't stand by itself.
     """
     values = [n.meta["example_value"] for n in operands]
-    labels = [_recorder.layer_of(n) for n in nodes if n.target is torch.ops.tttc.fused_scan.default]
-    training = torch.is_grad_enabled() and any(map(_needs_gradient, values))
+    forward, backward = _through_autograd(_module(gm, nodes, operands, results), values)
+    block = _Cut(forward, backward, len(results), layers_of_scans(nodes)).block
+    if backward is not None:
+        block.differentiable = [_needs_gradient(nodes[i].meta["example_value"]) for i in results]
+        if sum(block.differentiable) != len(block.gradients):
+            raise NotImplementedError("gradients are asked for of other results than need them")
+    return block
+
+
+def _through_autograd(
+    module: fx.GraphModule, values: list[Any]
+) -> tuple[fx.Graph, fx.Graph | None]:
+    """The graphs that AOTAutograd makes of a module, as it makes those of a model; no backward where none is needed."""
+    graphs: list[fx.Graph] = []
+
+    def partition(joint: fx.GraphModule, inputs: Any, **options: Any) -> Any:
+        parts = min_cut_rematerialization_partition(joint, inputs, **options)
+        graphs.extend(part.graph for part in parts)
+        return parts
+
+    def compiler(gm: fx.GraphModule, inputs: Any) -> Any:
+        if not graphs:
+            graphs.append(gm.graph)
+        _check_stands_alone(TracingContext.get().fw_metadata)
+        return make_boxed_func(gm.forward)
+
     # A context of its own: what AOTAutograd finds out about a block is not about the model.
     with tracing(TracingContext(detect_fake_mode(values))):
-        traced: Any = aot_export_joint_simple(
-            _runs(gm, nodes, operands, results),
-            tuple(map(_leaf, values)),
-            trace_joint=training,
+        aot_autograd(
+            fw_compiler=compiler,
+            bw_compiler=lambda gm, inputs: make_boxed_func(gm.forward),
             decompositions=decompositions(),
-        )
-        if not training:
-            return _Cut(traced.graph, None, len(results), labels).block
-        with torch.no_grad(), torch._C._DisableAutocast():
-            forward, backward = min_cut_rematerialization_partition(
-                traced,
-                values,
-                num_fwd_outputs=len(results),
-                static_lifetime_input_indices=[
-                    i for i, v in enumerate(values) if isinstance(v, nn.Parameter)
-                ],
-            )
-    block = _Cut(forward.graph, backward.graph, len(results), labels).block
-    block.differentiable = [_needs_gradient(nodes[i].meta["example_value"]) for i in results]
-    if sum(block.differentiable) != len(block.gradients):
-        raise RuntimeError("gradients are asked for of other results than need them")
-    return block
+            partition_fn=partition,
+        )(module, [_leaf(v) for v in values])
+    forward, *backward = graphs
+    return forward, backward[0] if backward else None
+
+
+def _check_stands_alone(metadata: Any) -> None:
+    """Raise where AOTAutograd does more around a graph than to call it."""
+    if any(x.mutates_data or x.mutates_metadata for x in metadata.input_info):
+        raise NotImplementedError("it writes into what it is given")
+    if any(x.output_type is not OutputType.non_alias for x in metadata.output_info):
+        raise NotImplementedError("it returns a view")
+    if metadata.tokens:
+        raise NotImplementedError("it has effects")
 
 
 def layers_of_scans(nodes: Sequence[fx.Node]) -> list[str]:
@@ -66,22 +87,18 @@ def layers_of_scans(nodes: Sequence[fx.Node]) -> list[str]:
     return [_recorder.layer_of(n) for n in nodes if n.target is torch.ops.tttc.fused_scan.default]
 
 
-def _runs(
+def _module(
     gm: fx.GraphModule, nodes: list[fx.Node], operands: list[fx.Node], results: list[int]
-) -> Callable[..., Any]:
-    """A block as a function of its operands."""
+) -> fx.GraphModule:
+    """A block as a module that takes its operands."""
     graph = fx.Graph()
     env = {n: graph.placeholder(n.name) for n in operands}
+    for n in operands:
+        env[n].meta = dict(n.meta)
     for node in nodes:
         env[node] = graph.node_copy(node, env.__getitem__)
     graph.output(tuple(env[nodes[i]] for i in results))
-    module = fx.GraphModule(gm, graph)
-
-    def run(*args: Any) -> Any:
-        with torch.fx.traceback.preserve_node_meta():
-            return fx.Interpreter(module).run(*args)
-
-    return run
+    return fx.GraphModule(gm, graph)
 
 
 def _needs_gradient(value: Any) -> bool:
