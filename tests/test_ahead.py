@@ -87,6 +87,7 @@ def test_triton_finds_what_was_compiled_ahead(monkeypatch, tmp_path):
 @on_gpu
 def test_schedules_are_measured_and_remembered(monkeypatch, tmp_path):
     monkeypatch.setenv("TTTC_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TTTC_TUNE_SECONDS", "60")  # on a slow host, whatever else it does
     torch._dynamo.reset()
     torch.manual_seed(0)
     layer = TTTLinear(256, 4, mini_batch_size=16).cuda().bfloat16()
@@ -98,7 +99,7 @@ def test_schedules_are_measured_and_remembered(monkeypatch, tmp_path):
         grads = torch.autograd.grad(y.float().square().sum(), layer.parameters())
         results.append([y, *grads])
     for a, b in zip(*results, strict=True):
-        assert float((a - b).float().norm()) <= 3e-2 * float(b.float().norm())
+        assert float((a - b).detach().float().norm()) <= 3e-2 * float(b.float().norm())
     files = sorted((tmp_path / "schedules").glob("*.json"))
     assert len(files) == 2, "forward and backward"
     assert all(json.loads(f.read_text())["timed"] > 4 for f in files)

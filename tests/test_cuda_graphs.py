@@ -175,7 +175,7 @@ def test_parameters_stay_where_they_are_and_inputs_are_copied(monkeypatch):
                 given,
                 [i for i, x in enumerate(inputs) if isinstance(x, torch.Tensor)],
                 list(static),
-                inputs,
+                list(inputs),
             )
         )
         return run

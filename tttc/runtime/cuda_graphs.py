@@ -59,6 +59,13 @@ class CudaGraphs:
         self.device = get_device_index(gm)
         _bring_constants(gm, torch.device("cuda", self.device))
         recorded: list[Run] = []
+
+        def emptying(inputs: list[Any]) -> Any:
+            """The trees ask for it: what the graph does not hold is free then."""
+            given = inputs.copy()
+            inputs.clear()
+            return run(given)
+
         kwargs = {
             "device_index": self.device,
             "is_backward": backward,
@@ -74,7 +81,7 @@ class CudaGraphs:
                     if not recorded:  # sizes that are symbols in the graph are known only now
                         from torch._inductor.cudagraph_trees import cudagraphify_impl
 
-                        recorded.append(cudagraphify_impl(run, inputs, static, **kwargs))
+                        recorded.append(cudagraphify_impl(emptying, inputs, static, **kwargs))
             return recorded[0](inputs)
 
         return _boxed(replay)
