@@ -10,6 +10,7 @@ import operator
 import threading
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from torch._dynamo.backends.common import aot_autograd
 import tttc.runtime.fused_scan_backward  # noqa: F401  (registers the operators)
 from tttc import _recorder, _tracing, logs
 from tttc._checks import check_mini_batch_size
+from tttc._garbage import not_collected
 from tttc._scan_op import approximation, as_tiles, as_tokens, interned
 from tttc.blocks import outline, put_back
 from tttc.capture.loops import Loops
@@ -323,7 +325,8 @@ def compile_graph(
     gm: fx.GraphModule, example_inputs: list[Any], options: Options
 ) -> Callable[..., Any]:
     """A TorchDynamo graph as a callable: scans lowered, then AOTAutograd, then fusion."""
-    with _recorder.attempt(), capturing(False), phase("capture", "compiling a graph") as made:
+    compiling = phase("capture", "compiling a graph")
+    with not_collected(), _recorder.attempt(), capturing(False), compiling as made:
         made(gm)
         stage = _recorder.graph("captured", gm)
         lower_torch_scans(gm, options)
@@ -516,11 +519,15 @@ def _compiled_call(target: Callable[..., Any], options: Options) -> Callable[...
         warn_once(f"{error.reason}: it runs eagerly")
         _recorder.eager_site(error.where or "", 1, error.reason)
 
+    first = True
+
     def call(*args: Any, **kwargs: Any) -> Any:
+        nonlocal first
+        collecting, first = not_collected() if first else nullcontext(), False
         if loops.any:
             loops.prepare(args, kwargs, refuse, options.verify)
         patched = torch._dynamo.config.patch(config)
-        with loops.replaced(), _tracing.use_backend(direct), capturing(True), patched:
+        with collecting, loops.replaced(), _tracing.use_backend(direct), capturing(True), patched:
             try:
                 return compiled(*args, **kwargs)
             except torch._dynamo.exc.BackendCompilerFailed as error:
