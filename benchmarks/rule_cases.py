@@ -33,7 +33,11 @@ SIZES: dict[str, dict[str, int]] = {
 
 
 # What rates are multiplied by: at those of the small examples a long sequence ends in weights that are zero.
-SCALES = {"titans": {"alpha": 0.001}}
+SCALES = {
+    "titans": {"alpha": 0.001},
+    "deep_mlp": {"eta": 0.003},
+    "vector_weights": {"eta": 0.05},
+}
 
 
 class Normal:

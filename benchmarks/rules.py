@@ -36,6 +36,7 @@ from rule_contenders import (
 )
 from timing import bandwidth, interleaved, record
 
+SAMPLE = 2e-2  # seconds of calls in a row: steps of training follow each other as well
 SHARES = {"fla": 4}  # processes that compile the schedules a peer tries
 
 
@@ -80,7 +81,7 @@ def timed(name: str, sizes: Sizes, result: Path) -> dict[str, Any]:
     for direction in DIRECTIONS[name]:
         differences = agreement(found, direction)
         runs = {n: getattr(x, direction) for n, x in found.items()}
-        rows: dict[str, Any] = interleaved(runs, sizes.seconds)
+        rows: dict[str, Any] = interleaved(runs, sizes.seconds, SAMPLE)
         for n, x in differences.items():
             rows[n]["differences_from_tttc"] = x
         scaled(rows, found, sizes)
