@@ -35,7 +35,9 @@ STATE_REGISTERS = (
 MATRIX_REGISTERS = 128  # of a thread, about, that matrices of a parallel kernel may take
 GROUP = 8  # mini-batches a program of a parallel kernel handles
 MANY_PRODUCTS = 12  # of a turn of a loop: more need the registers of more warps
-FEW_PRODUCTS = 8  # beside a triangular system, whose inverse takes registers too
+# Beside a triangular system, in two warps: on an H200 DeltaNet's 32 tokens took 490 us in two against 550 in four, and
+# the kernel of its backward with more products twice as long.
+FEW_PRODUCTS = 8
 LEAST_MINI_BATCHES = 8  # from which stages pay
 # Of Gluon kernels, the best first. On an H100 ``prefetch`` won 4 % at B16 T2048 and lost 4 % at B1; ``early`` is not
 # measured yet.
@@ -187,11 +189,10 @@ def phase_schedule(loop: Loop, group: int) -> Schedule:
     reasons = (
         ("num_warps", "fast weights and sums of their size take most registers"),
         ("order", "values are made late and given up early"),
-        ("num_stages", "products are waited for where they are made: long chains of them, in flight, went wrong"),
-    )  # fmt: skip
+    )
     if not loop.tokens:
         return Schedule(
-            num_warps=MOST_WARPS, num_stages=0, late_loads=True, order="least_live",
+            num_warps=MOST_WARPS, num_stages=1, late_loads=True, order="least_live",
             repeat_vectors=False, nan="ignored", reasons=reasons,
         )  # fmt: skip
     turned = (
@@ -199,7 +200,7 @@ def phase_schedule(loop: Loop, group: int) -> Schedule:
         f"with features as rows a product of {MOST_WARPS} warps keeps its operands once",
     )
     return Schedule(
-        num_warps=MOST_WARPS, num_stages=0, feature_major=True, late_loads=True, order="least_live",
+        num_warps=MOST_WARPS, num_stages=1, feature_major=True, late_loads=True, order="least_live",
         repeat_vectors=False, nan="ignored", group=group, reasons=(*reasons, turned),
     )  # fmt: skip
 

@@ -13,8 +13,7 @@ class Schedule:
     Attributes:
         feature_major: axes of tiles are features first, tokens last (else tokens first).
         num_warps: warps a program.
-        num_stages: depth of the software pipeline over mini-batches, 1 for none, 0 where no product is in flight beside
-            what follows it either.
+        num_stages: depth of the software pipeline over mini-batches, 1 for none.
         accumulate: products are added into their sum inside the matrix unit.
         order: in which values are computed: as in the "graph", "products_first" (of tokens and state, before
             anything waits for a sum), "least_live" (what keeps least on chip), or "on_demand" (each right before
