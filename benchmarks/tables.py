@@ -26,9 +26,12 @@ MARK = re.compile(
 )
 NAMES = {
     "ttt_linear_b16": "TTT-Linear, mini-batch 16",
+    "ttt_linear_b16 replayed": 'TTT-Linear, `mode="reduce-overhead"`',
     "ttt_mlp_b16": "TTT-MLP, causal mini-batch 16",
     "ttt_mlp_chunk64": "TTT-MLP, whole-chunk update of 64",
+    "ttt_mlp_chunk64 replayed": 'TTT-MLP, update of 64, `mode="reduce-overhead"`',
     "fla chunk_ttt_linear": "flash-linear-attention, chunk",
+    "fla chunk_ttt_linear replayed": "flash-linear-attention, chunk, replayed as a CUDA graph",
     "fla fused_chunk_ttt_linear": "flash-linear-attention, fused chunk",
 }
 RIVALS = {"ttt_linear_b16": ("fla chunk_ttt_linear", "fla fused_chunk_ttt_linear")}
@@ -56,12 +59,18 @@ class Record:
     def times(self) -> dict[tuple[str, str, str], float]:
         """Microseconds by case, shape and direction ("us" or "training_us")."""
         rows = [r for k in ("forward", "peers", "training") for r in self.data.get(k, ())]
-        return {
+        plain = {
             (r["case"], r["shape"], direction): r[direction]
             for r in rows
             for direction in DIRECTIONS
             if direction in r
         }
+        replayed = {
+            (f"{r['case']} replayed", r["shape"], "training_us"): r["training_replayed_us"]
+            for r in rows
+            if "training_replayed_us" in r
+        }
+        return plain | replayed
 
 
 def records(kind: str, folder: Path = RESULTS) -> list[Record]:
