@@ -32,7 +32,8 @@ SIZES: dict[str, dict[str, int]] = {
 }
 
 
-# What rates are multiplied by: at those of the small examples a long sequence ends in weights that are zero.
+# What rates are multiplied by: at those of the small examples a long sequence ends in weights that are zero, or in
+# chaos, where float32 and float64 have nothing in common after a thousand tokens.
 SCALES = {
     "titans": {"alpha": 0.001},
     "deep_mlp": {"eta": 0.003},

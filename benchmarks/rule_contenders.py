@@ -138,12 +138,16 @@ def errors(name: str, sizes: Sizes) -> dict[str, Any]:
     program = case.program()
     part = (slice(-batch, None), slice(-heads, None))
     named = zip(exact.tokens._fields, grads, want_grads, strict=True)
+    form = f"chunks of {program.unit}" if program.chunk_size else "dual"
+    if program.sequential:
+        form = "one after another"
     return {
         "output": relative(z.detach()[part], want.detach()),
         **{f"gradient of {n}": relative(x[part], y) for n, x, y in named},
         "largest": float(want.detach().abs().max()),
         "finite": all(bool(x.isfinite().all()) for x in (z, *grads)),
-        "form": program.reason or (f"chunks of {program.unit}" if program.chunk_size else "dual"),
+        "form": form,
+        "reason": program.reason,
         "no_kernels": program.no_kernels,
         "no_backward_kernels": program.no_backward_kernels,
     }
