@@ -158,10 +158,17 @@ def run_backward_kernels(
         rows[f"goutput_{i}"] = squeeze_features(x, 3)
 
     zero = now_carry[0].new_zeros(())
+    tall = program.sequential and is_tall(program)
 
     def cotangent(x: Tensor | None, like: Tensor) -> Tensor:
-        """Where there is none, a single zero with strides of 0: kernels only read it."""
-        return zero.expand(like.shape) if x is None else x.reshape(like.shape).to(like.dtype)
+        """Where there is none, a single zero with strides of 0: kernels only read it.
+
+        Kernels over tall tiles run chunk by chunk: they get zeros laid out as the cotangents that follow, and are
+        compiled once.
+        """
+        if x is None:
+            return torch.zeros_like(like) if tall else zero.expand(like.shape)
+        return x.reshape(like.shape).to(like.dtype)
 
     on_anchor = [
         None if x is None else cotangent(x, y) for x, y in zip(given[0], now_anchor, strict=True)
