@@ -66,7 +66,9 @@ class AfterInADict(Renewed):
         state = {"W": self.W.expand(k.shape[0], -1, -1, -1)}
         anchor = dict(state)
         outs = []
-        for t, (k_t, v_t, q_t) in enumerate(zip(k.unbind(2), v.unbind(2), q.unbind(2), strict=True)):
+        for t, (k_t, v_t, q_t) in enumerate(
+            zip(k.unbind(2), v.unbind(2), q.unbind(2), strict=True)
+        ):
             state["W"] = update(anchor["W"], state["W"], k_t, v_t)
             outs.append(times(q_t, state["W"]))
             if (t + 1) % self.b == self.place:
@@ -135,13 +137,17 @@ def compiled_once(model, sizes):
 
 
 @pytest.mark.parametrize("b", [1, 2, 3, 5])
-@pytest.mark.parametrize("style", [Before, After, AfterInADict, AfterInADataclass, AfterInAttributes])
+@pytest.mark.parametrize(
+    "style", [Before, After, AfterInADict, AfterInADataclass, AfterInAttributes]
+)
 def test_every_mini_batch_size(style, b):
     compiled_once(style(b), [(2, 7), (3, 12)])
 
 
 @pytest.mark.parametrize("T", [2, 3, 4])
-@pytest.mark.parametrize("style", [Before, After, AfterInADict, AfterInADataclass, AfterInAttributes])
+@pytest.mark.parametrize(
+    "style", [Before, After, AfterInADict, AfterInADataclass, AfterInAttributes]
+)
 def test_compiled_on_few_tokens(style, T):
     compiled_once(style(2), [(2, T), (2, 9)])
 
@@ -277,7 +283,7 @@ def test_a_length_that_is_asked_for_is_no_limit():
             outs = []
             for t in range(T):
                 if t + 1 < T:
-                    seen = k[:, :, t]
+                    _seen = k[:, :, t]
                 W = update(W, W, k[:, :, t], v[:, :, t])
                 outs.append(times(q[:, :, t], W))
             return torch.stack(outs, 2), W
@@ -293,5 +299,3 @@ def test_after_the_update_in_the_interpreter():
     got = tttc.compile(single, backend="triton")(*(x.float() for x in inputs))
     for x, y in zip(got, expected, strict=True):
         torch.testing.assert_close(x.double(), y, rtol=1e-3, atol=1e-3)
-
-

@@ -19,6 +19,13 @@ _ATOMS = (int, float, bool, str, bytes, complex, type(None), torch.dtype, torch.
 _OPAQUE = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, torch.Size)
 
 
+_OF_MODULES = frozenset(nn.Module().__dict__)
+
+
+def _is_of_torch(value: nn.Module) -> bool:
+    return type(value).__module__.partition(".")[0] == "torch"
+
+
 class Copier:
     """A structural copy of values: containers are copied, tensors (and numbers) replaced, shared objects stay shared."""
 
@@ -31,6 +38,9 @@ class Copier:
         self.kept: list[Any] = []  # an id names an object only while the object lives
         self.scalars: dict[str, Any] = {}
         self.lists: dict[str, list[Any]] = {}
+        self.objects: dict[
+            str, Any
+        ] = {}  # what is neither a tensor nor a number, before what it holds
 
     def copy(self, value: Any, path: str, depth: int = 0) -> Any:
         """The copy of ``value``, which the program reads as ``path``."""
@@ -39,6 +49,8 @@ class Copier:
         if isinstance(value, _ATOMS):
             self.scalars[path] = value
             return self.atom(value)
+        if id(value) not in self.memo:
+            self.objects[path] = value
         if isinstance(value, _OPAQUE) or depth > 12:
             return value
         if isinstance(value, tuple):
@@ -99,7 +111,7 @@ class Copier:
                 where = f"{path}.{name}" if name.isidentifier() else f"getattr({path}, {name!r})"
                 inside[group][name] = self.copy(x, where, depth + 1)
         for name, x in value.__dict__.items():
-            if not name.startswith("_") and name != "training":
+            if name not in _OF_MODULES and not (_is_of_torch(value) and name.startswith("_")):
                 made.__dict__[name] = self.copy(x, f"{path}.{name}", depth + 1)
         return made
 

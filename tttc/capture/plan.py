@@ -22,7 +22,8 @@ from tttc.capture.grid import labelled, pieces
 from tttc.capture.index import Index, Length
 from tttc.capture.iteration import Env, Iteration, trace
 from tttc.capture.layout import Pieces
-from tttc.capture.places import apart, is_shared, scalars_of, tensors_of
+from tttc.capture.likeness import likeness
+from tttc.capture.places import Copier, apart, is_shared, scalars_of, tensors_of
 from tttc.capture.reroll import (
     SCATTERS,
     Match,
@@ -241,8 +242,9 @@ class Planner:
                         loop.given[f"anchor_{i}"] = self._given(
                             f"anchor_{i}", argument, marked.axes[f"carry_{i}"]
                         )
+        self.text = _text(marked.body)
         numbers = self._numbers(rolled)
-        self._find_free(loop, rolled, made, numbers)
+        self._find_free(loop, rolled, numbers)
         step = write_step(loop)
         whole = compiled_source("whole", "\n".join(self._counting(loop)) + "\n", {})
         writer = Writer(loop, step, {"_scan": self.scan, "_whole": whole, **_scan_names()})
@@ -344,30 +346,23 @@ class Planner:
 
     def _numbers(self, rolled: Rolled) -> dict[str, Any]:
         """The numbers and flags among the variables; a plan holds for their values."""
-        found = {}
-        for path, x in scalars_of(self.env).items():
-            root = self.env[_root(path)]
-            inside = path.count(".") + path.count("[") > 1
-            if isinstance(root, nn.Module) and (
-                inside or "._" in path or path.endswith(".training")
-            ):
-                continue
-            if "__self__" in path:
-                continue
-            found[path] = x
+        found = scalars_of(self.env)
+        if not self._same_with(rolled, {}, _other_mode(rolled.template.env)):
+            found |= {
+                f"{name}.training": x.training
+                for name, x in self.env.items()
+                if isinstance(x, nn.Module)
+            }
         return found
 
-    def _find_free(
-        self, loop: Loop, rolled: Rolled, made: Assembled, numbers: dict[str, Any]
-    ) -> None:
+    def _find_free(self, loop: Loop, rolled: Rolled, numbers: dict[str, Any]) -> None:
         """Which sizes of the grid may be any: those with which the iteration comes out the same."""
         body = loop.labelled.body
-        self.text = _text(body)
         for name in list(numbers):
             x = numbers[name]
             length = name.isidentifier() and type(x) is int and x == self.stop and self.count > 2
             # How many tokens there are: does the iteration look at it?
-            if length and self._same_with(rolled, made, {}, {name: x + 13 * self.step}):
+            if length and self._same_with(rolled, {}, {name: x + 13 * self.step}):
                 del numbers[name]
         for name in loop.pieces.grid:
             shapes: dict[str, tuple[int, ...]] = {}
@@ -405,9 +400,9 @@ class Planner:
                 for k, x in numbers.items()
                 if k.isidentifier() and type(x) is int and x == size
             }
-            if self._same_with(rolled, made, shapes, {}):
+            if self._same_with(rolled, shapes, {}):
                 loop.free.add(name)
-            elif equal and self._same_with(rolled, made, shapes, equal):
+            elif equal and self._same_with(rolled, shapes, equal):
                 loop.free.add(name)
                 for k in equal:
                     numbers[k] = _Size(name)
@@ -415,13 +410,12 @@ class Planner:
     def _same_with(
         self,
         rolled: Rolled,
-        made: Assembled,
         shapes: dict[str, tuple[int, ...]],
-        scalars: dict[str, int],
+        changed: Env,
     ) -> bool:
-        """Whether the iteration is the same program with other sizes and numbers."""
+        """Whether the iteration is the same program with other sizes and other variables."""
         template = rolled.template
-        env = {**template.env, **{k: v for k, v in scalars.items() if k in template.env}}
+        env = {**template.env, **{k: v for k, v in changed.items() if k in template.env}}
         shapes = {p: shapes.get(p, tuple(x.shape)) for p, x in template.shapes.items()}
         facts, self.facts = self.facts, Facts(self.count)
         try:
@@ -610,6 +604,8 @@ class Planner:
             f"_bounds[2] == {self.step}",
             "_bounds[1] - _bounds[0] >= _bounds[2]",
         ]
+        scope: dict[str, Any] = {"_torch": torch}
+        conditions += likeness(self.env, set(appended), scope)
         if self.facts.known is not None:
             conditions.append(f"_bounds[1] <= {self.start + self.facts.known * self.step}")
         if made.stops:
@@ -646,17 +642,25 @@ class Planner:
                 conditions.append(
                     f"{path} is {x!r}" if not isinstance(x, str) else f"{path} == {x!r}"
                 )
-            elif isinstance(x, (int, float)):
+            elif isinstance(x, torch.dtype):
+                conditions.append(f"{path} is _{x}")
+            elif isinstance(x, (int, float)) and x - x == 0:
                 conditions.append(f"{path} == {x!r}")
         conditions += [f"len({p}) == 0" for p in appended if p in self.source.joined]
         unpack = f"({', '.join(self.source.inputs)}{',' if len(self.source.inputs) == 1 else ''})"
         lines = [
             "def fits(_bounds, _values):",
             f"    {unpack} = _values" if self.source.inputs else "    pass",
+            "    try:",
+            *(
+                f"        if not ({c}):\n            return False"
+                for c in dict.fromkeys(conditions)
+            ),
+            "    except (AttributeError, IndexError, KeyError, TypeError):",
+            "        return False",
+            "    return True",
         ]
-        lines += [f"    if not ({c}):\n        return False" for c in dict.fromkeys(conditions)]
-        lines.append("    return True")
-        return compiled_source("fits", "\n".join(lines) + "\n", {"_torch": torch})
+        return compiled_source("fits", "\n".join(lines) + "\n", scope)
 
 
 def whole_iterations(source: LoopSource, bounds: Any, values: Any) -> int:
@@ -668,6 +672,17 @@ def whole_iterations(source: LoopSource, bounds: Any, values: Any) -> int:
             if pieces < count:
                 count = pieces
     return count
+
+
+def _other_mode(env: Env) -> Env:
+    """The modules among the variables, in training where they are evaluated and the other way round."""
+    found: Env = {}
+    for name, value in env.items():
+        if isinstance(value, nn.Module):
+            found[name] = Copier(lambda path, x: x).copy(value, name)
+            for module in found[name].modules():
+                module.training = not module.training
+    return found
 
 
 def _apart(env: Env) -> Env:
