@@ -78,6 +78,15 @@ def bandwidth(size: int = 1 << 30) -> float:
     return 2 * x.numel() / min(once(lambda: y.copy_(x), 5) for _ in range(5))
 
 
+def matrix_rate(size: int = 8192) -> float:
+    """Operations a second of a product of bf16 matrices of random numbers on the device at hand."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    size = size if device == "cuda" else size >> 5
+    x, y = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
+    x @ y
+    return 2 * size**3 / min(once(lambda: x @ y, 5) for _ in range(5))
+
+
 def relative(x: torch.Tensor, exact: torch.Tensor) -> float:
     """``|x - exact| / |exact|``."""
     return float((x.double() - exact.double()).norm() / exact.double().norm())
