@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import triton
 from scans import SHAPES, Case, make_case
-from timing import bandwidth, record, relative
+from timing import bandwidth, matrix_rate, record, relative
 from torch.utils import _pytree as pytree
 from tttc.codegen.torch_scan import run_program
 
@@ -302,7 +302,7 @@ def model_rows() -> list[dict[str, Any]]:
 
 def main() -> None:
     (out,) = sys.argv[1:]
-    made = record()
+    made = record() | {"matrix_flops": matrix_rate()}
     for section, make in (
         ("forward", forward_rows),
         ("peers", peer_rows),
