@@ -1,6 +1,6 @@
 """Whole language models beside peers of their size: tokens a second against context, forward and training step.
 
-    python benchmarks/models.py benchmarks/results/OUT.json [--sizes 125m 1.3b] [--budget 900] [--quick]
+    python benchmarks/models.py benchmarks/results/OUT.json [--sizes 125m 1.3b] [--budget 1500] [--quick]
 
 TTT-Linear and TTT-MLP by tttc, a Llama-style Transformer (peers/transformer.py), Mamba (peers/mamba.py, where mamba-ssm is
 installed) and TTT-Linear with its dual form by hand under torch.compile (peers/hand_dual.py). bf16 parameters, random
@@ -38,7 +38,7 @@ SLOWEST = 40.0  # seconds of the slowest step worth waiting for, and what comes 
 SLOW = 0.5  # seconds of a step that bursts need not repeat
 ENOUGH = 3  # of such a step
 LONGEST_CAPTURED = 0.5  # seconds of a step that is captured as a CUDA graph too
-SHOWN = 12  # kernels of a profile
+SHOWN = 30  # kernels of a profile
 RECOMPILE_LIMIT = 64  # contexts times directions, for each of what is compiled
 
 
@@ -353,7 +353,7 @@ def main() -> None:
     p.add_argument("--contexts", type=int, nargs="+", help="default: those of the size")
     p.add_argument("--directions", nargs="+", default=list(DIRECTIONS), choices=DIRECTIONS)
     p.add_argument("--seconds", type=float, default=5, help="of timing a context and direction")
-    p.add_argument("--budget", type=float, default=900, help="seconds for all of it")
+    p.add_argument("--budget", type=float, default=1500, help="seconds for all of it")
     p.add_argument("--quick", action="store_true")
     given = p.parse_args()
     sizes = ["tiny"] if given.quick else given.sizes

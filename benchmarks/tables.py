@@ -251,20 +251,22 @@ def memory_words(record: Record) -> str:
 # -- whole models -----------------------------------------------------------------------------------------
 
 
-def rates(record: Record) -> dict[tuple[str, str], dict[str, dict[int, float]]]:
+def rates(record: Record, time: str = "us") -> dict[tuple[str, str], dict[str, dict[int, float]]]:
     """Tokens a second by size and direction, model, and context, in the order of MODELS."""
     found: dict[tuple[str, str], dict[str, dict[int, float]]] = {}
     for r in sorted(record.data["rows"], key=lambda r: list(MODELS).index(r["model"])):
-        models = found.setdefault((r["size"], r["direction"]), {})
-        models.setdefault(r["model"], {})[r["context"]] = r["tokens_per_second"]
+        if time in r:
+            models = found.setdefault((r["size"], r["direction"]), {})
+            rate = 1e6 * r["batch"] * r["context"] / r[time]
+            models.setdefault(r["model"], {})[r["context"]] = rate
     return found
 
 
-def tokens_a_second(record: Record) -> str:
+def tokens_a_second(record: Record, time: str = "us") -> str:
     """A row a model, size and direction, a column a context; the fastest of each is bold."""
     contexts = sorted({r["context"] for r in record.data["rows"]})
     rows = []
-    for (size, direction), models in rates(record).items():
+    for (size, direction), models in rates(record, time).items():
         for model, each in models.items():
             cells = [size, direction, MODELS[model]]
             for context in contexts:
@@ -372,6 +374,7 @@ BLOCKS: dict[str, Callable[[str], str]] = {
     "memory-table": of_newest("memory", memory),
     "models": with_link("models", lambda r: f"Whole models: {heading(r)}"),
     "models-table": of_newest("models", tokens_a_second),
+    "models-graphs": of_newest("models", lambda r: tokens_a_second(r, "graph_us")),
     "models-verdict": of_newest("models", models_verdict),
     "models-memory": of_newest("models", models_memory),
     "models-plot": picture("models", ".png", "Time per token against context"),

@@ -151,9 +151,10 @@ def default_schedule(
         "repeat_vectors",
         "vector states stay vectors: a row for every token takes registers",
     )
-    narrow = (
+    wide = (
         "narrow",
-        "matrices that pass between kernels have the dtype of the tokens: half the bytes",
+        "sums of what passes between kernels cancel, as those of a layer norm's backward do: gradients of learning "
+        "rates would show that it was rounded",
     )
     large = not fits(loop, MOST_WARPS)
     choices = [_large(loop) if large else _small(loop, crowd)]
@@ -167,8 +168,10 @@ def default_schedule(
                 "nan",
                 "what is not finite makes the loss so: it is not traced through cotangents",
             )
-            reasons = (*(r for r in reasons if r[0] != "nan"), narrow, ignored)
-            choice = replace(choice, nan="ignored", narrow=True)
+            reasons = (*(r for r in reasons if r[0] != "nan"), ignored)
+            if not choice.narrow:
+                reasons = (*reasons, wide)
+            choice = replace(choice, nan="ignored")
         chosen = replace(
             choice,
             stages=count,
@@ -324,6 +327,7 @@ def _warpgroups(loop: Loop) -> list[Schedule]:
         ),
         ("widest", f"a tile of {WIDEST} rows takes 32 registers of each thread of {MOST_WARPS} warps"),
         ("order", "each value is made right before it is read: little stays on chip"),
+        ("narrow", "what is copied into shared memory has the dtype of operands"),
     )  # fmt: skip
     found = []
     for way in WAYS:

@@ -94,10 +94,17 @@ def test_tables_and_plots_of_a_record(tmp_path, capsys):
     import plots
     import tables
 
+    def tokens(context, rate):
+        return {
+            "tokens_per_second": rate,
+            "us": 1e6 * context / rate,
+            "graph_us": 5e5 * context / rate,
+        }
+
     rates = {"ttt_linear": 3e6, "mamba": 2e6, "transformer": 4e6}
     rows = [
-        {"size": "125m", "model": m, "context": c, "direction": d, "batch": 1, "us": 1.0,
-         "tokens_per_second": rate / (c / 2048 if m == "transformer" else 1), "peak_bytes": 3 << 30}
+        {"size": "125m", "model": m, "context": c, "direction": d, "batch": 1, "peak_bytes": 3 << 30,
+         **tokens(c, rate / (c / 2048 if m == "transformer" else 1))}
         for m, rate in rates.items() for c in (2048, 8192) for d in ("forward", "training")
     ]  # fmt: skip
     said = {"device": "NVIDIA X1 80GB HBM3", "date": "2030-01-01", "versions": {"torch": "3"}}
@@ -109,6 +116,8 @@ def test_tables_and_plots_of_a_record(tmp_path, capsys):
         "| 125m | forward | Transformer | **4000** | 1000 |",
         "| 125m | forward | Mamba, mamba-ssm | 2000 | 2000 |",
     ]
+    graphs = tables.tokens_a_second(record, "graph_us")
+    assert "| 125m | forward | TTT-Linear, tttc | 6000 | **6000** |" in graphs
     assert "| 125m | TTT-Linear, tttc | 3.0 | 3.0 |" in tables.models_memory(record)
     verdict = tables.models_verdict(record)
     assert "| 125m forward | Transformer | 0.75 | 3.00 |" in verdict

@@ -22,6 +22,7 @@ import tttc.runtime.fused_scan_backward  # noqa: F401  (registers the operators)
 from tttc import _recorder, _tracing, logs
 from tttc._checks import check_mini_batch_size
 from tttc._scan_op import approximation, as_tiles, as_tokens, interned
+from tttc.blocks import outline, put_back
 from tttc.capture.loops import Loops
 from tttc.capture.torch_scan import NoTokens, capturing, plan_scan, scans_of
 from tttc.codegen.rowwise_launch import lower_regions
@@ -34,6 +35,7 @@ from tttc.runtime.fused_scan import saving_interval
 from tttc.tuning.choose import tuning_wanted
 
 if TYPE_CHECKING:
+    from tttc.runtime.blocks import Program
     from tttc.runtime.cuda_graphs import CudaGraphs, Direction
 
 BACKENDS = ("auto", "triton", "torch")
@@ -282,11 +284,13 @@ def _compile_graph(
     gm: fx.GraphModule,
     example_inputs: list[Any],
     options: Options,
+    blocks: dict[str, Program],
     direction: Direction,
     graphs: CudaGraphs | None,
 ) -> Callable[..., Any]:
     """An ATen graph, forward or backward, as AOTAutograd hands it over: what only moves memory is fused."""
     _keep_saved_tensors()
+    put_back(gm, blocks)
     before = _recorder.graph("aten", gm)
     with phase("fusion", "fusing") as made:
         fused = fuse(gm)
@@ -324,7 +328,9 @@ def compile_graph(
         stage = _recorder.graph("captured", gm)
         lower_torch_scans(gm, options)
         lower_scans(gm, options)
-        compiler = functools.partial(_compile_graph, options=options, graphs=_cuda_graphs(options))
+        compiler = functools.partial(
+            _compile_graph, options=options, blocks=outline(gm), graphs=_cuda_graphs(options)
+        )
         run = aot_autograd(
             fw_compiler=functools.partial(compiler, direction="forward"),
             bw_compiler=functools.partial(compiler, direction="backward"),
