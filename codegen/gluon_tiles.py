@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx
 from tttc.codegen.gluon_layouts import Layouts, is_accumulator
-from tttc.codegen.loop import Loop, passed_narrow
+from tttc.codegen.loop import Loop, only_products_read
 from tttc.codegen.schedule import Schedule
 from tttc.codegen.triton_loop import Renderer
 from tttc.codegen.triton_tiles import Tile
@@ -188,8 +188,8 @@ class GluonTiles(Renderer):
         """Whether a matrix is in the dtype of operands, or read by products alone, which round it to that."""
         for node, source in self.loop.sources.items():
             if tensor in (source.name, f"saved_{source.name}") and source.kind != "state":
-                narrow = source.kind == "value" and self.schedule.narrow
-                return source.kind == "token" or passed_narrow(self.loop, node, narrow)
+                passed = source.kind == "value" and self.schedule.narrow
+                return source.kind == "token" or passed or only_products_read(self.loop, node)
         return False
 
     def store(self, tensor: str, pointer: str, tile: Tile, rows: str | None) -> None:

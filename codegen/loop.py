@@ -9,7 +9,7 @@ from torch import fx
 from tttc.passes.backward import Backward
 
 from tttc.ir import ops
-from tttc.ir.body import Body, is_token, role
+from tttc.ir.body import Body, role
 from tttc.ir.build import ancestors, dims_of
 from tttc.ir.program import Program
 
@@ -179,18 +179,6 @@ def only_products_read(loop: Loop, node: fx.Node) -> bool:
     return len(dims_of(node)) > 1 and all(
         u.target in products and len(u.all_input_nodes) == 2 for u in readers
     )
-
-
-def passed_narrow(loop: Loop, node: fx.Node, narrow: bool) -> bool:
-    """Whether what passes between kernels is stored in the dtype of the tokens: where products alone read it, and
-    under ``narrow`` every matrix with features.
-
-    One of tokens by tokens is small, and sums of it make the gradients of learning rates, which are sums over many
-    tokens in turn: they would show that it was rounded.
-    """
-    dims = dims_of(node)
-    large = len(dims) > 1 and not all(is_token(d) for d in dims)
-    return (narrow and large) or only_products_read(loop, node)
 
 
 def constant_tensors(program: Program, device: torch.device) -> dict[str, torch.Tensor]:

@@ -22,8 +22,8 @@ class Schedule:
         prefetch: what a mini-batch reads is loaded a turn before, into registers.
         stages: kernels a loop is made of: 1; 2 (the states mini-batch after mini-batch, then the rest in parallel
             from saved states); or 3 (what does not wait for the states before that, in parallel too).
-        narrow: matrices with features that pass between kernels are stored in the dtype of the tokens, not only
-            where matrix products alone read them.
+        narrow: what passes between kernels is stored in the dtype of the tokens, not only where matrix products
+            alone read it.
         repeat_vectors: vector states are kept as a row for every token, renewed by a product.
         nan: how what is not finite is kept from tokens that do not see it: by a small "product" beside each
             causal one, by a "branch" taken where there is such a value, or not at all ("ignored": for

@@ -11,6 +11,7 @@ import torch
 from generator.check import check
 from generator.description import Layer, Program
 from torch.nn import functional as F
+from tttc.passes.dualise import Dualiser
 
 import tttc
 
@@ -226,3 +227,38 @@ def test_what_all_tokens_add_alike_counts_once_for_each(T, backend):
         b=4,
         backend=backend,
     )
+
+
+def momentum_of_two_layers(anchor, carry, token, shared):
+    """Momentum that differs by channel, below a residual."""
+
+    def f(w, x):
+        x = w["first"] @ x
+        return w["second"] @ (x + 0.5 * torch.tanh(x))
+
+    def loss(w):
+        return 0.5 * (f(w, token["k"]) - token["v"]).square().sum()
+
+    new, half = {}, {}
+    for name, g in torch.func.grad(loss)(anchor["new"]).items():
+        half[name] = shared[name] * carry["half"][name] - 0.1 * g
+        new[name] = carry["new"][name] + half[name]
+    return {"new": new, "half": half}, f(new, token["k"])
+
+
+def test_a_product_of_two_masks(monkeypatch):
+    """Weights that are sums of sums of tokens, without a factor: two masks were multiplied, and nothing else."""
+    met = []
+    made = Dualiser.multiply
+
+    def multiply(self, pair, rest, result):
+        met.append(all(x.node is None for x in pair))
+        return made(self, pair, rest, result)
+
+    monkeypatch.setattr(Dualiser, "multiply", multiply)
+    shapes = {"first": (5, 3), "second": (2, 5)}
+    init = {part: {n: numbers(3, *s) for n, s in shapes.items()} for part in ("new", "half")}
+    shared = {n: torch.sigmoid(numbers(3, s[1], seed=2)) for n, s in shapes.items()}
+    tokens = {"k": grid(3, T=3), "v": grid(2, T=3, seed=1)}
+    same(momentum_of_two_layers, init, tokens, shared, b=2)
+    assert any(met)

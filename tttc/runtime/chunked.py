@@ -16,7 +16,8 @@ from tttc.codegen.render import render
 from tttc.ir.body import role
 from tttc.ir.build import dims_of
 from tttc.ir.program import Program
-from tttc.runtime.launch import Launch
+from tttc.runtime.ahead import compile_ahead
+from tttc.runtime.launch import Launch, launch
 
 Tensor = torch.Tensor
 
@@ -83,6 +84,8 @@ def run_chunked(
     """Launch the kernels for ``length`` chunks; arguments and results as :func:`tttc.runtime.staged.run_staged`."""
     loop = given.loop
     device = next(iter(tensors.values())).device
+    if device.type == "cuda" and launcher is launch and not any(k.compiled for k in given.kernels):
+        compile_ahead(first_launches(given, tensors, batch, heads, length, dtype), device)
     by_token = {s.name for s in loop.sources.values() if s.kind == "token"}
     by_token |= {s.name for _, s in loop.sinks if s.kind == "token"}
     by_chunk = {f"saved_{s.name}" for s in loop.sources.values() if s.kind == "saved"}
@@ -109,6 +112,24 @@ def run_chunked(
             else:
                 totals[sink.name] = totals[sink.name] + have[name] if sink.name in totals else have[name]  # fmt: skip
     return {f"new_{name}": x for name, x in states.items()} | totals
+
+
+def first_launches(
+    given: Chunked,
+    tensors: Mapping[str, Tensor],
+    batch: int,
+    heads: int,
+    length: int,
+    dtype: torch.dtype,
+) -> list[Launch]:
+    """The launches of the first chunks, none of them made: of tensors without values."""
+    abstract = {
+        name: torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+        for name, x in tensors.items()
+    }
+    found: list[Launch] = []
+    run_chunked(given, abstract, batch, heads, min(length, 2), dtype, found.append)
+    return found
 
 
 def _launch(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from tttc.codegen.kernel import Kernel
-from tttc.codegen.loop import Loop, only_products_read, passed_narrow
+from tttc.codegen.loop import Loop, only_products_read
 from tttc.codegen.render import render
 from tttc.codegen.schedule import Schedule
 from tttc.codegen.stages import stages
@@ -65,11 +65,14 @@ def staged(loop: Loop, count: int, schedule: Callable[[Loop], Schedule]) -> Stag
         for s in part.sources.values()
         if s.kind in ("saved", "value")
     }
+    narrow = any(its.narrow for its in chosen)  # all kernels take what one of them asks for
     wide = {
         tensor_name(s.kind, s.name)
-        for part, its in zip(parts, chosen, strict=True)
+        for part in parts
         for n, s in part.sources.items()
-        if s.kind in ("saved", "value") and not passed_narrow(part, n, its.narrow)
+        if s.kind in ("saved", "value")
+        and not (narrow and len(dims_of(n)) > 1)
+        and not only_products_read(part, n)
     }
     given = {s.name for s in loop.sources.values() if s.kind == "saved"}
     shapes = {
