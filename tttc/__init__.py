@@ -4,8 +4,9 @@ from tttc._garbage import not_collected
 
 with not_collected():  # PyTorch's compiler is among what is imported
     from tttc import logs, models, nn
-    from tttc.compiler import CompiledModule, TTTCWarning, compile
+    from tttc.compiler import CompiledModule, compile
     from tttc.ir.errors import NotLowerable
+    from tttc.options import TTTCWarning
     from tttc.report.benchmark import benchmark
     from tttc.report.explain import explain
     from tttc.report.explanation import Explanation
