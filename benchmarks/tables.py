@@ -206,17 +206,21 @@ def rules(record: Record) -> str:
             if not isinstance(contenders, dict) or "us" not in contenders.get("tttc", {}):
                 continue
             others = [
-                f"{n} {number(r['us'])}" for n, r in contenders.items() if n != "tttc" and "us" in r
+                f"{n} {number(r['us'])}"
+                + (f" (by {r['length']} tokens)" if r.get("length") else "")
+                for n, r in contenders.items()
+                if n != "tttc" and "us" in r
             ]
             ours = number(contenders["tttc"]["us"])
             rows.append([name.replace("_", " "), direction, ours, ", ".join(others)])
     if rows:
         parts.append(table(["rule", "direction", "tttc", "peers"], rows))
     rows = [
-        [name.replace("_", " "), str(found["form"]), f"{found['output']:.1e}", f"{worst:.1e}"]
+        [name.replace("_", " "), str(found["form"]), f"{found['output']:.1e}", worst]
         for name, found in data.get("errors", {}).items()
         if "output" in found
-        for worst in [max(x for k, x in found.items() if k.startswith("gradient"))]
+        for gradients in [[x for k, x in found.items() if k.startswith("gradient")]]
+        for worst in [f"{max(gradients):.1e}" if gradients else "not measured"]
     ]
     if rows:
         head = ["rule", "form", "error of outputs", "largest error of a gradient"]

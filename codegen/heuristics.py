@@ -35,6 +35,9 @@ STATE_REGISTERS = (
 MATRIX_REGISTERS = 128  # of a thread, about, that matrices of a parallel kernel may take
 GROUP = 8  # mini-batches a program of a parallel kernel handles
 MANY_PRODUCTS = 12  # of a turn of a loop: more need the registers of more warps
+# Beside a triangular system, in two warps: on an H200 DeltaNet's 32 tokens took 490 us in two against 550 in four, and
+# the kernel of its backward with more products twice as long.
+FEW_PRODUCTS = 8
 LEAST_MINI_BATCHES = 8  # from which stages pay
 # Of Gluon kernels, the best first. On an H100 ``prefetch`` won 4 % at B16 T2048 and lost 4 % at B1; ``early`` is not
 # measured yet.
@@ -223,7 +226,10 @@ def _small(loop: Loop, crowd: int) -> Schedule:
     if loop.parallel:
         # Tiles of more tokens take the registers of more warps; so does the inverse of a triangular system.
         rows = max(loop.mini_batch_size, 16) if loop.tokens else 16
-        warps = 4 if has_solves(loop) else min((2 if heavy else 1) * rows // 16, 4)
+        solves = has_solves(loop)
+        warps = min((2 if heavy else 1) * rows // 16, 4)
+        if solves:
+            warps = 4 if products(loop) > FEW_PRODUCTS else 2
         while warps < MOST_WARPS and matrix_elements(loop) > MATRIX_REGISTERS * THREADS * warps:
             warps *= 2
         matrices = warps == MOST_WARPS
