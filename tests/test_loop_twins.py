@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_loops import D, assert_same, outer, parameter, plans_of, qkv, times
+from test_loops import D, H, assert_same, heads, outer, parameter, plans_of, qkv, times
 from torch import nn
 from torch.nn import functional as F
 
 import tttc
+from tttc import _recorder
+from tttc.compiler import TTTCWarning
 
 
 class Layer(nn.Module):
@@ -92,3 +94,57 @@ def test_the_mode_is_only_asked_for_where_it_matters():
         compiled(*qkv(2, 5))
         assert_same(model.eval(), compiled, qkv(2, 5))
         assert len(plans_of(model)) == 1
+
+
+class MadeByTheCall(nn.Module):
+    """The gradient of one head, mapped over batch and heads: another function in every call."""
+
+    def __init__(self):
+        super().__init__()
+        self.W = parameter(H, D, D)
+
+    def forward(self, q, k, v):
+        def loss(W, k, v):
+            return 0.5 * (k @ W - v).square().sum()
+
+        gradient = torch.vmap(torch.vmap(torch.func.grad(loss)))
+        W = self.W.expand(q.shape[0], -1, -1, -1)
+        outs = []
+        for t in range(k.shape[2]):
+            W = W - 0.1 * gradient(W, k[:, :, t], v[:, :, t])
+            outs.append(torch.vmap(torch.vmap(torch.matmul))(q[:, :, t], W))
+        return torch.stack(outs, 2)
+
+
+def test_functions_made_by_the_call():
+    torch._dynamo.reset()
+    model = MadeByTheCall()
+    with _recorder.record() as recording:
+        compiled = tttc.compile(model, backend="torch", strict=True)
+        assert_same(model, compiled, heads(2, 5))
+        assert_same(model, compiled, heads(3, 9))
+    assert recording.sites and len(plans_of(model)) == 1
+
+
+class OneHead(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.W = parameter(H, D, D)
+
+    def one(self, W, q, k, v):
+        outs = []
+        for t in range(k.shape[0]):
+            W = W - 0.1 * torch.outer(k[t], k[t] @ W - v[t])
+            outs.append(q[t] @ W)
+        return torch.stack(outs)
+
+    def forward(self, q, k, v):
+        return torch.vmap(torch.vmap(self.one), in_dims=(None, 0, 0, 0))(self.W, q, k, v)
+
+
+def test_a_loop_under_vmap_says_what_to_do():
+    model, inputs = OneHead(), heads(2, 6)
+    with torch.compiler.set_stance("force_eager"):
+        with pytest.warns(TTTCWarning, match=r"test_loop_twins\.py:\d+ .*map inside it"):
+            got = tttc.compile(model, backend="torch")(*inputs)
+        torch.testing.assert_close(got, model(*inputs))

@@ -75,6 +75,38 @@ def test_tall_tiles_on_a_gpu_are_differentiated_by_operations(monkeypatch):
     program.no_backward_kernels = None
 
 
+def decayed(anchor, W, chunk, shared):
+    """A chunk whose rows count by their places: a constant that has as many rows as the tile."""
+    q, k, v = chunk
+    counts = 0.97 ** torch.arange(k.shape[0], dtype=k.dtype, device=k.device)
+
+    def loss(W):
+        return 0.5 * (counts[:, None] * (torch.tanh(k @ W) - v).square()).sum() / k.shape[0]
+
+    return W - torch.func.grad(loss)(W), (q @ W) * counts[:, None]
+
+
+@interpreted
+def test_constants_with_rows_come_in_pieces_too():
+    g = torch.Generator().manual_seed(0)
+    tokens = tuple(
+        torch.randn(2, 2, 2, TALL["c"], 5, generator=g, dtype=torch.float64) for _ in range(3)
+    )
+    init = torch.randn(2, 5, 5, generator=g, dtype=torch.float64)
+    example = type(small("lact", **TALL)[1])(init, tokens, None, 1)
+    scan = scan_of(decayed, 1)
+    got = results(tttc.compile(scan, backend="triton", strict=True), in_single(example))
+    worst = errors(results(scan, example), got)
+    assert max(worst.values()) < 1e-3, worst
+    with torch.no_grad():
+        _, program = compiled(decayed, *in_single(example), verify=False)
+    assert program.no_kernels is None and program.no_backward_kernels is None
+    made = [x for x in program.kernels.values() if isinstance(x, Chunked)]
+    assert len(made) == 2
+    for x in made:
+        assert all(TALL["c"] not in _sides(part) for part in x.made.loops if not part.tokens)
+
+
 def _sides(part):
     """The sizes of what a kernel without pieces of rows reads and makes."""
     return {part.sizes[d] for n in part.graph.nodes if n in used(part) for d in dims_of(n)}

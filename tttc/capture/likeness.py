@@ -15,12 +15,15 @@ from torch import nn
 from tttc.capture.places import Copier
 
 
-def likeness(env: dict[str, Any], growing: set[str], scope: dict[str, Any]) -> list[str]:
+def likeness(
+    env: dict[str, Any], growing: set[str], made: set[str], scope: dict[str, Any]
+) -> list[str]:
     """Conditions on the kinds of objects that variables hold, and on how many they hold.
 
     Args:
         env: the variables a plan was made for.
         growing: lists of any length.
+        made: variables that every call of the function binds anew: a function among them is another every time.
         scope: what the conditions name goes there.
 
     Returns:
@@ -37,6 +40,8 @@ def likeness(env: dict[str, Any], growing: set[str], scope: dict[str, Any]) -> l
         return name
 
     for path, x in walk.objects.items():
+        if path in made and callable(x) and not isinstance(x, nn.Module):
+            continue
         if isinstance(x, types.FunctionType) and not x.__closure__ and not x.__defaults__:
             found.append(
                 f"{path}.__code__ is {named(x.__code__)}"

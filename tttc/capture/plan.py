@@ -605,7 +605,7 @@ class Planner:
             "_bounds[1] - _bounds[0] >= _bounds[2]",
         ]
         scope: dict[str, Any] = {"_torch": torch}
-        conditions += likeness(self.env, set(appended), scope)
+        conditions += likeness(self.env, set(appended), self.source.made, scope)
         if self.facts.known is not None:
             conditions.append(f"_bounds[1] <= {self.start + self.facts.known * self.step}")
         if made.stops:
