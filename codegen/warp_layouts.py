@@ -28,7 +28,7 @@ class WarpLayouts:
     def operand(self, which: int) -> str:
         """An operand of products: 0 for the left one, 1 for the right one."""
         self.product()
-        return self._named("LEFT RIGHT".split()[which], f"gl.DotOperandLayout({which}, PRODUCT, 2)")
+        return self._named(["LEFT", "RIGHT"][which], f"gl.DotOperandLayout({which}, PRODUCT, 2)")
 
     def rows(self, rows: int, columns: int) -> str:
         """A matrix of tokens and features, spread over all threads; the lanes of a row are of one warp."""

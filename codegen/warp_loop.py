@@ -33,7 +33,7 @@ from tttc.ir.build import ancestors, dims_of
 from tttc.ir.errors import NotLowerable
 from tttc.ir.spec import Dims, parse, parse_relation
 
-ARRIVED = 7  # products after which what is loaded at the start of a turn is there
+ARRIVED = 5  # products after which what is loaded at the start of a turn is there
 
 OF_ALL = """
 
@@ -49,6 +49,9 @@ def of_all(x, shape: gl.constexpr, layout: gl.constexpr):
 class WarpRenderer(WarpTiles):
     """Renders one loop for warps that each hold a piece."""
 
+    lines: list[str]
+    indent: int
+    tiles: dict[fx.Node, Tile]
     exact = False  # whether what is not finite is kept from tokens that do not see it
 
     def render(self) -> str:
@@ -134,11 +137,6 @@ class WarpRenderer(WarpTiles):
         within = self.expanded(f"gl.arange(0, {size}, layout={own})", axes[1])
         return f"({first} * {size} + {within})"
 
-    def _state(self, name: str, dims: Dims) -> str:
-        """Where a state lies, in the layout that it is held in."""
-        ordered = self.order(dims)
-        return self._place_in(name, ordered, "0") if dims else ""
-
     def load(self, tensor: str, pointer: str, dims: Dims, rows: str | None) -> Share:
         """Load an argument without tokens."""
         ordered = self.order(dims)
@@ -160,7 +158,13 @@ class WarpRenderer(WarpTiles):
         self.write(f"gl.store({address}, {value}{condition})")
 
     def _state_tile(self, name: str, dims: Dims) -> Share:
-        return Share(f"{name}_v", self.order(dims), frozenset(), self.natural(self.order(dims)), self.spread(dims))
+        return Share(
+            f"{name}_v",
+            self.order(dims),
+            frozenset(),
+            self.natural(self.order(dims)),
+            self.spread(dims),
+        )
 
     def _parameters(self) -> None:
         """What does not change, and room in shared memory."""
@@ -174,10 +178,14 @@ class WarpRenderer(WarpTiles):
             memory = self._memory(node)
             rows, columns = (self.side(d) for d in memory)
             layout = self.layouts.shared(columns, False)
-            self.write(f"{self._room(node)} = gl.allocate_shared_memory(DOT, [2, {rows}, {columns}], {layout})")
+            self.write(
+                f"{self._room(node)} = gl.allocate_shared_memory(DOT, [2, {rows}, {columns}], {layout})"
+            )
         for node in self._vectors():
             size, numbers = self.side(dims_of(node)[0]), self.layouts.numbers()
-            self.write(f"{self._room(node)} = gl.allocate_shared_memory(gl.float32, [2, {size}], {numbers})")
+            self.write(
+                f"{self._room(node)} = gl.allocate_shared_memory(gl.float32, [2, {size}], {numbers})"
+            )
         self.copied = {}
         for node, source in self.loop.sources.items():
             if source.kind != "state":
@@ -186,7 +194,9 @@ class WarpRenderer(WarpTiles):
             if len(dims) == 2 and any(self._turns_state(u, dims) for u in node.users):
                 name = self.copied[source.name] = f"{source.name}_s"
                 layout = self.layouts.shared(self.piece(dims[1]), True)
-                self.write(f"{name} = gl.allocate_shared_memory(DOT, {self.shape(dims, True)}, {layout})")
+                self.write(
+                    f"{name} = gl.allocate_shared_memory(DOT, {self.shape(dims, True)}, {layout})"
+                )
         self.invariant = set(self.tiles)
 
     def _turns_state(self, user: fx.Node, dims: Dims) -> bool:
@@ -210,6 +220,7 @@ class WarpRenderer(WarpTiles):
 
     def _turns(self) -> None:
         """All mini-batches, from the states to start from."""
+        self.tiles = {n: t for n, t in self.tiles.items() if n in self.invariant}
         for name, dims in self._state_dims().items():
             tile = self.load(name, f"{name}_ptr", dims, None)
             self.write(f"{name}_v = {tile.name}")
@@ -249,12 +260,16 @@ class WarpRenderer(WarpTiles):
         for node in self._vectors():
             tensor, dims = self.loop.sources[node].name, dims_of(node)
             layout = self.layouts.vector(self.side(dims[0]))
-            self.write(f"{tensor}_next = gl.load({tensor}_ptr + {self._place_in(tensor, dims, 'first', layout)})")
+            self.write(
+                f"{tensor}_next = gl.load({tensor}_ptr + {self._place_in(tensor, dims, 'first', layout)})"
+            )
         for i, node in enumerate(self._last()):
             (token,) = operands_of(node)
             tensor = self.loop.sources[token].name
             at = f"gl.minimum(first + {self.loop.mini_batch_size}, T) - 1"
-            self.write(f"last_{i}_next = gl.load({tensor}_ptr + gl.cast({at}, gl.int64) * {self.stride(tensor, 'T')})")
+            self.write(
+                f"last_{i}_next = gl.load({tensor}_ptr + gl.cast({at}, gl.int64) * {self.stride(tensor, 'T')})"
+            )
 
     def _last(self) -> list[fx.Node]:
         return [n for n in self._fetched() if n.target is ops.last]
@@ -269,7 +284,9 @@ class WarpRenderer(WarpTiles):
             tensor, dims = self.loop.sources[node].name, dims_of(node)
             self.write(f"{tensor}_row_s = {self._room(node)}.index(n & 1)")
             self.copies[f"{tensor}_row"] = f"{tensor}_row_s"
-            self.tiles[node] = Share(f"{tensor}_row", dims, frozenset(), self.natural(dims), raw=True)
+            self.tiles[node] = Share(
+                f"{tensor}_row", dims, frozenset(), self.natural(dims), raw=True
+            )
         for i, node in enumerate(self._last()):
             self.tiles[node] = self.let("x", f"last_{i}_next.to(gl.float32)", ())
         self.write("async_copy.wait_group(0)")
@@ -319,22 +336,21 @@ class WarpRenderer(WarpTiles):
         )
         return products_first(order)
 
-    def _last_product(self) -> fx.Node:
-        """The last matrix product that results of tokens need, or what accumulates into it."""
-        needed = ancestors(n for n, s in self.loop.sinks if s.kind != "state")
-        order = self._order()
-        made = [n for n in order if n in needed and (self._dot_labels(n) is not None or any(self._deferred(x) for x in n.all_input_nodes))]
-        return made[-1] if made else order[-1]
-
     def _sequence(self) -> list[fx.Node]:
         """New states are made between the last product of the results and what else these need, which waits."""
         order = self._order()
         needed = ancestors(n for n, s in self.loop.sinks if s.kind != "state")
-        cut = order.index(self._last_product()) + 1
+        made = [
+            i for i, n in enumerate(order)
+            if n in needed and any(self._dot_labels(x) for x in (n, *n.all_input_nodes) if x in order)
+        ]  # fmt: skip
+        cut = max(made, default=len(order) - 1) + 1
         tail = [n for n in order[cut:] if n in needed]
         waiting, ready = [n for n in order[cut:] if n not in needed], []
         for node in waiting:
-            if not any(x in tail or x in waiting and x not in ready for x in node.all_input_nodes):
+            if not any(
+                x in tail or (x in waiting and x not in ready) for x in node.all_input_nodes
+            ):
                 ready.append(node)
         return [*order[:cut], *ready, *tail, *(n for n in waiting if n not in ready)]
 
@@ -350,7 +366,14 @@ class WarpRenderer(WarpTiles):
             if self.order(dims) != dims:
                 raise NotLowerable("a tile is turned under new names")
             self.tiles[node] = Share(
-                source.name, dims, zero, source.layout, source.lead, source.partial, source.rest, source.raw
+                source.name,
+                dims,
+                zero,
+                source.layout,
+                source.lead,
+                source.partial,
+                source.rest,
+                source.raw,
             )
             return
         super().emit(node)
@@ -417,7 +440,12 @@ class WarpRenderer(WarpTiles):
         later, earlier = (self.places(d, share.dims) for d in (r.later, r.earlier))
         if not share.partial:
             self.line_up(share, share.dims)
-        made = self.let("m", f"gl.where({earlier} {comparison} {later}, {share.name}, 0.0)", share.dims, share.zero)
+        made = self.let(
+            "m",
+            f"gl.where({earlier} {comparison} {later}, {share.name}, 0.0)",
+            share.dims,
+            share.zero,
+        )
         made.partial = share.partial
         return made
 
@@ -430,7 +458,10 @@ class WarpRenderer(WarpTiles):
         assert labels is not None
         rows, columns, inner = labels
         spec = parse(spec_of(node))
-        tiles = {frozenset(o): self.tile(x) for x, o in zip(operands_of(node), spec.operands, strict=True)}
+        tiles = {
+            frozenset(o): self.tile(x)
+            for x, o in zip(operands_of(node), spec.operands, strict=True)
+        }
         left, right = tiles[frozenset((rows, inner))], tiles[frozenset((inner, columns))]
         values = pairs = None
         if node.target is ops.masked_contraction:
@@ -446,7 +477,9 @@ class WarpRenderer(WarpTiles):
             cleared = self.share(self.cleared(small, (inner,)))
             left, right = (cleared, right) if small is left else (left, cleared)
         if negative:
-            if left is pairs or (right is not pairs and self.elements(left) <= self.elements(right)):
+            if left is pairs or (
+                right is not pairs and self.elements(left) <= self.elements(right)
+            ):
                 left = self.share(self.negated(left))
             else:
                 right = self.share(self.negated(right))
@@ -456,7 +489,12 @@ class WarpRenderer(WarpTiles):
         return self._multiply(left, right, labels, accumulator, str(spec))
 
     def _multiply(
-        self, left: Share, right: Share, labels: tuple[str, str, str], accumulator: Tile | None, note: str = ""
+        self,
+        left: Share,
+        right: Share,
+        labels: tuple[str, str, str],
+        accumulator: Tile | None,
+        note: str = "",
     ) -> Share:
         rows, columns, inner = labels
         target = (rows, columns)
@@ -486,7 +524,12 @@ class WarpRenderer(WarpTiles):
                 raise NotLowerable("a whole product onto parts of a sum")
         made = self.let("c", f"mma_v2({a}, {b}, {start})", target, note=note)
         self.products += 1
-        made.partial, made.rest, made.lead, made.layout = partial, rest, True, self.layouts.product()
+        made.partial, made.rest, made.lead, made.layout = (
+            partial,
+            rest,
+            True,
+            self.layouts.product(),
+        )
         return made
 
     def _with_care(
@@ -509,7 +552,12 @@ class WarpRenderer(WarpTiles):
         made = self._multiply(*given, labels, accumulator)
         value = f'{made.name} + gl.where({reached.name} > 0.0, float("nan"), 0.0)'
         total = self.let("c", value, (rows, columns))
-        total.partial, total.rest, total.lead, total.layout = made.partial, made.rest, made.lead, made.layout
+        total.partial, total.rest, total.lead, total.layout = (
+            made.partial,
+            made.rest,
+            made.lead,
+            made.layout,
+        )
         return total
 
     def _ones(self, dims: Dims) -> Share:
@@ -531,7 +579,10 @@ class WarpRenderer(WarpTiles):
         summed = [d for d in every if d not in result]
         for d in summed:
             if base(d) in (TOKEN, EARLIER):
-                i = min((i for i, t in enumerate(tiles) if d in t.dims), key=lambda i: len(tiles[i].dims))
+                i = min(
+                    (i for i, t in enumerate(tiles) if d in t.dims),
+                    key=lambda i: len(tiles[i].dims),
+                )
                 tiles[i] = self.cleared(tiles[i], (d,))
         if not summed:
             put_off = self._put_off("mul", tiles, every) if len(tiles) == 2 else None
@@ -539,7 +590,7 @@ class WarpRenderer(WarpTiles):
                 return put_off
             return self.let("e", " * ".join(self.line_up(t, every) for t in tiles), result)
         whole = len(every) == 1 or not self.spread(every)
-        if not whole and summed != [every[0]] or (whole and len(summed) > 1):
+        if (not whole and summed != [every[0]]) or (whole and len(summed) > 1):
             raise NotLowerable(f"a sum over {' '.join(summed)} of {' '.join(every)}")
         value = " * ".join(self.line_up(t, every) for t in tiles)
         if whole and self.wide in every:
@@ -549,7 +600,9 @@ class WarpRenderer(WarpTiles):
             value = f"gl.sum({value}, {axis})"
         made = self.let("c", value, result, note=str(spec))
         if len(every) == 2:
-            made.layout = self.layouts.slice(self.natural(every), every.index(summed[0]) + (0 if whole else 1))
+            made.layout = self.layouts.slice(
+                self.natural(every), every.index(summed[0]) + (0 if whole else 1)
+            )
         return made
 
     def _keep(self, node: fx.Node) -> None:

@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from torch import fx
 from tttc.codegen.loop import Loop
 from tttc.codegen.schedule import Schedule
 from tttc.codegen.triton_loop import Renderer
@@ -14,7 +13,7 @@ from tttc.codegen.triton_tiles import Tile, base
 from tttc.codegen.warp_layouts import WarpLayouts
 
 from tttc.ir import ops
-from tttc.ir.body import EARLIER, TOKEN, operands_of, spec_of
+from tttc.ir.body import EARLIER, TOKEN, spec_of
 from tttc.ir.build import dims_of
 from tttc.ir.errors import NotLowerable
 from tttc.ir.spec import Dims, parse
@@ -54,12 +53,18 @@ class WarpTiles(Renderer):
         self.axes: dict[Dims, Dims] = {}
         super().__init__(loop, schedule)
         self.copies: dict[str, str] = {}  # tiles in shared memory
-        self.turned: dict[tuple[str, str, int], str] = {}  # tiles in other layouts, by products before
+        self.turned: dict[
+            tuple[str, str, int], str
+        ] = {}  # tiles in other layouts, by products before
         self.products = 0  # matrix products so far
         # Left operands that all warps have, by tile and what is summed over, and the products before they were read.
         self.recent: dict[tuple[str, str], tuple[str, int]] = {}
-        self.read: set[str] = set()  # tiles that products have read in this turn: later ones read copies, if there are
-        self.rooms: list[str] = []  # in shared memory, of their own: what is shared makes warps wait
+        self.read: set[str] = (
+            set()
+        )  # tiles that products have read in this turn: later ones read copies, if there are
+        self.rooms: list[
+            str
+        ] = []  # in shared memory, of their own: what is shared makes warps wait
         self._check()
         self._choose_axes()
 
@@ -69,7 +74,9 @@ class WarpTiles(Renderer):
         """Refuse what this renderer has no form for; find the wide dimension."""
         loop = self.loop
         if not loop.tokens or loop.parallel or loop.refresh or loop.once or loop.reverse:
-            raise NotLowerable("warps share mini-batches of tokens, one after another, of a forward")
+            raise NotLowerable(
+                "warps share mini-batches of tokens, one after another, of a forward"
+            )
         rows = loop.mini_batch_size
         if rows % LEAST or rows > MOST_ROWS:
             raise NotLowerable(f"warps share mini-batches of {LEAST} or {MOST_ROWS} tokens")
@@ -78,7 +85,9 @@ class WarpTiles(Renderer):
         for d, n in sizes.items():
             least = LEAST * (self.schedule.num_warps if d == self.wide else 1)
             if n % least or n & (n - 1):
-                raise NotLowerable(f"{d} has {n} elements, which {self.schedule.num_warps} warps cannot share")
+                raise NotLowerable(
+                    f"{d} has {n} elements, which {self.schedule.num_warps} warps cannot share"
+                )
         for node, source in loop.sources.items():
             if node not in self.used and source.kind != "state":
                 continue
@@ -86,7 +95,11 @@ class WarpTiles(Renderer):
                 raise NotLowerable(f"arguments that are {source.kind} have no form for warps yet")
             if self.wide in dims_of(node) and source.kind != "state":
                 raise NotLowerable(f"{source.name} has the dimension that warps share")
-            if len(dims_of(node)) == 2 and source.kind == "state" and self.wide not in dims_of(node):
+            if (
+                len(dims_of(node)) == 2
+                and source.kind == "state"
+                and self.wide not in dims_of(node)
+            ):
                 raise NotLowerable(f"{source.name} lacks the dimension that warps share")
         for _, sink in loop.sinks:
             if sink.kind not in ("state", "token"):
@@ -179,7 +192,11 @@ class WarpTiles(Renderer):
         """The layout of a vector along ``dim`` in tiles over ``target``, and the axes it is expanded by there."""
         parent, axis = self.natural(target), target.index(dim)
         if not self.spread(target):
-            return (parent, []) if len(target) == 1 else (self.layouts.slice(parent, 1 - axis), [1 - axis])
+            return (
+                (parent, [])
+                if len(target) == 1
+                else (self.layouts.slice(parent, 1 - axis), [1 - axis])
+            )
         if len(target) == 1:
             return parent, []
         part = self.layouts.slice(parent, 2 - axis)
@@ -204,7 +221,12 @@ class WarpTiles(Renderer):
         return " & ".join(f"({self.places(d, target)} < count)" for d in dims)
 
     def let(
-        self, prefix: str, value: str, dims: Dims, zero: frozenset[str] = frozenset(), note: str = ""
+        self,
+        prefix: str,
+        value: str,
+        dims: Dims,
+        zero: frozenset[str] = frozenset(),
+        note: str = "",
     ) -> Share:
         """Assign a value to a new variable, in the layout that its dimensions have."""
         tile = super().let(prefix, value, dims, zero, note)
@@ -219,7 +241,13 @@ class WarpTiles(Renderer):
 
     def share(self, tile: Tile) -> Share:
         """The tile as one of this renderer's."""
-        return tile if isinstance(tile, Share) else Share(tile.name, tile.dims, tile.zero, self.natural(tile.dims), self.spread(tile.dims))
+        return (
+            tile
+            if isinstance(tile, Share)
+            else Share(
+                tile.name, tile.dims, tile.zero, self.natural(tile.dims), self.spread(tile.dims)
+            )
+        )
 
     def line_up(self, tile: Tile, target: Dims) -> str:
         """A tile in the layout of tiles over ``target``, with axes of size 1 where it lacks theirs."""
@@ -230,7 +258,9 @@ class WarpTiles(Renderer):
             self.add_up(tile)
         if len(tile.dims) == 2:
             if tile.dims != target:
-                raise NotLowerable(f"a tile over {' '.join(tile.dims)} in one over {' '.join(target)}")
+                raise NotLowerable(
+                    f"a tile over {' '.join(tile.dims)} in one over {' '.join(target)}"
+                )
             return self._in_registers(tile)
         layout, axes = self.within(tile.dims[0], target)
         return self.expanded(self.vector(tile, layout), axes)
@@ -262,7 +292,9 @@ class WarpTiles(Renderer):
         if tile.name not in self.copies:
             name = self.copies[tile.name] = f"{tile.name}_s"
             numbers = self.layouts.numbers()
-            self.rooms.append(f"{name} = gl.allocate_shared_memory(gl.float32, [{self.side(tile.dims[0])}], {numbers})")
+            self.rooms.append(
+                f"{name} = gl.allocate_shared_memory(gl.float32, [{self.side(tile.dims[0])}], {numbers})"
+            )
             self.write(f"{name}.store({tile.name})")
         return self.copies[tile.name]
 
