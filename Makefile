@@ -12,6 +12,7 @@ PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 RUN := $(VENV)/bin/python
+RECORD := benchmarks/results/$(shell date +%F)
 
 .PHONY: demo test speed lint format bench docs clean
 
@@ -25,11 +26,19 @@ test: lint
 speed: $(VENV)/installed
 	$(RUN) -m pytest -s tests/test_speed.py
 
+# mamba-ssm has no wheel: it is built for the GPU at hand, and left out where that fails.
 bench: $(VENV)/installed
-	$(RUN) -m pip install $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[bench]'
-	$(RUN) benchmarks/scan_forward.py benchmarks/results/$(shell date +%F)-scans.json
-	$(RUN) benchmarks/schedules.py benchmarks/results/$(shell date +%F)-picked.json --seconds 3600
-	$(RUN) benchmarks/compile_time.py benchmarks/results/$(shell date +%F)-compile-time.json
+	$(RUN) -m pip install $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[bench,plot]'
+	-$(RUN) -m pip install setuptools wheel packaging ninja einops transformers
+	-PATH="$(CURDIR)/$(VENV)/bin:$$PATH" PYTORCH_NVCC=$(CURDIR)/benchmarks/nvcc_here.sh MAMBA_FORCE_BUILD=TRUE CAUSAL_CONV1D_FORCE_BUILD=TRUE \
+		$(RUN) -m pip install --no-build-isolation --no-deps causal-conv1d mamba-ssm
+	$(RUN) benchmarks/scan_forward.py $(RECORD)-scans.json
+	$(RUN) benchmarks/memory.py $(RECORD)-memory.json
+	$(RUN) benchmarks/rules.py $(RECORD)-rules.json
+	$(RUN) benchmarks/models.py $(RECORD)-models.json
+	$(RUN) benchmarks/compile_time.py $(RECORD)-compile-time.json
+	$(RUN) benchmarks/schedules.py $(RECORD)-picked.json --seconds 3600
+	$(RUN) benchmarks/plots.py
 	$(RUN) benchmarks/tables.py
 
 docs: $(VENV)/installed

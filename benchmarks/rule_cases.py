@@ -32,8 +32,13 @@ SIZES: dict[str, dict[str, int]] = {
 }
 
 
-# What rates are multiplied by: at those of the small examples a long sequence ends in weights that are zero.
-SCALES = {"titans": {"alpha": 0.001}}
+# What rates are multiplied by: at those of the small examples a long sequence ends in weights that are zero, or in
+# chaos, where float32 and float64 have nothing in common after a thousand tokens.
+SCALES = {
+    "titans": {"alpha": 0.001},
+    "deep_mlp": {"eta": 0.003},
+    "vector_weights": {"eta": 0.05},
+}
 
 
 class Normal:

@@ -26,10 +26,20 @@ MARK = re.compile(
 )
 NAMES = {
     "ttt_linear_b16": "TTT-Linear, mini-batch 16",
+    "ttt_linear_b16 replayed": 'TTT-Linear, `mode="reduce-overhead"`',
     "ttt_mlp_b16": "TTT-MLP, causal mini-batch 16",
     "ttt_mlp_chunk64": "TTT-MLP, whole-chunk update of 64",
+    "ttt_mlp_chunk64 replayed": 'TTT-MLP, update of 64, `mode="reduce-overhead"`',
     "fla chunk_ttt_linear": "flash-linear-attention, chunk",
+    "fla chunk_ttt_linear replayed": "flash-linear-attention, chunk, replayed as a CUDA graph",
     "fla fused_chunk_ttt_linear": "flash-linear-attention, fused chunk",
+}
+MODELS = {
+    "ttt_linear": "TTT-Linear, tttc",
+    "ttt_mlp": "TTT-MLP, tttc",
+    "transformer": "Transformer",
+    "mamba": "Mamba, mamba-ssm",
+    "hand_dual": "TTT-Linear by hand, torch.compile",
 }
 RIVALS = {"ttt_linear_b16": ("fla chunk_ttt_linear", "fla fused_chunk_ttt_linear")}
 DIRECTIONS = {"us": "forward", "training_us": "forward and backward"}
@@ -56,12 +66,18 @@ class Record:
     def times(self) -> dict[tuple[str, str, str], float]:
         """Microseconds by case, shape and direction ("us" or "training_us")."""
         rows = [r for k in ("forward", "peers", "training") for r in self.data.get(k, ())]
-        return {
+        plain = {
             (r["case"], r["shape"], direction): r[direction]
             for r in rows
             for direction in DIRECTIONS
             if direction in r
         }
+        replayed = {
+            (f"{r['case']} replayed", r["shape"], "training_us"): r["training_replayed_us"]
+            for r in rows
+            if "training_replayed_us" in r
+        }
+        return plain | replayed
 
 
 def records(kind: str, folder: Path = RESULTS) -> list[Record]:
@@ -190,17 +206,21 @@ def rules(record: Record) -> str:
             if not isinstance(contenders, dict) or "us" not in contenders.get("tttc", {}):
                 continue
             others = [
-                f"{n} {number(r['us'])}" for n, r in contenders.items() if n != "tttc" and "us" in r
+                f"{n} {number(r['us'])}"
+                + (f" (by {r['length']} tokens)" if r.get("length") else "")
+                for n, r in contenders.items()
+                if n != "tttc" and "us" in r
             ]
             ours = number(contenders["tttc"]["us"])
             rows.append([name.replace("_", " "), direction, ours, ", ".join(others)])
     if rows:
         parts.append(table(["rule", "direction", "tttc", "peers"], rows))
     rows = [
-        [name.replace("_", " "), str(found["form"]), f"{found['output']:.1e}", f"{worst:.1e}"]
+        [name.replace("_", " "), str(found["form"]), f"{found['output']:.1e}", worst]
         for name, found in data.get("errors", {}).items()
         if "output" in found
-        for worst in [max(x for k, x in found.items() if k.startswith("gradient"))]
+        for gradients in [[x for k, x in found.items() if k.startswith("gradient")]]
+        for worst in [f"{max(gradients):.1e}" if gradients else "not measured"]
     ]
     if rows:
         head = ["rule", "form", "error of outputs", "largest error of a gradient"]
@@ -226,6 +246,74 @@ def memory_words(record: Record) -> str:
         f"Peak memory of forward and backward grows in proportion to T: {min(ratios):.2f} to {max(ratios):.2f} times "
         "the bytes of q, k, v, the output and their gradients for TTT-Linear"
     )
+
+
+# -- whole models -----------------------------------------------------------------------------------------
+
+
+def rates(record: Record, time: str = "us") -> dict[tuple[str, str], dict[str, dict[int, float]]]:
+    """Tokens a second by size and direction, model, and context, in the order of MODELS."""
+    found: dict[tuple[str, str], dict[str, dict[int, float]]] = {}
+    for r in sorted(record.data["rows"], key=lambda r: list(MODELS).index(r["model"])):
+        if time in r:
+            models = found.setdefault((r["size"], r["direction"]), {})
+            rate = 1e6 * r["batch"] * r["context"] / r[time]
+            models.setdefault(r["model"], {})[r["context"]] = rate
+    return found
+
+
+def tokens_a_second(record: Record, time: str = "us") -> str:
+    """A row a model, size and direction, a column a context; the fastest of each is bold."""
+    contexts = sorted({r["context"] for r in record.data["rows"]})
+    rows = []
+    for (size, direction), models in rates(record, time).items():
+        for model, each in models.items():
+            cells = [size, direction, MODELS[model]]
+            for context in contexts:
+                shown = f"{each[context] / 1e3:.{1 if each[context] < 1e5 else 0}f}" if context in each else ""  # fmt: skip
+                best = max(m.get(context, 0.0) for m in models.values())
+                cells.append(f"**{shown}**" if each.get(context) == best else shown)
+            rows.append(cells)
+    return table(["size", "", "thousand tokens a second", *(f"context {c}" for c in contexts)], rows)  # fmt: skip
+
+
+def models_verdict(record: Record) -> str:
+    """How many times as fast TTT-Linear is as each peer."""
+    contexts = sorted({r["context"] for r in record.data["rows"]})
+    rows = []
+    for (size, direction), models in rates(record).items():
+        ours = models.get("ttt_linear", {})
+        for peer in ("transformer", "mamba"):
+            each = models.get(peer, {})
+            ratios = [f"{ours[c] / each[c]:.2f}" if c in ours and c in each else "" for c in contexts]  # fmt: skip
+            if any(ratios):
+                rows.append([f"{size} {direction}", MODELS[peer], *ratios])
+    return table(["TTT-Linear is, times as fast", "as", *(f"context {c}" for c in contexts)], rows)
+
+
+def models_memory(record: Record) -> str:
+    """Peak memory of training steps."""
+    rows = [r for r in record.data["rows"] if r["direction"] == "training" and r["peak_bytes"]]
+    contexts = sorted({r["context"] for r in rows})
+    cells = []
+    for size, model in dict.fromkeys((r["size"], r["model"]) for r in rows):
+        peaks = {r["context"]: r["peak_bytes"] for r in rows if (r["size"], r["model"]) == (size, model)}  # fmt: skip
+        cells.append([size, MODELS[model], *(f"{peaks[c] / 2**30:.1f}" if c in peaks else "" for c in contexts)])  # fmt: skip
+    return table(["size", "peak of a training step, GiB", *(f"context {c}" for c in contexts)], cells)  # fmt: skip
+
+
+def picture(kind: str, suffix: str, words: str) -> Callable[[str], str]:
+    """The plot beside the newest record of a kind, where there is one."""
+
+    def block(page: str) -> str:
+        found = records(kind)
+        path = found[0].path.with_name(found[0].path.stem + suffix) if found else None
+        if path is None or not path.exists():
+            return ""
+        up = "../" * page.count("/")
+        return f"![{words}]({up}benchmarks/results/{path.name})"
+
+    return block
 
 
 # -- pages ------------------------------------------------------------------------------------------------
@@ -256,7 +344,7 @@ def heading(record: Record) -> str:
     versions = record.data["versions"]
     said = ", ".join(
         f"{n} {str(versions[n]).partition('+')[0]}"
-        for n in ("torch", "triton", "flash-linear-attention")
+        for n in ("torch", "triton", "flash-linear-attention", "mamba-ssm")
         if n in versions
     )
     command = str(record.data.get("command", "")).split(" benchmarks/results")[0]
@@ -265,7 +353,7 @@ def heading(record: Record) -> str:
 
 def earlier(page: str) -> str:
     """Links to the records that no table shows."""
-    kinds = ("scans", "rules", "memory", "schedules")
+    kinds = ("scans", "rules", "memory", "models", "schedules")
     old = [r for kind in kinds for r in records(kind)[0 if kind == "schedules" else 1 :]]
     return "".join(f"- {r.link(page)}: {r.device}\n" for r in old).rstrip("\n")
 
@@ -284,13 +372,20 @@ BLOCKS: dict[str, Callable[[str], str]] = {
     "rules-tables": of_newest("rules", rules),
     "memory": with_link("memory", memory_words),
     "memory-table": of_newest("memory", memory),
+    "models": with_link("models", lambda r: f"Whole models: {heading(r)}"),
+    "models-table": of_newest("models", tokens_a_second),
+    "models-graphs": of_newest("models", lambda r: tokens_a_second(r, "graph_us")),
+    "models-verdict": of_newest("models", models_verdict),
+    "models-memory": of_newest("models", models_memory),
+    "models-plot": picture("models", ".png", "Time per token against context"),
+    "roofline": picture("scans", "-roofline.png", "Roofline of scans"),
     "earlier": earlier,
 }
 
 
 def wrapped(text: str, width: int = 120) -> str:
     """A sentence in lines as pages have them; tables and lists stay as they are."""
-    if text.startswith(("|", "- ")):
+    if text.startswith(("|", "- ", "!")):
         return text
     lines, line = [], ""
     for word in text.split():

@@ -47,14 +47,17 @@ def once(run: Callable[[], Any], calls: int = 1) -> float:
 
 
 def interleaved(
-    contenders: Mapping[str, Callable[[], Any]], seconds: float = 3.0
+    contenders: Mapping[str, Callable[[], Any]], seconds: float = 3.0, sample: float = SAMPLE
 ) -> dict[str, dict[str, float]]:
-    """Median and quartiles of each contender's time in microseconds, all measured in turn, for about ``seconds`` in all."""
+    """Median and quartiles of each contender's time in microseconds, all measured in turn, for about ``seconds`` in all.
+
+    ``sample``: seconds of calls in a row, about; the longer, the less of the first call's way to the device is in them.
+    """
     calls: dict[str, int] = {}
     for name, run in contenders.items():
         once(run)
         once(run)
-        calls[name] = max(1, min(20, round(SAMPLE / max(once(run), 1e-9))))
+        calls[name] = max(1, min(20, round(sample / max(once(run), 1e-9))))
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     start = time.perf_counter()
     while len(next(iter(samples.values()))) < 3 or (
@@ -76,6 +79,15 @@ def bandwidth(size: int = 1 << 30) -> float:
     y = torch.empty_like(x)
     y.copy_(x)
     return 2 * x.numel() / min(once(lambda: y.copy_(x), 5) for _ in range(5))
+
+
+def matrix_rate(size: int = 8192) -> float:
+    """Operations a second of a product of bf16 matrices of random numbers on the device at hand."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    size = size if device == "cuda" else size >> 5
+    x, y = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
+    x @ y
+    return 2 * size**3 / min(once(lambda: x @ y, 5) for _ in range(5))
 
 
 def relative(x: torch.Tensor, exact: torch.Tensor) -> float:

@@ -60,11 +60,15 @@ def tensor_of(source: Source) -> str:
 
 
 def row_dims(loop: Loop) -> frozenset[str]:
-    """The dimensions of a tile's rows: tokens alone have them, and they are too many for one program; else empty."""
+    """The dimensions of a tile's rows, which are too many for one program; else empty.
+
+    Tokens alone have them, and what the step makes of nothing for each row (a decay by place, say).
+    """
     if loop.tokens:
         return frozenset()
     tokens = {n for n, s in loop.sources.items() if s.kind == "token"}
-    kept = {d for n in loop.sources if n not in tokens for d in dims_of(n)}
+    by_row = tokens | {n for n, s in loop.sources.items() if s.kind == "constant"}
+    kept = {d for n in loop.sources if n not in by_row for d in dims_of(n)}
     tall = {d for n in tokens for d in dims_of(n) if d not in kept and loop.sizes[d] > TALLEST}
     for node in loop.graph.nodes:
         if node.target is ops.rename:
@@ -193,7 +197,9 @@ class _Splitter:
             env[node] = graph.placeholder(self.tensors[node])
             env[node].meta = {"dims": dims(node)}
             given = self.loop.sources.get(node)
-            fixed = given is not None and given.kind in ("shared", "constant")
+            fixed = (
+                given is not None and given.kind in ("shared", "constant") and not self.tall(node)
+            )
             kind = given.kind if fixed and given else ("token" if self.tall(node) or not by_rows else "held")  # fmt: skip
             sources[env[node]] = Source(kind, self.tensors[node])
         sinks = []

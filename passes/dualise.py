@@ -363,9 +363,11 @@ class Dualiser:
         if result is not None:
             labels = tuple(x for x in result if x in labels)
         real = [o for o in pair if o.node is not None]
-        if not real:  # two masks: one of them is made
-            real = [_Operand(self._ones(pair[0].pending[0]), pair[0].labels)]
-            pending = pair[1].pending
+        masks = [o for o in pair if o.node is None]
+        if masks and not any(set(o.labels) & set(masks[0].labels) for o in real):
+            # Two masks, or one and what has no tokens: it alone would not say how many there are, and is made.
+            real = [_Operand(self._ones(masks[0].pending[0]), masks[0].labels), *real]
+            pending = tuple(r for o in pair if o is not masks[0] for r in o.pending)
         due = [r for r in pending if r.earlier not in labels or r.later not in labels]
         later = tuple(r for r in pending if r not in due)
         if len(real) == 1 and not due and set(labels) == set(real[0].labels):

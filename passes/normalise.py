@@ -361,7 +361,9 @@ class Normaliser:
                 placeholders.append(new)
                 self.env[node] = Value(new, axes)
             elif node.op == "get_attr":
-                self.env[node] = self.constant(getattr(self.captured, node.target))
+                self.env[node] = self.constant(
+                    getattr(self.captured, node.target), node.meta.get("known", False)
+                )
             elif node.op == "call_function":
                 self.env[node] = self.call(node)
             elif node.op == "output":
@@ -372,10 +374,13 @@ class Normaliser:
         """The axes of an argument, under new names."""
         return [() if s == 1 else (Label(s),) for s in shape]
 
-    def constant(self, tensor: torch.Tensor) -> Value:
-        """A tensor the step closes over or makes from nothing."""
+    def constant(self, tensor: torch.Tensor, made: bool) -> Value:
+        """A tensor the step closes over (and may change) or has ``made`` from nothing."""
         if tensor.numel() == 1:
             return Value(tensor.item(), [()] * tensor.ndim)
+        if made and tensor.is_floating_point() and tensor.unique().numel() == 1:
+            # The ones that a derivative subtracts from, say: a number, however tall the tiles are.
+            return self.expand(Value(tensor.flatten()[0].item(), [()] * tensor.ndim), tensor.shape)
         node = self.graph.placeholder(f"constant_{len(self.constants)}")
         axes = [() if s == 1 else (Label(s),) for s in tensor.shape]
         own = tuple(x for axis in axes for x in axis)
@@ -430,7 +435,7 @@ class Normaliser:
                     aten.scalar_tensor: node.args[0]}.get(packet, 0)  # fmt: skip
             return self.expand(Value(fill, [()] * len(shape)), shape)
         kwargs = {k: v for k, v in node.kwargs.items() if k not in ("device", "pin_memory")}
-        return self.constant(target(*node.args, **kwargs))
+        return self.constant(target(*node.args, **kwargs), True)
 
     def finish(self, placeholders, shapes, results) -> Body:
         """Bind the results to the names of the state, give every axis its letter, write the specs."""

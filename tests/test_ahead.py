@@ -48,6 +48,21 @@ def test_new_kernels_are_compiled_together(monkeypatch, tmp_path):
     program.kernels.clear()
 
 
+def test_what_is_asked_for_is_aligned_as_the_tensors_are():
+    call, program, _ = call_of(TTTLinear, T=38, d=16, b=8)
+    groups = [[x.float() for x in g] for g in (call.anchor, call.tokens, call.shared)]
+    launches = []
+    run_kernels(program, *groups[:1], [], *groups[1:], 3, torch.float32, launcher=launches.append)
+    program.kernels.clear()
+    found = set()
+    for made in launches:
+        aligned = made.request().aligned
+        for name, _ in made.kernel.config["arguments"]:
+            assert (name in aligned) == (made.tensors[name].data_ptr() % 16 == 0)
+            found.add(name in aligned)
+    assert found == {True, False}, "the learning rates of later tokens lie anywhere"
+
+
 @on_gpu
 def test_triton_finds_what_was_compiled_ahead(monkeypatch, tmp_path):
     monkeypatch.setenv("TTTC_CACHE_DIR", str(tmp_path / "tttc"))
@@ -72,6 +87,7 @@ def test_triton_finds_what_was_compiled_ahead(monkeypatch, tmp_path):
 @on_gpu
 def test_schedules_are_measured_and_remembered(monkeypatch, tmp_path):
     monkeypatch.setenv("TTTC_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TTTC_TUNE_SECONDS", "60")  # on a slow host, whatever else it does
     torch._dynamo.reset()
     torch.manual_seed(0)
     layer = TTTLinear(256, 4, mini_batch_size=16).cuda().bfloat16()
@@ -83,7 +99,7 @@ def test_schedules_are_measured_and_remembered(monkeypatch, tmp_path):
         grads = torch.autograd.grad(y.float().square().sum(), layer.parameters())
         results.append([y, *grads])
     for a, b in zip(*results, strict=True):
-        assert float((a - b).float().norm()) <= 3e-2 * float(b.float().norm())
+        assert float((a - b).detach().float().norm()) <= 3e-2 * float(b.float().norm())
     files = sorted((tmp_path / "schedules").glob("*.json"))
     assert len(files) == 2, "forward and backward"
     assert all(json.loads(f.read_text())["timed"] > 4 for f in files)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +16,7 @@ from tttc.codegen.torch_scan_backward import saved_leaves
 import tttc
 from tttc._scan_op import scan_info
 from tttc.nn import TTTMLP, TTTLinear
-from tttc.runtime import fused_scan
+from tttc.runtime import cuda_graphs, fused_scan
 from tttc.runtime.triton_scan import run_kernels
 from tttc.runtime.triton_scan_backward import run_backward_kernels
 
@@ -98,7 +100,101 @@ def test_a_training_step_is_captured_and_replayed():
             p.grad = g
 
 
+def trained(model, mode, inputs, targets):
+    """The losses and all gradients of a few steps of training, and what the model then makes of the inputs."""
+    model = copy.deepcopy(model)
+    compiled = tttc.compile(model, strict=True, mode=mode)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    found = []
+    for given, target in zip(inputs, targets, strict=True):
+        x = given.clone().requires_grad_()
+        loss = (compiled(x).float() - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        found += [
+            loss.detach().clone(),
+            x.grad.clone(),
+            *(p.grad.clone() for p in model.parameters()),
+        ]
+        optimizer.step()
+    with torch.no_grad():
+        return found + [compiled(x).clone() for x in (*inputs, inputs[0][:, :100])]
+
+
+@on_gpu
+def test_reduce_overhead_computes_what_calls_do(caplog):
+    model, inputs = model_and_inputs()
+    inputs = [*inputs, *(x.flip(0) for x in inputs)]
+    targets = [x.float().roll(1, 1) for x in inputs]
+    expected = trained(model, None, inputs, targets)
+    with caplog.at_level(logging.INFO, "tttc.graphs"):
+        found = trained(model, "reduce-overhead", inputs, targets)
+    assert not [r for r in caplog.records if r.name == "tttc.graphs"], "something was not recorded"
+    for x, y in zip(found, expected, strict=True):
+        assert torch.equal(x, y)
+
+
+@on_gpu
+def test_reduce_overhead_leaves_a_backward_as_it_is_where_it_can_not_be_recorded(monkeypatch):
+    model, inputs = model_and_inputs()
+    targets = [x.float() for x in inputs]
+    expected = trained(model, None, inputs, targets)
+    check = cuda_graphs.check_for_skip
+
+    def only_forwards(gm, fixed):
+        backward = any("tangents" in node.name for node in gm.graph.nodes)
+        return "asked not to" if backward else check(gm, fixed)
+
+    monkeypatch.setattr(cuda_graphs, "check_for_skip", only_forwards)
+    for x, y in zip(trained(model, "reduce-overhead", inputs, targets), expected, strict=True):
+        assert torch.equal(x, y)
+
+
 # --- what a machine without a GPU can show ----------------------------------------------------------------
+
+
+def test_reduce_overhead_without_a_gpu_says_why_it_records_nothing(caplog):
+    torch.manual_seed(0)
+    layer, x = TTTLinear(32, 2, mini_batch_size=4), torch.randn(2, 9, 32)
+    with caplog.at_level(logging.INFO, "tttc.graphs"):
+        y = tttc.compile(layer, strict=True, mode="reduce-overhead")(x)
+    y.sum().backward()
+    assert "forward runs without CUDA graphs: no tensor on a GPU" in caplog.text
+    assert torch.equal(y, tttc.compile(layer, strict=True)(x))
+    with pytest.raises(ValueError, match="mode: expected one of default, reduce-overhead"):
+        tttc.compile(layer, mode="fastest")
+
+
+def test_parameters_stay_where_they_are_and_inputs_are_copied(monkeypatch):
+    """What is recorded, and which arguments it may take to lie where they lay: with a recorder that is none."""
+    asked = []
+
+    def recorder(run, inputs, static, **given):
+        asked.append(
+            (
+                given,
+                [i for i, x in enumerate(inputs) if isinstance(x, torch.Tensor)],
+                list(static),
+                list(inputs),
+            )
+        )
+        return run
+
+    monkeypatch.setattr("torch._inductor.cudagraph_trees.cudagraphify_impl", recorder)
+    monkeypatch.setattr(cuda_graphs, "_on_gpu", lambda gm: True)
+    monkeypatch.setattr(cuda_graphs, "check_for_skip", lambda gm, fixed: None)
+    monkeypatch.setattr(cuda_graphs, "get_device_index", lambda gm: 0)
+    monkeypatch.setattr(cuda_graphs, "_bring_constants", lambda gm, device: None)
+    layer, x = TTTLinear(32, 2, mini_batch_size=4), torch.randn(2, 9, 32, requires_grad=True)
+    compiled = tttc.compile(layer, strict=True, mode="reduce-overhead")
+    for _ in range(2):
+        compiled(x).sum().backward()
+    (forward, tensors, static, inputs), (backward, *_) = asked  # once each
+    assert not forward["is_backward"] and backward["is_backward"]
+    assert {id(inputs[i]) for i in tensors if i not in static} == {id(x)}
+    with torch.no_grad():
+        compiled(x)
+    assert asked[2][0]["is_inference"]
 
 
 @pytest.mark.parametrize("interval", [1, 2])

@@ -63,7 +63,7 @@ def peak(monkeypatch, length, heads=32):
     with Peak([call.anchor, call.tokens, call.shared]) as held:
         z, *saved = fused_scan.fused_scan(call.anchor, [], call.tokens, call.shared, *rest)
         g = torch.empty_like(z)
-        out = fused_scan_backward.fused_scan_backward._init_fn(
+        out = fused_scan_backward.fused_scan_backward(
             [g], call.anchor, [], call.tokens, call.shared, saved, wanted, *rest
         )
     assert case.program().no_backward_kernels is None

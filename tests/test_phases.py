@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from test_passes import compiled
 from test_rules import errors, in_single, results, scan_of, small
+from tttc.codegen.loop import used
 from tttc.codegen.phases import PIECE
 
 import tttc
+from tttc.ir.build import dims_of
+from tttc.runtime import staged, triton_scan_backward
+from tttc.runtime.chunked import Chunked, first_launches, run_chunked
+from tttc.tuning.plan import setting_of
 
 TALL = {"B": 2, "H": 2, "T": 3, "d": 5, "c": PIECE + 11}
 
@@ -18,8 +25,20 @@ def nothing_compiled_before():
     torch._dynamo.reset()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter runs kernels without a GPU")
-def test_kernels_of_tall_tiles():
+interpreted = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="the interpreter runs kernels without a GPU"
+)
+
+
+@interpreted
+def test_kernels_of_tall_tiles(monkeypatch):
+    runs = []
+
+    def run(given, tensors, batch, heads, length, dtype, launcher):
+        runs.append((given, tensors, batch, heads, length, dtype))
+        return run_chunked(*runs[-1], launcher)
+
+    monkeypatch.setattr(staged, "run_chunked", run)
     step, example = small("lact", **TALL)
     scan = scan_of(step, example.mini_batch_size)
     got = results(tttc.compile(scan, backend="triton", strict=True), in_single(example))
@@ -28,3 +47,66 @@ def test_kernels_of_tall_tiles():
     with torch.no_grad():
         _, program = compiled(step, *in_single(example), verify=False)
     assert program.no_kernels is None and program.no_backward_kernels is None
+    made = [x for x in program.kernels.values() if isinstance(x, Chunked)]
+    for x in made:  # whatever has as many rows as a tile is read piece by piece
+        assert x.made.rows == TALL["c"]
+        assert all(TALL["c"] not in _sides(part) for part in x.made.loops if not part.tokens)
+    assert {id(given) for given, *_ in runs} == set(map(id, made)) and len(made) == 2
+    for given, *rest in runs:  # all that is to be compiled is known before the first launch
+        names = {call.kernel.name for call in first_launches(given, *rest)}
+        assert names == {kernel.name for kernel in given.kernels}
+
+
+@interpreted
+def test_tall_tiles_on_a_gpu_are_differentiated_by_operations(monkeypatch):
+    def on_gpu(*given):
+        return replace(setting_of(*given), device=torch.device("cuda"))
+
+    monkeypatch.setattr(triton_scan_backward, "setting_of", on_gpu)
+    step, example = small("lact", **{**TALL, "T": 2})
+    scan = scan_of(step, example.mini_batch_size)
+    got = results(tttc.compile(scan, backend="triton", strict=True), in_single(example))
+    worst = errors(results(scan, example), got)
+    assert max(worst.values()) < 1e-3, worst
+    with torch.no_grad():
+        _, program = compiled(step, *in_single(example), verify=False)
+    assert program.no_kernels is None
+    assert program.no_backward_kernels == triton_scan_backward.WRONG_THERE
+    program.no_backward_kernels = None
+
+
+def decayed(anchor, W, chunk, shared):
+    """A chunk whose rows count by their places: a constant that has as many rows as the tile."""
+    q, k, v = chunk
+    counts = 0.97 ** torch.arange(k.shape[0], dtype=k.dtype, device=k.device)
+
+    def loss(W):
+        return 0.5 * (counts[:, None] * (torch.tanh(k @ W) - v).square()).sum() / k.shape[0]
+
+    return W - torch.func.grad(loss)(W), (q @ W) * counts[:, None]
+
+
+@interpreted
+def test_constants_with_rows_come_in_pieces_too():
+    g = torch.Generator().manual_seed(0)
+    tokens = tuple(
+        torch.randn(2, 2, 2, TALL["c"], 5, generator=g, dtype=torch.float64) for _ in range(3)
+    )
+    init = torch.randn(2, 5, 5, generator=g, dtype=torch.float64)
+    example = type(small("lact", **TALL)[1])(init, tokens, None, 1)
+    scan = scan_of(decayed, 1)
+    got = results(tttc.compile(scan, backend="triton", strict=True), in_single(example))
+    worst = errors(results(scan, example), got)
+    assert max(worst.values()) < 1e-3, worst
+    with torch.no_grad():
+        _, program = compiled(decayed, *in_single(example), verify=False)
+    assert program.no_kernels is None and program.no_backward_kernels is None
+    made = [x for x in program.kernels.values() if isinstance(x, Chunked)]
+    assert len(made) == 2
+    for x in made:
+        assert all(TALL["c"] not in _sides(part) for part in x.made.loops if not part.tokens)
+
+
+def _sides(part):
+    """The sizes of what a kernel without pieces of rows reads and makes."""
+    return {part.sizes[d] for n in part.graph.nodes if n in used(part) for d in dims_of(n)}

@@ -11,6 +11,7 @@ import torch
 from generator.check import check
 from generator.description import Layer, Program
 from torch.nn import functional as F
+from tttc.passes.dualise import Dualiser
 
 import tttc
 
@@ -226,3 +227,70 @@ def test_what_all_tokens_add_alike_counts_once_for_each(T, backend):
         b=4,
         backend=backend,
     )
+
+
+def momentum_of_two_layers(anchor, carry, token, shared):
+    """Momentum that differs by channel, below a residual."""
+
+    def f(w, x):
+        x = w["first"] @ x
+        return w["second"] @ (x + 0.5 * torch.tanh(x))
+
+    def loss(w):
+        return 0.5 * (f(w, token["k"]) - token["v"]).square().sum()
+
+    new, half = {}, {}
+    for name, g in torch.func.grad(loss)(anchor["new"]).items():
+        half[name] = shared[name] * carry["half"][name] - 0.1 * g
+        new[name] = carry["new"][name] + half[name]
+    return {"new": new, "half": half}, f(new, token["k"])
+
+
+def test_a_product_of_two_masks(monkeypatch):
+    """Weights that are sums of sums of tokens, without a factor: two masks were multiplied, and nothing else."""
+    met = []
+    made = Dualiser.multiply
+
+    def multiply(self, pair, rest, result):
+        met.append(all(x.node is None for x in pair))
+        return made(self, pair, rest, result)
+
+    monkeypatch.setattr(Dualiser, "multiply", multiply)
+    shapes = {"first": (5, 3), "second": (2, 5)}
+    init = {part: {n: numbers(3, *s) for n, s in shapes.items()} for part in ("new", "half")}
+    shared = {n: torch.sigmoid(numbers(3, s[1], seed=2)) for n, s in shapes.items()}
+    tokens = {"k": grid(3, T=3), "v": grid(2, T=3, seed=1)}
+    same(momentum_of_two_layers, init, tokens, shared, b=2)
+    assert any(met)
+
+
+def matrix_of_a_shifted_token(anchor, carry, token, shared):
+    """A bias below a matrix: the product of the biases is one number for all tokens."""
+
+    def loss(w):
+        y = w["matrix"] @ (token["k"] - m + w["bias"])
+        return 0.5 * (y - token["v"]).square().sum()
+
+    m = 0.9 * carry["m"] + 0.1 * token["k"]
+    g = torch.func.grad(loss)({"bias": anchor["bias"], "matrix": anchor["matrix"]})
+    bias = carry["bias"] - token["rate"] * g["bias"]
+    matrix = carry["matrix"] - token["rates"][:, None] * g["matrix"]
+    return {"m": m, "bias": bias, "matrix": matrix}, matrix @ (token["k"] + bias)
+
+
+def test_a_mask_and_a_number():
+    """A mask times what no token goes into: a sum over pairs of tokens, of which it was not known how many."""
+    init = {"m": numbers(3, 4), "bias": numbers(3, 4), "matrix": numbers(3, 8, 4)}
+    tokens = {"k": grid(4), "v": grid(8, seed=1), "rate": grid(4, seed=2), "rates": grid(8, seed=3)}
+    same(matrix_of_a_shifted_token, init, tokens, b=2)
+
+
+def test_products_of_very_many_factors_are_ordered_quickly():
+    """Two inner steps of two layers: the best order of 20 factors took seconds for each of many products."""
+    layers = (Layer("matrix", "row", 3), Layer("matrix", "matmul", 4))
+    program = Program(
+        layers, d=4, B=2, H=2, T=2, b=4, loss="mean square", update="several", decay="token",
+        beta="channels", output="error", container="tuple", strided=True, used="outputs", seed=826,
+    )  # fmt: skip
+    outcome = check(program)
+    assert (outcome.status, outcome.form) == ("same", "dual")

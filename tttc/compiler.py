@@ -11,7 +11,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
@@ -22,6 +22,7 @@ import tttc.runtime.fused_scan_backward  # noqa: F401  (registers the operators)
 from tttc import _recorder, _tracing, logs
 from tttc._checks import check_mini_batch_size
 from tttc._scan_op import approximation, as_tiles, as_tokens, interned
+from tttc.blocks import outline, put_back
 from tttc.capture.loops import Loops
 from tttc.capture.torch_scan import NoTokens, capturing, plan_scan, scans_of
 from tttc.codegen.rowwise_launch import lower_regions
@@ -33,11 +34,18 @@ from tttc.progress import phase
 from tttc.runtime.fused_scan import saving_interval
 from tttc.tuning.choose import tuning_wanted
 
+if TYPE_CHECKING:
+    from tttc.runtime.blocks import Program
+    from tttc.runtime.cuda_graphs import CudaGraphs, Direction
+
 BACKENDS = ("auto", "triton", "torch")
+# Of torch.compile: whether to search for schedules, whether to replay CUDA graphs.
 MODES = {
-    "default": False,
-    "max-autotune": True,
-}  # of torch.compile: whether to search for schedules
+    "default": (False, False),
+    "reduce-overhead": (False, True),
+    "max-autotune": (True, True),
+    "max-autotune-no-cudagraphs": (True, False),
+}
 scans_log = logging.getLogger("tttc.scans")
 
 
@@ -50,6 +58,7 @@ class Options:
     strict: bool = False
     verify: bool = False
     tune: bool = False
+    cuda_graphs: bool = False
 
 
 class TTTCWarning(UserWarning):
@@ -77,6 +86,17 @@ def check_options(options: Options) -> Options:
         check_mini_batch_size(options.mini_batch_size)
     logs.configure()
     return options
+
+
+def _of_mode(mode: str | None, tune: bool | None) -> dict[str, bool]:
+    """The options that a mode of torch.compile stands for; ``tune`` says more than the mode does."""
+    if mode is None:
+        mode = "default"
+    if mode not in MODES:
+        raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
+    search, graphs = MODES[mode]
+    wanted = (search or None) if tune is None else tune
+    return {"tune": tuning_wanted(wanted), "cuda_graphs": graphs}
 
 
 # -- the graph of the model ---------------------------------------------------------------------------
@@ -261,10 +281,16 @@ def _inserted(
 
 
 def _compile_graph(
-    gm: fx.GraphModule, example_inputs: list[Any], options: Options
+    gm: fx.GraphModule,
+    example_inputs: list[Any],
+    options: Options,
+    blocks: dict[str, Program],
+    direction: Direction,
+    graphs: CudaGraphs | None,
 ) -> Callable[..., Any]:
     """An ATen graph, forward or backward, as AOTAutograd hands it over: what only moves memory is fused."""
     _keep_saved_tensors()
+    put_back(gm, blocks)
     before = _recorder.graph("aten", gm)
     with phase("fusion", "fusing") as made:
         fused = fuse(gm)
@@ -272,7 +298,8 @@ def _compile_graph(
     # The regions' kernels run on a GPU (or in Triton's interpreter), their torch operations elsewhere.
     _recorder.kernels(lower_regions(fused, "torch" if options.backend == "torch" else "triton"))
     after = _recorder.graph("fused", fused)
-    return make_boxed_func(_recorder.watched(before, _recorder.watched(after, fused.forward)))
+    run = make_boxed_func(_recorder.watched(before, _recorder.watched(after, fused.forward)))
+    return run if graphs is None else graphs.replayed(run, gm, direction)
 
 
 def _keep_saved_tensors() -> None:
@@ -281,6 +308,15 @@ def _keep_saved_tensors() -> None:
     metadata = None if context is None else context.fw_metadata
     if metadata is not None and metadata.bw_donated_idxs is not None:
         metadata.bw_donated_idxs = []
+
+
+def _cuda_graphs(options: Options) -> CudaGraphs | None:
+    """Who replays the graphs of a model, where that is asked for and somebody looks at no values in between."""
+    if not options.cuda_graphs or _recorder.recording():
+        return None
+    from tttc.runtime.cuda_graphs import CudaGraphs  # TorchInductor takes long to import
+
+    return CudaGraphs()
 
 
 def compile_graph(
@@ -292,10 +328,13 @@ def compile_graph(
         stage = _recorder.graph("captured", gm)
         lower_torch_scans(gm, options)
         lower_scans(gm, options)
-        compiler = functools.partial(_compile_graph, options=options)
+        compiler = functools.partial(
+            _compile_graph, options=options, blocks=outline(gm), graphs=_cuda_graphs(options)
+        )
         run = aot_autograd(
-            fw_compiler=compiler,
-            bw_compiler=compiler,
+            fw_compiler=functools.partial(compiler, direction="forward"),
+            bw_compiler=functools.partial(compiler, direction="backward"),
+            inference_compiler=functools.partial(compiler, direction="inference"),
             decompositions=decompositions(),
             partition_fn=min_cut_rematerialization_partition,
         )(gm, example_inputs)
@@ -307,14 +346,10 @@ def dynamo_backend(
 ) -> Callable[..., Any]:
     """``torch.compile(model, backend="tttc")``: the same compiler through PyTorch's own door.
 
-    ``options={"backend": ..., "strict": ...}`` takes what :func:`compile` takes; ``mode="max-autotune"`` is
-    ``tune=True``.
+    ``mode`` and ``options={"backend": ..., "strict": ...}`` take what :func:`compile` takes.
     """
     given = dict(kwargs.get("options") or {})
-    mode = kwargs.get("mode") or "default"
-    if mode not in MODES:
-        raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
-    given["tune"] = tuning_wanted(given.get("tune", MODES[mode] or None))
+    given |= _of_mode(kwargs.get("mode"), given.get("tune"))
     try:
         options = Options(**given)
     except TypeError:
@@ -504,6 +539,7 @@ def compile(
     strict: bool = False,
     verify: bool = False,
     tune: bool | None = None,
+    mode: str | None = None,
 ) -> Any:
     """Compile a model that contains TTT layers.
 
@@ -522,6 +558,11 @@ def compile(
         tune: on the first call of each size class time the most promising schedules of every scan's kernels on the
             GPU at hand, and remember the fastest on disk. None: as the environment's ``TTTC_TUNE`` says (``1`` or
             ``0``), else False. What was remembered is used either way; where nothing was, rules choose.
+        mode: as of :func:`torch.compile`: None or "default"; "reduce-overhead", which replays the captured graphs as
+            CUDA graphs from the third call of a size on: short calls, which take the host longer to launch than the
+            GPU to run, then take what the GPU takes (results and gradients lie in memory of the graphs: what is kept
+            beyond the next call has to be cloned); "max-autotune-no-cudagraphs", which is ``tune=True``;
+            "max-autotune", which is both. Without a GPU no graphs are recorded.
 
     Returns:
         A module (same parameters, same ``state_dict`` keys) or a function, called like ``model``.
@@ -539,7 +580,8 @@ def compile(
     """
     if not callable(model):
         raise TypeError(f"model: expected an nn.Module or a function, got {type(model).__name__}")
-    options = check_options(Options(backend, mini_batch_size, strict, verify, tuning_wanted(tune)))
+    options = Options(backend, mini_batch_size, strict, verify, **_of_mode(mode, tune))
+    check_options(options)
     if isinstance(model, CompiledModule):
         return CompiledModule(model._tttc_module, options)
     if isinstance(model, nn.Module):

@@ -33,3 +33,10 @@ class DeltaMemory(nn.Module):
             state["W"] = (1 - alpha) * state["W"] + state["S"]
             out[:, t] = torch.einsum("bi,bij->bj", q, state["W"])
         return out
+
+
+if __name__ == "__main__":
+    from examples.loops._run import run
+
+    torch.manual_seed(0)
+    run(DeltaMemory(8), [torch.randn(2, 18, 8)])

@@ -42,3 +42,10 @@ class TTTLinearLoop(nn.Module):
             W = W - eta[:, :, t, None, None] * gradient
             outs.append(f(W, q[:, :, t]))
         return self.out(torch.stack(outs, 1).reshape(B, T, width))
+
+
+if __name__ == "__main__":
+    from examples.loops._run import run
+
+    torch.manual_seed(0)
+    run(TTTLinearLoop(16, 2, 4), [torch.randn(2, 18, 16)])

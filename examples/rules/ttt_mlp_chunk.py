@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from _run import Example, Normal, run
 from torch.nn import functional as F
 
 
@@ -45,3 +46,14 @@ def step(anchor: Weights, carry: Weights, chunk: Chunk, norm) -> tuple[Weights, 
     gradient = torch.func.grad(loss)(carry)
     new = Weights(*(w - g for w, g in zip(carry, gradient, strict=True)))
     return new, model(new, chunk.q, norm)
+
+
+def example(normal: Normal, B: int = 2, H: int = 2, T: int = 3, d: int = 8, c: int = 16) -> Example:
+    """Small inputs: T chunks of c tokens."""
+    chunks = Chunk(*(normal(B, H, T, c, d) for _ in range(3)), normal.gate(B, H, T, c, high=0.1))
+    weights = Weights(normal(H, d, 4 * d), normal(H, 4 * d), normal(H, 4 * d, d), normal(H, d))
+    return Example(weights, chunks, (1.0 + normal(H, d), normal(H, d)), 1)
+
+
+if __name__ == "__main__":
+    run(step, example(Normal()))

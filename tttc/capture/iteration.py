@@ -5,9 +5,8 @@ Iterations are traced one by one, each from values of its own, so that no trace 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,10 +16,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
 from tttc.capture.constants import fold_constants
+from tttc.capture.facts import Facts
+from tttc.capture.index import Earlier, Index
+from tttc.capture.lines import user_line
 from tttc.capture.picks import compose_picks
-from tttc.capture.places import Copier
+from tttc.capture.places import Copier, contents, is_changed
 from tttc.capture.step import SourceLines, WithLines, decomposition_table
-from tttc.ir.body import is_users
 from tttc.ir.errors import NotLowerable
 
 aten = torch.ops.aten
@@ -37,6 +38,11 @@ class Iteration:
         appended: what was appended to each list.
         after: the variables afterwards, their tensors without values.
         scalars: their numbers and flags.
+        shapes: of the inputs.
+        in_place: places whose tensors are written to, if anything.
+        env: the variables before.
+        facts: what was asked of the loop variable.
+        mutates: whether it changes what dictionaries and dataclasses hold that were there before.
     """
 
     graph: fx.Graph
@@ -45,10 +51,11 @@ class Iteration:
     appended: dict[str, list[fx.Node]]
     after: Env
     scalars: dict[str, Any]
-    shapes: dict[str, torch.Tensor] = field(default_factory=dict)  # of the inputs
-    in_place: set[str] = field(
-        default_factory=set
-    )  # places whose tensors are written to, if anything
+    shapes: dict[str, torch.Tensor]
+    in_place: set[str]
+    env: Env
+    facts: Facts
+    mutates: bool
 
 
 class _Marks(TorchFunctionMode):
@@ -108,6 +115,7 @@ def trace(
     names: list[str],
     mode: FakeTensorMode,
     shapes: dict[str, tuple[int, ...]],
+    facts: Facts,
 ) -> Iteration:
     """Trace one iteration.
 
@@ -115,6 +123,7 @@ def trace(
         body: the iteration; it takes the loop variable and the variables, and returns the variables.
         env: the variables before it; those among ``names`` that it lacks are unbound.
         shapes: places whose tensors shall have another shape than they have.
+        facts: where the loop variable notes what is asked of it.
     """
     given: dict[str, torch.Tensor] = {}
 
@@ -132,13 +141,17 @@ def trace(
     def flat(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         # Copies, so that what requires gradients may be written to as in the middle of a program.
         now = {p: x.clone() for p, x in zip(paths, tensors, strict=True)}
-        copier = Copier(lambda path, x: now[path])
+        copier = Copier(
+            lambda path, x: now[path], lambda x: Earlier() if isinstance(x, Index) else x
+        )
         values = {name: copier.copy(value, name) for name, value in env.items()}
         before = {path: len(x) for path, x in copier.lists.items()}
         lists = dict(copier.lists)
         bound = {name: values.get(name, ...) for name in names}
+        held = contents(list(values.values()))
         with SourceLines(), _Marks():
             out = body(variable, **bound)
+        left["mutates"] = is_changed(held)
         out = {k: v for k, v in out.items() if k in names}
         appended: dict[str, list[Any]] = {}
         for path, x in lists.items():
@@ -204,6 +217,9 @@ def trace(
         left["scalars"],
         noting.everywhere(given),
         {p for p in left["in_place"] if outputs[p] is not before_nodes[p]},
+        env,
+        facts,
+        left["mutates"],
     )
 
 
@@ -247,11 +263,3 @@ def _drop_copies(graph: fx.Graph) -> None:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
     graph.eliminate_dead_code()
-
-
-def user_line() -> str | None:
-    """The line of the user's program that is running."""
-    frame: Any = sys._getframe(1)
-    while frame is not None and not is_users(frame.f_code.co_filename):
-        frame = frame.f_back
-    return None if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"

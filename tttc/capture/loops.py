@@ -79,6 +79,11 @@ class Site:
         self, bounds: Any, values: Any, mode: FakeTensorMode, report: Report, verify: bool
     ) -> int:
         try:
+            if torch._C._functorch.peek_interpreter_stack() is not None:
+                raise NotLowerable(
+                    "it runs under a transform of torch.func: give its tensors the dimensions of batch and heads, "
+                    "and map inside it, over what it does with one token"
+                )
             self.plans.append(Planner(self.source, bounds, values, mode, scan, verify).plan())
         except NoTokens:
             self.tokens = False

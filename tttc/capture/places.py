@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -19,17 +19,28 @@ _ATOMS = (int, float, bool, str, bytes, complex, type(None), torch.dtype, torch.
 _OPAQUE = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, torch.Size)
 
 
-class Copier:
-    """A structural copy of values: containers are copied, tensors replaced, shared objects stay shared."""
+_OF_MODULES = frozenset(nn.Module().__dict__)
 
-    def __init__(self, change: Change) -> None:
+
+def _is_of_torch(value: nn.Module) -> bool:
+    return type(value).__module__.partition(".")[0] == "torch"
+
+
+class Copier:
+    """A structural copy of values: containers are copied, tensors (and numbers) replaced, shared objects stay shared."""
+
+    def __init__(self, change: Change, atom: Callable[[Any], Any] = lambda x: x) -> None:
         self.change = change
+        self.atom = atom
         self.memo: dict[int, Any] = {}
         self.first: dict[int, str] = {}  # where a container was met first
         self.aliases: dict[str, str] = {}
         self.kept: list[Any] = []  # an id names an object only while the object lives
         self.scalars: dict[str, Any] = {}
         self.lists: dict[str, list[Any]] = {}
+        self.objects: dict[
+            str, Any
+        ] = {}  # what is neither a tensor nor a number, before what it holds
 
     def copy(self, value: Any, path: str, depth: int = 0) -> Any:
         """The copy of ``value``, which the program reads as ``path``."""
@@ -37,7 +48,9 @@ class Copier:
             return self.change(path, value)
         if isinstance(value, _ATOMS):
             self.scalars[path] = value
-            return value
+            return self.atom(value)
+        if id(value) not in self.memo:
+            self.objects[path] = value
         if isinstance(value, _OPAQUE) or depth > 12:
             return value
         if isinstance(value, tuple):
@@ -98,7 +111,7 @@ class Copier:
                 where = f"{path}.{name}" if name.isidentifier() else f"getattr({path}, {name!r})"
                 inside[group][name] = self.copy(x, where, depth + 1)
         for name, x in value.__dict__.items():
-            if not name.startswith("_") and name != "training":
+            if name not in _OF_MODULES and not (_is_of_torch(value) and name.startswith("_")):
                 made.__dict__[name] = self.copy(x, f"{path}.{name}", depth + 1)
         return made
 
@@ -123,3 +136,59 @@ def scalars_of(env: dict[str, Any]) -> dict[str, Any]:
     for name, value in env.items():
         copier.copy(value, name)
     return copier.scalars
+
+
+def containers_of(value: Any) -> Iterator[Any]:
+    """The dictionaries and dataclasses that a value consists of."""
+    if isinstance(value, (dict, list, tuple)) or _is_record(value):
+        if not isinstance(value, (list, tuple)):
+            yield value
+        for x in list(_items(value).values()):
+            yield from containers_of(x)
+
+
+def contents(value: Any) -> list[tuple[Any, dict[Any, Any]]]:
+    """What is in each of them."""
+    return [(x, dict(_items(x))) for x in containers_of(value)]
+
+
+def is_changed(before: list[tuple[Any, dict[Any, Any]]]) -> bool:
+    """Whether one of them holds something else than before."""
+    return any(
+        list(_items(x)) != list(old) or any(y is not old[k] for k, y in _items(x).items())
+        for x, old in before
+    )
+
+
+def is_shared(env: dict[str, Any]) -> bool:
+    """Whether two variables hold the same one."""
+    held = [{id(x) for x in containers_of(value)} for value in env.values()]
+    return sum(len(x) for x in held) > len(set().union(*held))
+
+
+def apart(value: Any) -> Any:
+    """A copy that shares no dictionary and no dataclass with others."""
+    if type(value) is dict:
+        return {k: apart(x) for k, x in value.items()}
+    if type(value) is tuple:
+        return tuple(apart(x) for x in value)
+    if _is_record(value):
+        made = copy.copy(value)
+        for name, x in vars(value).items():
+            object.__setattr__(made, name, apart(x))
+        return made
+    return value
+
+
+def _is_record(value: Any) -> bool:
+    return (
+        dataclasses.is_dataclass(value)
+        and not isinstance(value, (type, nn.Module))
+        and hasattr(value, "__dict__")
+    )
+
+
+def _items(value: Any) -> dict[Any, Any]:
+    if isinstance(value, (list, tuple)):
+        return dict(enumerate(value))
+    return value if isinstance(value, dict) else vars(value)

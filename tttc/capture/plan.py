@@ -17,12 +17,22 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tttc.capture.assemble import Argument, Assembled, assemble
 from tttc.capture.check import check_run
 from tttc.capture.emit import Given, Loop, Writer, write_step
+from tttc.capture.facts import Facts
 from tttc.capture.grid import labelled, pieces
-from tttc.capture.index import Facts, Index
+from tttc.capture.index import Index, Length
 from tttc.capture.iteration import Env, Iteration, trace
 from tttc.capture.layout import Pieces
-from tttc.capture.places import scalars_of, tensors_of
-from tttc.capture.reroll import SCATTERS, Match, Rolled, moving_indices, reroll, results_of
+from tttc.capture.likeness import likeness
+from tttc.capture.places import Copier, apart, is_shared, scalars_of, tensors_of
+from tttc.capture.reroll import (
+    SCATTERS,
+    Match,
+    Rolled,
+    moving_indices,
+    quietest,
+    reroll,
+    results_of,
+)
 from tttc.capture.source import LoopSource, compiled_source
 from tttc.ir.body import Body, operands_of, source_line, spec_of
 from tttc.ir.errors import NotLowerable
@@ -30,6 +40,7 @@ from tttc.ir.errors import NotLowerable
 CHECKED_MINI_BATCHES = 1  # of a re-rolled loop, compared with the loop itself when it is planned
 CHECKED_ITERATIONS = 20  # more, or more numbers, cost too much unless validation is asked for
 CHECKED_NUMBERS = 1 << 20
+LARGEST_PERIOD = 64  # iterations that are looked at
 FREE_MINI_BATCH = 16  # of a state that no update looks at: any size gives the same
 
 
@@ -76,7 +87,7 @@ class Planner:
         self.env: Env = dict(zip(source.inputs, values, strict=True))
         self.mode = mode
         self.scan = scan
-        self.facts = Facts()
+        self.facts = Facts(self.count)
         code = source.body.__code__  # type: ignore[union-attr]
         self.names = list(code.co_varnames[1 : code.co_argcount])
         self.entry = tensors_of(self.env)
@@ -86,46 +97,63 @@ class Planner:
 
     def iteration(self, n: int, env: Env, shapes: dict[str, tuple[int, ...]]) -> Iteration:
         """Iteration n, from variables like ``env``."""
-        variable = Index.of(self.facts, n, self.step, self.start)
+        facts = Facts(self.count)
+        variable = Index.of(facts, n, self.step, self.start)
+        env = {k: Length(x) if type(x) is int and x == self.stop else x for k, x in env.items()}
         try:
-            return trace(self.source.body, variable, env, self.names, self.mode, shapes)  # type: ignore[arg-type]
+            made = trace(self.source.body, variable, env, self.names, self.mode, shapes, facts)  # type: ignore[arg-type]
         except NotLowerable:
             raise
         except Exception as error:  # whatever a user's program may raise where it is only traced
             raise NotLowerable(f"it can't be traced: {type(error).__name__}: {error}") from error
+        self.facts.add(facts)
+        return made
 
     def rolled(self) -> Rolled:
         """The loop re-rolled."""
-        first = self.iteration(0, self.env, {})
-        self.before = first.after
-        second = self.iteration(1, first.after, {})
-        iterations = {0: first, 1: second}
-        steady = second.after
-        if self.count > 2:
-            iterations[2] = self.iteration(2, second.after, {})
-            steady = iterations[2].after
-        base = 1
-        pair = (1, 2) if self.count > 2 else (0, 1)
-        if not _reads_tokens(iterations[pair[0]], iterations[pair[1]]):
+        iterations = {0: self.iteration(0, self.env, {})}
+        if is_shared(self.env) and not iterations[0].mutates:
+            # An anchor may be the very object that the carry is; what each is for shows where they differ.
+            iterations[0] = self.iteration(0, _apart(self.env), {})
+        for n in range(1, min(self.count, 3)):
+            iterations[n] = self.iteration(n, self._left(iterations[n - 1]), {})
+        last = max(iterations)
+        first, second = iterations[last - 1], iterations[last]
+        if not _reads_tokens(first, second):
             raise NoTokens("it does not run over tokens")
-        self._check_scalars(iterations[pair[0]], iterations[pair[1]])
-        moving = moving_indices(iterations[pair[0]], iterations[pair[1]], pair)
-        if pair[0] != base:
-            moving = {
-                (_counterpart(iterations[0], iterations[1])[node], place): (a, b)
-                for (node, place), (a, b) in moving.items()
-            }
-        period = self.facts.period if self.facts.moduli else None
-        more = {n for n in self.facts.limits if 0 <= n < self.count}
-        if period is None:
-            more.add(min(self.count - 1, 3))
-        else:
+        self._check_scalars(first, second)
+        # What the quiet ones do, those that renew a mini-batch do too.
+        n = quietest({m: iterations[m] for m in (last, last - 1)}, self.facts.limits)
+        other = 2 * last - 1 - n
+        moving = moving_indices(iterations[n], iterations[other], (n, other))
+        if self.facts.lost:
+            raise NotLowerable(
+                "what it does with the loop variable can't be followed", self.facts.lost[0]
+            )
+        period = self.facts.period
+        more = self.facts.places()
+        if period is not None:
             more |= {period - 1, period, period + 1, 2 * period}
-        longest = max([self.count - 1, *more])
-        shapes = self._longer(iterations[base], moving, longest)
-        for n in sorted(more - set(iterations)):
-            iterations[n] = self.iteration(n, steady, shapes)
+        elif not more:
+            more.add(min(self.count - 1, 3))
+        if len(more) > LARGEST_PERIOD:
+            raise NotLowerable("too many of its iterations may do something else")
+        shapes = self._longer(iterations[n], moving, max([self.count - 1, *more]))
+        steady = self._left(iterations[n])
+        for m in sorted(more - set(iterations)):
+            iterations[m] = self.iteration(m, steady, shapes)
+        base = quietest({m: x for m, x in iterations.items() if m}, self.facts.limits)
+        moving = {
+            (_counterpart(iterations[n], iterations[base])[node], place): x
+            for (node, place), x in moving.items()
+        }
+        self.base = base
         return reroll(iterations, base, moving, period, self._wanted(iterations[base]), self._same)
+
+    @staticmethod
+    def _left(iteration: Iteration) -> Env:
+        """The variables that an iteration hands to the next."""
+        return iteration.after if iteration.mutates else _apart(iteration.after)
 
     def _longer(self, iteration: Iteration, moving: Any, last: int) -> dict[str, tuple[int, ...]]:
         """Shapes in which every tensor has as many tokens as iterations up to ``last`` read."""
@@ -214,8 +242,9 @@ class Planner:
                         loop.given[f"anchor_{i}"] = self._given(
                             f"anchor_{i}", argument, marked.axes[f"carry_{i}"]
                         )
+        self.text = _text(marked.body)
         numbers = self._numbers(rolled)
-        self._find_free(loop, rolled, made, numbers)
+        self._find_free(loop, rolled, numbers)
         step = write_step(loop)
         whole = compiled_source("whole", "\n".join(self._counting(loop)) + "\n", {})
         writer = Writer(loop, step, {"_scan": self.scan, "_whole": whole, **_scan_names()})
@@ -317,30 +346,23 @@ class Planner:
 
     def _numbers(self, rolled: Rolled) -> dict[str, Any]:
         """The numbers and flags among the variables; a plan holds for their values."""
-        found = {}
-        for path, x in scalars_of(self.env).items():
-            root = self.env[_root(path)]
-            inside = path.count(".") + path.count("[") > 1
-            if isinstance(root, nn.Module) and (
-                inside or "._" in path or path.endswith(".training")
-            ):
-                continue
-            if "__self__" in path:
-                continue
-            found[path] = x
+        found = scalars_of(self.env)
+        if not self._same_with(rolled, {}, _other_mode(rolled.template.env)):
+            found |= {
+                f"{name}.training": x.training
+                for name, x in self.env.items()
+                if isinstance(x, nn.Module)
+            }
         return found
 
-    def _find_free(
-        self, loop: Loop, rolled: Rolled, made: Assembled, numbers: dict[str, Any]
-    ) -> None:
+    def _find_free(self, loop: Loop, rolled: Rolled, numbers: dict[str, Any]) -> None:
         """Which sizes of the grid may be any: those with which the iteration comes out the same."""
         body = loop.labelled.body
-        self.text = _text(body)
         for name in list(numbers):
             x = numbers[name]
             length = name.isidentifier() and type(x) is int and x == self.stop and self.count > 2
             # How many tokens there are: does the iteration look at it?
-            if length and self._same_with(rolled, made, {}, {name: x + 13 * self.step}):
+            if length and self._same_with(rolled, {}, {name: x + 13 * self.step}):
                 del numbers[name]
         for name in loop.pieces.grid:
             shapes: dict[str, tuple[int, ...]] = {}
@@ -378,9 +400,9 @@ class Planner:
                 for k, x in numbers.items()
                 if k.isidentifier() and type(x) is int and x == size
             }
-            if self._same_with(rolled, made, shapes, {}):
+            if self._same_with(rolled, shapes, {}):
                 loop.free.add(name)
-            elif equal and self._same_with(rolled, made, shapes, equal):
+            elif equal and self._same_with(rolled, shapes, equal):
                 loop.free.add(name)
                 for k in equal:
                     numbers[k] = _Size(name)
@@ -388,22 +410,27 @@ class Planner:
     def _same_with(
         self,
         rolled: Rolled,
-        made: Assembled,
         shapes: dict[str, tuple[int, ...]],
-        scalars: dict[str, int],
+        changed: Env,
     ) -> bool:
-        """Whether the iteration is the same program with other sizes and numbers."""
-        env = {**self.before, **{k: v for k, v in scalars.items() if k in self.before}}
-        facts, self.facts = self.facts, Facts()
+        """Whether the iteration is the same program with other sizes and other variables."""
+        template = rolled.template
+        env = {**template.env, **{k: v for k, v in changed.items() if k in template.env}}
+        shapes = {p: shapes.get(p, tuple(x.shape)) for p, x in template.shapes.items()}
+        facts, self.facts = self.facts, Facts(self.count)
         try:
-            other = self.iteration(1, env, shapes)
+            other = self.iteration(self.base, env, shapes)
+            if other.facts.moduli != template.facts.moduli:
+                return False
             match = Match()
-            for a, b in results_of(rolled.template, other):
+            for a, b in results_of(template, other):
                 match.extend(a, b)
             nodes = match.nodes
             moving = {(nodes[n], i): x for (n, i), x in rolled.moving.items() if n in nodes}
             if any(
-                nodes[n].args[i] != x[0] + x[1] for (n, i), x in rolled.moving.items() if n in nodes
+                nodes[n].args[i] != x[0] + x[1] * self.base
+                for (n, i), x in rolled.moving.items()
+                if n in nodes
             ):
                 return False
             again = dataclasses.replace(
@@ -527,8 +554,8 @@ class Planner:
             raise NotLowerable(f"{path} after the loop is not a value of its last iteration")
         if isinstance(value, Index):
             return (
-                f"_start + (_count - 1) * _step + {value.offset - self.start}"
-                if value.scale == self.step
+                f"_start + (_count - 1) * _step + {value.at(0) - self.start}"
+                if value.scale == self.step and not value.moves
                 else self._lost(path)
             )
         if isinstance(value, (int, float, bool, str, type(None))):
@@ -577,6 +604,10 @@ class Planner:
             f"_bounds[2] == {self.step}",
             "_bounds[1] - _bounds[0] >= _bounds[2]",
         ]
+        scope: dict[str, Any] = {"_torch": torch}
+        conditions += likeness(self.env, set(appended), self.source.made, scope)
+        if self.facts.known is not None:
+            conditions.append(f"_bounds[1] <= {self.start + self.facts.known * self.step}")
         if made.stops:
             conditions.append(f"_torch.is_grad_enabled() is {self.gradients}")
         names: dict[str, str] = {}
@@ -611,17 +642,25 @@ class Planner:
                 conditions.append(
                     f"{path} is {x!r}" if not isinstance(x, str) else f"{path} == {x!r}"
                 )
-            elif isinstance(x, (int, float)):
+            elif isinstance(x, torch.dtype):
+                conditions.append(f"{path} is _{x}")
+            elif isinstance(x, (int, float)) and x - x == 0:
                 conditions.append(f"{path} == {x!r}")
         conditions += [f"len({p}) == 0" for p in appended if p in self.source.joined]
         unpack = f"({', '.join(self.source.inputs)}{',' if len(self.source.inputs) == 1 else ''})"
         lines = [
             "def fits(_bounds, _values):",
             f"    {unpack} = _values" if self.source.inputs else "    pass",
+            "    try:",
+            *(
+                f"        if not ({c}):\n            return False"
+                for c in dict.fromkeys(conditions)
+            ),
+            "    except (AttributeError, IndexError, KeyError, TypeError):",
+            "        return False",
+            "    return True",
         ]
-        lines += [f"    if not ({c}):\n        return False" for c in dict.fromkeys(conditions)]
-        lines.append("    return True")
-        return compiled_source("fits", "\n".join(lines) + "\n", {"_torch": torch})
+        return compiled_source("fits", "\n".join(lines) + "\n", scope)
 
 
 def whole_iterations(source: LoopSource, bounds: Any, values: Any) -> int:
@@ -633,6 +672,21 @@ def whole_iterations(source: LoopSource, bounds: Any, values: Any) -> int:
             if pieces < count:
                 count = pieces
     return count
+
+
+def _other_mode(env: Env) -> Env:
+    """The modules among the variables, in training where they are evaluated and the other way round."""
+    found: Env = {}
+    for name, value in env.items():
+        if isinstance(value, nn.Module):
+            found[name] = Copier(lambda path, x: x).copy(value, name)
+            for module in found[name].modules():
+                module.training = not module.training
+    return found
+
+
+def _apart(env: Env) -> Env:
+    return {name: apart(value) for name, value in env.items()}
 
 
 @dataclass(frozen=True)

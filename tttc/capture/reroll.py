@@ -155,6 +155,21 @@ def moving_indices(
     return moving
 
 
+def quietest(iterations: dict[int, Iteration], limits: set[int]) -> int:
+    """The iteration that changes least: one that renews no anchor.
+
+    Before others come those at no limit, and those to which no place is another's, as the anchor's is the carry's
+    right after it was renewed.
+    """
+
+    def rank(n: int) -> tuple[Any, ...]:
+        x = iterations[n]
+        changes = sum(node is not x.inputs.get(p) for p, node in x.outputs.items())
+        return (n in limits, changes, len(x.inputs) - len(set(x.inputs.values())), n)
+
+    return min(iterations, key=rank)
+
+
 def results_of(first: Iteration, second: Iteration) -> Iterable[tuple[fx.Node, fx.Node]]:
     """What two iterations leave, pair by pair."""
     for path, nodes in first.appended.items():
@@ -197,39 +212,37 @@ def reroll(
         NotLowerable: where the iterations do not fit together, with the line.
     """
     template = iterations[base]
+    _forget_names(template, iterations)
     for path, nodes in template.appended.items():
         if len(nodes) != 1:
             raise NotLowerable(f"the list {path} grows by {len(nodes)} with every token")
     written = {p: n for p, n in template.outputs.items() if is_written(template, p)}
     changed = [p for p, n in template.outputs.items() if n is not template.inputs.get(p)]
-    used, carries = _carried(template, changed, written, wanted)
-    roots = _roots(template, carries, written, wanted)
-    used_paths = {p for p, n in template.inputs.items() if n in used}
+    bound = {p for p in iterations[0].inputs if p in template.inputs and p in template.outputs}
+    handed: set[str] = set()  # places that anchors take their values of
+    while True:
+        used, carries = _carried(template, changed, written, wanted, handed)
+        renewals = {
+            n: _renewed(template, other, carries, used, written, wanted, moving, n, bound)
+            for n, other in sorted(iterations.items())
+        }
+        found = {q for renewed in renewals.values() for q, _ in renewed.values()}
+        if found <= handed | set(carries):
+            break
+        handed |= found
     anchors: dict[str, str] = {}
     renewing: set[int] = set()
     late = 0  # 1 where anchors are renewed after the update, for the next iteration
-    for n, other in sorted(iterations.items()):
-        match = Match()
-        for path in roots:
-            if path not in other.outputs:
-                raise NotLowerable(f"{path} is not always bound")
-            match.extend(template.outputs[path], other.outputs[path])
-        for path, nodes in template.appended.items():
-            if len(other.appended.get(path, ())) != len(nodes):
-                raise NotLowerable(f"the list {path} does not grow by the same with every token")
-            match.extend(nodes[0], other.appended[path][0])
-        _check_numbers(match, moving, n, base)
-        refreshed = _refreshes(template, other, match, carries, used_paths)
-        starting = {p: q for p, (q, late) in refreshed.items() if not late}
-        ending = {p: q for p, (q, late) in refreshed.items() if late}
-        for p, q in refreshed.items():
-            if anchors.setdefault(p, q[0]) != q[0]:
-                raise NotLowerable(f"{p} takes its value from {q[0]} and from {anchors[p]}")
-        if (starting and ending) or (renewing and refreshed and late != bool(ending)):
+    for n, renewed in renewals.items():
+        for p, (q, _) in renewed.items():
+            if anchors.setdefault(p, q) != q:
+                raise NotLowerable(f"{p} takes its value from {q} and from {anchors[p]}")
+        when = {int(after) for _, after in renewed.values()}
+        if len(when) > 1 or (renewing and renewed and late not in when):
             raise NotLowerable("variables are renewed before and after the update of a token")
-        if refreshed:
+        if renewed:
             renewing.add(n)
-            late = int(bool(ending))
+            late = when.pop()
     if not anchors:
         last = [p for p in wanted if p in changed and p not in carries and p not in written]
         return Rolled(template, carries, {}, last, None, 0, moving, written)
@@ -253,21 +266,66 @@ def reroll(
     return Rolled(template, carries, anchors, last, period, offset, moving, written)
 
 
-def _roots(
-    template: Iteration, carries: list[str], written: dict[str, fx.Node], wanted: set[str]
-) -> list[str]:
-    changed = [p for p, n in template.outputs.items() if n is not template.inputs.get(p)]
-    return [p for p in changed if p in carries or p in written or p in wanted]
+def _forget_names(template: Iteration, iterations: dict[int, Iteration]) -> None:
+    """Of a tensor's names those are left that no iteration gives to another, if there are any.
+
+    A variable that a loop inside an iteration leaves bound to a layer names what ``self.layers`` holds, too.
+    """
+    kept = {
+        p: node
+        for p, node in template.inputs.items()
+        if p in iterations[0].inputs
+        and all(x.outputs.get(p, ...) is x.inputs.get(p) for x in iterations.values())
+    }
+    held = set(kept.values())
+    for p, node in list(template.inputs.items()):
+        if node in held and p not in kept:
+            del template.inputs[p]
+
+
+def _renewed(
+    template: Iteration,
+    other: Iteration,
+    carries: list[str],
+    used: set[fx.Node],
+    written: dict[str, fx.Node],
+    wanted: set[str],
+    moving: dict[tuple[fx.Node, Any], tuple[int, int]],
+    n: int,
+    bound: set[str],
+) -> dict[str, tuple[str, bool]]:
+    """What iteration ``n`` renews and others do not, where it does the same otherwise."""
+    match = Match()
+    for path, node in template.outputs.items():
+        changed = node is not template.inputs.get(path)
+        if not (path in carries or (changed and (path in written or path in wanted))):
+            continue
+        if path not in other.outputs:
+            raise NotLowerable(f"{path} is not always bound")
+        match.extend(node, other.outputs[path])
+    for path, nodes in template.appended.items():
+        if len(other.appended.get(path, ())) != len(nodes):
+            raise NotLowerable(f"the list {path} does not grow by the same with every token")
+        match.extend(nodes[0], other.appended[path][0])
+    _check_numbers(match, moving, n)
+    read = {p for p, x in template.inputs.items() if x in used}
+    return _refreshes(template, other, match, carries, read, bound)
 
 
 def _carried(
-    template: Iteration, changed: list[str], written: dict[str, fx.Node], wanted: set[str]
+    template: Iteration,
+    changed: list[str],
+    written: dict[str, fx.Node],
+    wanted: set[str],
+    handed: set[str],
 ) -> tuple[set[fx.Node], list[str]]:
     """The nodes that matter, and the places that iterations hand to each other."""
-    carries: list[str] = []
+    carries = [p for p in template.outputs if p in handed]
     while True:
         ends: list[Any] = [n for nodes in template.appended.values() for n in nodes]
-        ends += [template.outputs[p] for p in changed if p in carries or p in wanted]
+        ends += [
+            n for p, n in template.outputs.items() if p in carries or (p in changed and p in wanted)
+        ]
         ends += [n.args[1] for n in written.values()]
         used = _ancestors([n for n in ends if n not in written.values()])
         more = [
@@ -279,7 +337,7 @@ def _carried(
             for p in written:
                 if template.inputs[p] in _reads(template, used, written):
                     raise NotLowerable(f"{p} is written to and read from", source_line(written[p]))
-            return used, [p for p in changed if p in carries]
+            return used, [p for p in template.outputs if p in carries]
         carries += more
 
 
@@ -307,7 +365,7 @@ def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     return found
 
 
-def _check_numbers(match: Match, moving: dict[Any, tuple[int, int]], n: int, base: int) -> None:
+def _check_numbers(match: Match, moving: dict[Any, tuple[int, int]], n: int) -> None:
     for key, (start, step) in moving.items():
         node, place = key
         if node not in match.nodes:
@@ -329,28 +387,36 @@ def _refreshes(
     match: Match,
     carries: list[str],
     used: set[str],
+    bound: set[str],
 ) -> dict[str, tuple[str, bool]]:
-    """The places that an iteration renews and others do not: from which carry, and whether after its update."""
-    before = {node: p for p, node in other.inputs.items()}
+    """The places that an iteration renews and others do not: from which place, and whether after its update."""
     found: dict[str, tuple[str, bool]] = {}
     for p in used:
+        stand_in = match.inputs.get(template.inputs[p])
+        own, left = other.inputs.get(p), other.outputs.get(p)
         if p in carries:
-            stand_in = match.inputs.get(template.inputs[p])
-            if stand_in is not None and before.get(stand_in) != p:
+            if stand_in is not None and stand_in is not own:
                 raise NotLowerable(f"{p} is sometimes replaced", source_line(stand_in))
             continue
-        stand_in = match.inputs.get(template.inputs[p])
-        left = other.outputs.get(p)
-        if stand_in is None or stand_in is other.inputs.get(p):
-            if left is None or left is other.inputs.get(p):
+        if stand_in is None or stand_in is own:
+            if left is None or left is own:
                 continue
-            late = [q for q in carries if other.outputs[q] is left]
-            if not late:
-                raise NotLowerable(f"{p} is sometimes replaced", source_line(left))
-            found[p] = (late[0], True)
+            sources = [q for q, x in other.outputs.items() if x is left and q != p]
+            found[p] = (_source(p, left, sources, carries, bound), True)
             continue
-        q = before.get(stand_in)
-        if q not in carries or left is not stand_in:
+        sources = [q for q, x in other.inputs.items() if x is stand_in]
+        if left is not stand_in:
             raise NotLowerable(f"{p} is sometimes replaced", source_line(stand_in))
-        found[p] = (q, False)
+        found[p] = (_source(p, stand_in, sources, carries, bound), False)
     return found
+
+
+def _source(p: str, value: fx.Node, places: list[str], carries: list[str], bound: set[str]) -> str:
+    """The place whose value an anchor takes: a carry, or one that can be."""
+    for q in places:
+        if q in carries:
+            return q
+    for q in places:
+        if q in bound:
+            return q
+    raise NotLowerable(f"{p} is sometimes replaced", source_line(value))

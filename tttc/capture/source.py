@@ -49,6 +49,7 @@ class LoopSource:
     index: int
     inputs: list[str] = field(default_factory=list)  # bound before it, used inside
     beside: list[str] = field(default_factory=list)  # what the whole loop needs to run as it is
+    made: set[str] = field(default_factory=set)  # bound anew by every call
     results: list[str] = field(default_factory=list)  # bound or appended to inside, used afterwards
     joined: set[str] = field(default_factory=set)  # lists that are only ever stacked afterwards
     sources: list[tuple[str, ast.expr, ast.expr | None]] = field(default_factory=list)
@@ -166,6 +167,7 @@ class Rewritten:
         before = {a.arg for a in every} | {
             a.arg for a in (arguments.vararg, arguments.kwarg) if a is not None
         }
+        loop.made = names_of([self.tree], ast.Store)
         defined: dict[str, ast.stmt] = {}
         after: set[str] = set()
         uses: dict[str, list[ast.AST]] = {}

@@ -15,6 +15,7 @@ from tttc.ir.spec import Dims
 
 Path = tuple[tuple[int, ...], ...]
 OPTIMAL = 6  # operands up to which every order is tried
+PROGRAMMED = 16  # up to which the best is found all the same; more take seconds each
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,9 @@ def best_path(
     inputs = ",".join("".join(letter[x] for x in o) for o in operands)
     output = "".join(letter[x] for x in result if x in letter)
     shapes = [tuple(sizes[x] for x in o) for o in operands]
-    method = "optimal" if len(operands) <= OPTIMAL else "dp"
+    method = (
+        "optimal" if len(operands) <= OPTIMAL else "dp" if len(operands) <= PROGRAMMED else "greedy"
+    )
     found, info = opt_einsum.contract_path(
         f"{inputs}->{output}", *shapes, shapes=True, optimize=method if path is None else list(path)
     )

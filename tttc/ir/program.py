@@ -33,6 +33,7 @@ class Program:
     plans: dict = field(default_factory=dict)  # of loops, where measuring has found one
     searched: set = field(default_factory=set)  # what plans were searched for in this process
     kernels: dict = field(default_factory=dict)
+    calls: dict = field(default_factory=dict)  # what was done for arguments laid out in one way
     constants: dict = field(default_factory=dict)  # of the bodies, by device
     gradients: dict = field(default_factory=dict)  # what backends derive from the bodies' VJPs
     save_interval: int | None = None  # mini-batches between saved states; None: chosen by cost

@@ -186,7 +186,8 @@ def is_known(node: fx.Node) -> bool:
         if tensor is not None and (tensor.dtype not in DTYPES or tensor.device != value.device):
             return False
     allowed: dict[Any, set[str]] = {
-        aten._to_copy.default: {"dtype"},
+        # Layout and device are those of the operand (above); any order in memory can be written.
+        aten._to_copy.default: {"dtype", "layout", "device", "memory_format"},
         aten.add.Tensor: {"alpha"},
         aten.sub.Tensor: {"alpha"},
         aten.clone.default: {"memory_format"},

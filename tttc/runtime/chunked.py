@@ -16,7 +16,8 @@ from tttc.codegen.render import render
 from tttc.ir.body import role
 from tttc.ir.build import dims_of
 from tttc.ir.program import Program
-from tttc.runtime.launch import Launch
+from tttc.runtime.ahead import compile_ahead
+from tttc.runtime.launch import Launch, launch
 
 Tensor = torch.Tensor
 
@@ -40,7 +41,8 @@ def is_tall(program: Program) -> bool:
     """Whether tokens are tiles of more rows than one program holds."""
     if program.tall is None:
         body = program.token
-        kept = {d for p in body.placeholders if role(p)[0] != "token" for d in dims_of(p)}
+        by_row = ("token", "constant")
+        kept = {d for p in body.placeholders if role(p)[0] not in by_row for d in dims_of(p)}
         tokens = [p for p in body.placeholders if role(p)[0] == "token"]
         program.tall = any(
             d not in kept and body.sizes[d] > TALLEST for p in tokens for d in dims_of(p)
@@ -83,9 +85,16 @@ def run_chunked(
     """Launch the kernels for ``length`` chunks; arguments and results as :func:`tttc.runtime.staged.run_staged`."""
     loop = given.loop
     device = next(iter(tensors.values())).device
+    if device.type == "cuda" and launcher is launch and not any(k.compiled for k in given.kernels):
+        compile_ahead(first_launches(given, tensors, batch, heads, length, dtype), device)
     by_token = {s.name for s in loop.sources.values() if s.kind == "token"}
     by_token |= {s.name for _, s in loop.sinks if s.kind == "token"}
     by_chunk = {f"saved_{s.name}" for s in loop.sources.values() if s.kind == "saved"}
+    tensors = dict(tensors)
+    for source in loop.sources.values():
+        if source.kind == "constant" and _by_row(given, source.name):
+            x = tensors[source.name]
+            tensors[source.name] = x.expand(batch, heads, *x.shape)
     states = {name: tensors[name] for name in loop.states}
     totals: dict[str, Tensor] = {}
     every = tuple(zip(given.made.loops, given.kernels, strict=True))
@@ -109,6 +118,31 @@ def run_chunked(
             else:
                 totals[sink.name] = totals[sink.name] + have[name] if sink.name in totals else have[name]  # fmt: skip
     return {f"new_{name}": x for name, x in states.items()} | totals
+
+
+def _by_row(given: Chunked, name: str) -> bool:
+    """Whether the kernels read an argument piece of rows by piece of rows."""
+    return any(
+        s.kind == "token" and s.name == name for p in given.made.loops for s in p.sources.values()
+    )
+
+
+def first_launches(
+    given: Chunked,
+    tensors: Mapping[str, Tensor],
+    batch: int,
+    heads: int,
+    length: int,
+    dtype: torch.dtype,
+) -> list[Launch]:
+    """The launches of the first chunks, none of them made: of tensors without values."""
+    abstract = {
+        name: torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+        for name, x in tensors.items()
+    }
+    found: list[Launch] = []
+    run_chunked(given, abstract, batch, heads, min(length, 2), dtype, found.append)
+    return found
 
 
 def _launch(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from itertools import islice
 
 import torch
 
@@ -16,6 +17,8 @@ from tttc.ir.errors import NotLowerable
 from tttc.ir.program import Program
 from tttc.pipeline import build_program
 from tttc.runtime.ranges import scan_range
+from tttc.runtime.replay import remembered
+from tttc.runtime.staged import Launcher
 from tttc.runtime.triton_scan import run_kernels
 from tttc.runtime.triton_scan_backward import narrow_states
 
@@ -47,7 +50,7 @@ def uses_triton(backend: str, device: torch.device, compute: torch.dtype) -> boo
 
 
 def _by_kernels(
-    program, anchor, carry, tokens, shared, place, info, states, saved, interval, tune
+    program, anchor, carry, tokens, shared, place, info, states, saved, interval, tune, launcher
 ) -> list[Tensor] | None:
     """The scan by kernels; None, and remembered, where they can't be made or the device can't hold them."""
     save = (
@@ -68,6 +71,7 @@ def _by_kernels(
             save=save,
             interval=interval or 1,
             tune=tune,
+            launcher=launcher,
         )
     except NotLowerable as error:
         program.no_kernels = error.reason
@@ -98,14 +102,26 @@ def fused_scan(
     """
     program = build_program(interned(key), mini_batch_size)
     place %= mini_batch_size  # which may not be the model's own
+    counts = (len(anchor), len(carry), len(tokens), len(shared))
+    rest = (key, place, backend, states, interval, tune)
+
+    def run(flat: list[Tensor], launcher: Launcher) -> list[Tensor]:
+        anchor, carry, tokens, shared = grouped(flat, counts)
+        return _run(program, anchor, carry, tokens, shared, *rest, launcher)
+
     with scan_range("forward", key, layer):
-        return _run(
-            program, anchor, carry, tokens, shared, key, place, backend, states, interval, tune
-        )
+        call = ("forward", counts, rest)
+        return remembered(program, call, [*anchor, *carry, *tokens, *shared], run)
+
+
+def grouped(flat: Sequence[Tensor], counts: Sequence[int]) -> list[list[Tensor]]:
+    """As many tensors in each group as ``counts`` say."""
+    arguments = iter(flat)
+    return [list(islice(arguments, n)) for n in counts]
 
 
 def _run(
-    program, anchor, carry, tokens, shared, key, place, backend, states, interval, tune
+    program, anchor, carry, tokens, shared, key, place, backend, states, interval, tune, launcher
 ) -> list[Tensor]:
     info = scan_info(anchor, tokens, shared)
     if 0 in tokens[0].shape[:3]:
@@ -117,8 +133,8 @@ def _run(
     saved = _empty_saved(program, anchor, tokens, shared, place, interval, info, backend)
     if program.no_kernels is None and uses_triton(backend, tokens[0].device, info.compute):
         out = _by_kernels(
-            program, anchor, carry, tokens, shared, place, info, states, saved, interval, tune
-        )
+            program, anchor, carry, tokens, shared, place, info, states, saved, interval, tune, launcher
+        )  # fmt: skip
         if out is not None:
             return _unaliased(out, [*anchor, *carry, *tokens, *shared])
     starts: list[list[Tensor]] | None = [] if interval else None

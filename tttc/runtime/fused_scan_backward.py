@@ -8,15 +8,16 @@ from tttc._scan_op import interned, scan_info
 from tttc.codegen.torch_scan_backward import run_backward, saved_leaves
 from tttc.ir.errors import NotLowerable
 from tttc.pipeline import build_program
-from tttc.runtime.fused_scan import LIBRARY, floating_leaves, runs_by_kernels
+from tttc.runtime.fused_scan import LIBRARY, floating_leaves, grouped, runs_by_kernels
 from tttc.runtime.ranges import scan_range
+from tttc.runtime.replay import remembered
+from tttc.runtime.staged import Launcher
 from tttc.runtime.triton_scan_backward import run_backward_kernels
 
 Tensor = torch.Tensor
 RECOMPUTED = 16  # mini-batches at a time, where the forward saved no states
 
 
-@torch.library.custom_op("tttc::fused_scan_backward", mutates_args=())
 def fused_scan_backward(
     grads: list[Tensor | None],
     anchor: list[Tensor],
@@ -40,22 +41,22 @@ def fused_scan_backward(
     """
     program = build_program(interned(key), mini_batch_size)
     place %= mini_batch_size
+    groups = (anchor, carry, tokens, shared, saved)
+    given = tuple(g is not None for g in grads)
+    counts = (sum(given), *(len(group) for group in groups))
+    rest = (place, backend, states, interval, tune)
+
+    def run(flat: list[Tensor], launcher: Launcher) -> list[Tensor]:
+        some, anchor, carry, tokens, shared, saved = grouped(flat, counts)
+        found = iter(some)
+        all_ = [next(found) if g else None for g in given]
+        these = (anchor, carry, tokens, shared, saved)
+        return _run(program, all_, *these, wanted, *rest, launcher)
+
+    flat = [x for group in groups for x in group]
     with scan_range("backward", key, layer):
-        return _run(
-            program,
-            grads,
-            anchor,
-            carry,
-            tokens,
-            shared,
-            saved,
-            wanted,
-            place,
-            backend,
-            states,
-            interval,
-            tune,
-        )
+        call = ("backward", counts, given, tuple(wanted), rest)
+        return remembered(program, call, [*(g for g in grads if g is not None), *flat], run)
 
 
 def _run(
@@ -72,6 +73,7 @@ def _run(
     states,
     interval,
     tune,
+    launcher,
 ) -> list[Tensor]:
     info = scan_info(anchor, tokens, shared)
     out = _empty_cotangents(anchor, carry, tokens, shared, wanted)
@@ -100,7 +102,7 @@ def _run(
     if saved and not refused and runs_by_kernels(backend, tokens[0].device, info.compute):
         try:
             made = run_backward_kernels(
-                program, leaves, *arguments, interval, rows, info.output, tune=tune
+                program, leaves, *arguments, interval, rows, info.output, launcher, tune
             )
         except NotLowerable as error:
             program.no_backward_kernels = error.reason
@@ -154,9 +156,18 @@ def _of_nothing(out, grads, anchor, carry, wanted, states, place) -> list[Tensor
     return out
 
 
-@fused_scan_backward.register_fake
 def _fake(grads, anchor, carry, tokens, shared, saved, wanted, *rest):
     return _empty_cotangents(anchor, carry, tokens, shared, wanted)
+
+
+LIBRARY.define(
+    f"fused_scan_backward{torch.library.infer_schema(fused_scan_backward, mutates_args=())}",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+LIBRARY.impl(
+    "fused_scan_backward", torch._disable_dynamo(fused_scan_backward), "CompositeExplicitAutograd"
+)
+torch.library.register_fake("tttc::fused_scan_backward", _fake, lib=LIBRARY)
 
 
 class _FusedScan(torch.autograd.Function):
@@ -168,9 +179,7 @@ class _FusedScan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, keyset, counts, rest, *flat):
-        arguments = iter(flat)
-        groups = [[next(arguments) for _ in range(n)] for n in counts]
-        output = _below(keyset, *groups, *rest)
+        output = _below(keyset, *grouped(flat, counts), *rest)
         results = len(interned(rest[0]).outputs) + (2 * counts[0] if rest[4] else 0)
         ctx.counts, ctx.rest, ctx.results = counts, rest, results
         ctx.set_materialize_grads(False)
@@ -182,15 +191,18 @@ class _FusedScan(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        arguments = iter(ctx.saved_tensors)
-        groups = [[next(arguments) for _ in range(n)] for n in ctx.counts]
-        flat = [x for group in groups for x in group]
+        saved = ctx.saved_tensors
+        flat = saved[: sum(ctx.counts)]
         wanted = [
             needs and x.is_floating_point()
             for x, needs in zip(flat, ctx.needs_input_grad[3:], strict=True)
         ]
         made = torch.ops.tttc.fused_scan_backward(
-            list(grads[: ctx.results]), *groups, list(arguments), wanted, *ctx.rest
+            list(grads[: ctx.results]),
+            *grouped(flat, ctx.counts),
+            list(saved[len(flat) :]),
+            wanted,
+            *ctx.rest,
         )
         remaining = iter(made)
         return (None, None, None, *(next(remaining) if w else None for w in wanted))
@@ -226,4 +238,6 @@ def _second_order(ctx, grads):
     )
 
 
-fused_scan_backward.register_autograd(_second_order, setup_context=_setup_second_order)
+torch.library.register_autograd(
+    "tttc::fused_scan_backward", _second_order, setup_context=_setup_second_order, lib=LIBRARY
+)

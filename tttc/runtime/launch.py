@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -60,9 +60,12 @@ class Launch:
         aligned: list[str] = []
         integers: dict[str, int] = {}
         for name, rank in self.kernel.config["arguments"]:
-            signature[name] = POINTERS[self.tensors[name].dtype]
-            aligned.append(name)
-            for i, n in enumerate(self.tensors[name].stride()[:rank]):
+            x = self.tensors[name]
+            signature[name] = POINTERS[x.dtype]
+            # Tokens after the first of a row of scalars may lie anywhere; meta tensors lie at 0.
+            if x.data_ptr() % 16 == 0:
+                aligned.append(name)
+            for i, n in enumerate(x.stride()[:rank]):
                 integers[f"{name}_s{i}"] = n
                 signature[f"{name}_s{i}"] = "i32"
         for name, n in self.sizes.items():
@@ -113,9 +116,38 @@ def launch(call: Launch) -> None:
         with torch.cuda.device(device):
             launch(call)
         return
+    arguments, known = _laid_out(call)
+    compiled = kernel.compiled.get(known)
+    if compiled is not None:
+        found, constants = compiled
+        found[_grid(call)](*arguments, *constants)
+        return
+    _first_launch(call, arguments, known)
+
+
+def prepared(call: Launch) -> tuple[Callable[..., Any], list[Any]] | None:
+    """What a launch that was made before calls, on which arguments; None where that is not known."""
+    kernel = call.kernel
+    if kernel.refused and kernel.instead is not None:
+        return prepared(replace(call, kernel=kernel.instead()))
+    arguments, known = _laid_out(call)
+    compiled = kernel.compiled.get(known)
+    if compiled is None:
+        return None
+    found, constants = compiled
+    return found[_grid(call)], [*arguments, *constants]
+
+
+def _grid(call: Launch) -> tuple[int, ...]:
+    return (*call.grid, 1, 1)[:3]
+
+
+def _laid_out(call: Launch) -> tuple[list[Any], tuple[Any, ...]]:
+    """The arguments of a launch, and what of their layout is compiled in."""
+    device = next(iter(call.tensors.values())).get_device()
     arguments: list[Any] = []
     layout: list[Any] = [device, call.dtype, call.length, call.heads, call.place, precision()]
-    for name, rank in kernel.config["arguments"]:
+    for name, rank in call.kernel.config["arguments"]:
         x = call.tensors[name]
         if rank and x.ndim != rank:
             raise ValueError(f"{name}: expected {rank} axes, got shape {tuple(x.shape)}")
@@ -124,13 +156,7 @@ def launch(call: Launch) -> None:
         arguments += strides
         layout += (x.dtype, x.data_ptr() % 16, strides)
     arguments += call.sizes.values()
-    known = tuple(layout)
-    compiled = kernel.compiled.get(known)
-    if compiled is not None:
-        found, constants = compiled
-        found[(*call.grid, 1, 1)[:3]](*arguments, *constants)
-        return
-    _first_launch(call, arguments, known)
+    return arguments, tuple(layout)
 
 
 def _first_launch(call: Launch, arguments: list[Any], known: tuple[Any, ...]) -> None:

@@ -65,12 +65,13 @@ def staged(loop: Loop, count: int, schedule: Callable[[Loop], Schedule]) -> Stag
         for s in part.sources.values()
         if s.kind in ("saved", "value")
     }
+    narrow = any(its.narrow for its in chosen)  # all kernels take what one of them asks for
     wide = {
         tensor_name(s.kind, s.name)
-        for part, its in zip(parts, chosen, strict=True)
+        for part in parts
         for n, s in part.sources.items()
         if s.kind in ("saved", "value")
-        and not (its.narrow and len(dims_of(n)) > 1)
+        and not (narrow and len(dims_of(n)) > 1)
         and not only_products_read(part, n)
     }
     given = {s.name for s in loop.sources.values() if s.kind == "saved"}

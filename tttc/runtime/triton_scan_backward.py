@@ -13,6 +13,7 @@ from tttc.codegen.schedule import Schedule
 from tttc.codegen.torch_scan import squeeze_features
 from tttc.codegen.torch_scan_backward import Leaves, derive, live_cotangents
 from tttc.ir.body import role
+from tttc.ir.errors import NotLowerable
 from tttc.ir.program import Program
 from tttc.runtime.chunked import Chunked, chunked, is_tall, programs_a_tile
 from tttc.runtime.launch import launch
@@ -25,6 +26,12 @@ from tttc.tuning.search import Call
 Tensor = torch.Tensor
 _lock = threading.Lock()
 ENOUGH_PROGRAMS = 2048  # of a parallel kernel: many a multiprocessor, on any device
+# On an H200 under Triton 3.6 the kernels of LaCT's backward gave gradients that were wrong by orders of magnitude, the
+# same each time; in the interpreter, with products rounded as there, they are right.
+TALL_ON_GPU = False
+WRONG_THERE = (
+    "kernels over tall tiles gave wrong gradients on a GPU: the backward runs by torch operations"
+)
 
 
 def backward_kernels(
@@ -52,6 +59,8 @@ def backward_kernels(
             return backward_loop_of(program, part, leaves, live)
 
         if part == "token" and is_tall(program):
+            if setting.device.type != "cpu" and not TALL_ON_GPU:
+                raise NotLowerable(WRONG_THERE)
             tall = (*which, "tall", split)
             if tall not in program.kernels:
                 program.kernels[tall] = chunked(loop(), split)
@@ -149,10 +158,17 @@ def run_backward_kernels(
         rows[f"goutput_{i}"] = squeeze_features(x, 3)
 
     zero = now_carry[0].new_zeros(())
+    tall = program.sequential and is_tall(program)
 
     def cotangent(x: Tensor | None, like: Tensor) -> Tensor:
-        """Where there is none, a single zero with strides of 0: kernels only read it."""
-        return zero.expand(like.shape) if x is None else x.reshape(like.shape).to(like.dtype)
+        """Where there is none, a single zero with strides of 0: kernels only read it.
+
+        Kernels over tall tiles run chunk by chunk: they get zeros laid out as the cotangents that follow, and are
+        compiled once.
+        """
+        if x is None:
+            return torch.zeros_like(like) if tall else zero.expand(like.shape)
+        return x.reshape(like.shape).to(like.dtype)
 
     on_anchor = [
         None if x is None else cotangent(x, y) for x, y in zip(given[0], now_anchor, strict=True)

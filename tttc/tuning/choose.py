@@ -94,6 +94,7 @@ def plan_for(
             whole = loop()
             found = search(whole, call, setting, backward, means.timer, means.compiler)
             if found is not None:
+                program.calls.clear()
                 program.plans[known] = remember(
                     whole, setting, found.plan, found.seconds, len(found.times)
                 )
