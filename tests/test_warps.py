@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import gluon_on_cpu
 import pytest
 import torch
-from scans import make_case
 from test_gluon import assert_close, exact, forward
 from tttc.codegen import gluon_loop, heuristics
 from tttc.codegen.render import render
@@ -16,6 +17,9 @@ from tttc.codegen.schedule import Schedule
 
 from tttc.ir.errors import NotLowerable
 from tttc.runtime import launch, triton_scan
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+from scans import make_case
 
 WARPS = Schedule(num_warps=8, num_stages=1, renderer="warps", nan="again", repeat_vectors=False)
 interpreted = pytest.mark.skipif(
