@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -35,17 +35,8 @@ SHAPES = {
 }
 
 
-def example_rule(name: str) -> ModuleType:
-    """A module of examples/rules, by name."""
-    path = Path(__file__).parent.parent / "examples" / "rules" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"tttc_rule_{name}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-chunk_rule = example_rule("ttt_mlp_chunk")
+sys.path.append(str(Path(__file__).parents[1] / "examples" / "rules"))
+chunk_rule = importlib.import_module("ttt_mlp_chunk")
 
 
 @dataclass
