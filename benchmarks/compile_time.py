@@ -2,8 +2,8 @@
 
     python benchmarks/compile_time.py benchmarks/results/OUT.json [--layers 24]
 
-Times are seconds from `import torch` to the first result, `import tttc` among them, and of that the first call alone, and
-the processor's time of the process; on a GPU in bf16 by kernels, else in float32 by torch operations. Caches on disk are empty folders of their own.
+Times are seconds from after `import torch` to the first result, `import tttc` among them, and of that the first call alone, and
+the processor's time of the process from `import tttc` on; on a GPU in bf16 by kernels, else in float32 by torch operations. Caches on disk are empty folders of their own.
 """
 
 from __future__ import annotations
@@ -71,6 +71,7 @@ def main() -> None:
     import torch
 
     rows: list[dict[str, Any]] = []
+    load = [os.getloadavg()[0]]
     for backward in (False, True):
         folder = None
         for name, (layers, tune, cache) in CASES.items():
@@ -95,12 +96,15 @@ def main() -> None:
             else:
                 row |= json.loads(run.stdout.splitlines()[-1])
             rows.append(row)
+            load.append(os.getloadavg()[0])
             print(row, flush=True)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     document = {
         "command": "python benchmarks/compile_time.py",
         "date": str(datetime.date.today()),
         "device": device,
+        "cores": os.cpu_count(),
+        "load": load,  # where it is more than the cores, seconds say little: see the processor's
         "versions": {"torch": torch.__version__},
         "rows": rows,
     }

@@ -17,6 +17,7 @@ from tttc.codegen.loop import Loop, used
 from tttc.codegen.pieces import divided
 from tttc.codegen.schedule import Schedule
 from tttc.codegen.solves import has_solves
+from tttc.codegen.warp_loop import warp_renderer
 
 from tttc.ir import ops
 from tttc.ir.body import EARLIER, TOKEN
@@ -32,6 +33,7 @@ THREADS = 32  # of a warp
 STATE_REGISTERS = (
     80  # of a thread, at most, where warps can be added: tiles and operands need the others
 )
+STATE_OF_WARPS = 160  # registers of a thread, at most, where warps share the state
 MATRIX_REGISTERS = 128  # of a thread, about, that matrices of a parallel kernel may take
 GROUP = 8  # mini-batches a program of a parallel kernel handles
 MANY_PRODUCTS = 12  # of a turn of a loop: more need the registers of more warps
@@ -159,7 +161,7 @@ def default_schedule(
     large = not fits(loop, MOST_WARPS)
     choices = [_large(loop) if large else _small(loop, crowd)]
     if gluon and large:
-        choices = [*_warpgroups(loop), *choices]
+        choices = [*_shared_by_warps(loop), *_warpgroups(loop), *choices]
     chosen: Schedule | None = None
     for choice in reversed(choices):
         reasons = (("stages", why), vectors, *choice.reasons)
@@ -312,6 +314,36 @@ def _large(loop: Loop) -> Schedule:
         num_warps=MOST_WARPS, num_stages=1, prefetch=True, order="products_first", nan="branch",
         reasons=(*reasons, ahead),
     )  # fmt: skip
+
+
+def _shared_by_warps(loop: Loop) -> list[Schedule]:
+    """Where each warp holds a piece of the widest dimension of the state; empty where the loop has no such kernel.
+
+    On an H200 TTT-MLP of mini-batches of 16 tokens takes 2793, 696, 10958 and 5589 us (B16 T2048, B1 T2048, B1 T32768,
+    B8 T8192) where plain Triton takes 5329, 1449, 23033 and 10677 (benchmarks/results/2026-11-28-h200-warps.json). Care
+    for what is not finite (a second pass that is not taken) costs 0.3 %. Of schedules like it 16 warps took 4051 us at B16
+    T2048 where 8 took 3021; TTT-Linear, its state spread likewise, was slower than in plain Triton.
+    """
+    reasons = (
+        (
+            "renderer",
+            f"few tokens and a wide state: each of {MOST_WARPS} warps holds a piece of it and waits for the others only "
+            "where the pieces are added up",
+        ),
+        ("nan", "where the state is not finite at the end, everything is computed once more with care"),
+    )  # fmt: skip
+    schedule = Schedule(
+        num_warps=MOST_WARPS, num_stages=1, prefetch=True, order="on_demand", renderer="warps", nan="again",
+        reasons=reasons,
+    )  # fmt: skip
+    if state_elements(loop) > STATE_OF_WARPS * THREADS * MOST_WARPS:
+        return []
+    try:
+        warp_renderer(loop, replace(schedule, repeat_vectors=False)).render()
+    except NotLowerable as problem:
+        log.info("%s: no kernel whose warps share the state: %s", loop.name, problem)
+        return []
+    return [schedule]
 
 
 def _warpgroups(loop: Loop) -> list[Schedule]:

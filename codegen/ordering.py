@@ -40,10 +40,12 @@ def on_demand(
     results: Sequence[fx.Node],
     small: Callable[[fx.Node], bool],
     after: Mapping[fx.Node, set[fx.Node]],
+    freeing: bool = False,
 ) -> list[fx.Node]:
     """The nodes with each value made right before it is read: of two operands, the one of the longer chain first.
 
-    What is small, and what is a result, is made as soon as it can be: it frees what it is made of.
+    What is small, and what is a result, is made as soon as it can be: it frees what it is made of. Where ``freeing``, so
+    is an elementwise value that takes less than what only it still reads.
 
     Args:
         nodes: operators in a valid order.
@@ -60,12 +62,31 @@ def on_demand(
             readers[x].append(n)
     eager = {n for n in nodes if n in set(results) or small(n)}
     done: dict[fx.Node, None] = {}
+    groups = {last: set(g) for last, g in _groups(nodes, members).items()} if freeing else {}
+    inputs = {
+        last: [x for x in members if x not in group and any(u in group for u in readers[x])]
+        for last, group in groups.items()
+    }
+
+    def frees(last: fx.Node) -> bool:
+        """Whether values that nobody else will read are more than what is made of them."""
+        group = groups[last]
+        gone = [
+            x for x in inputs[last]
+            if not small(x) and all(u in group or u in done or u not in members for u in x.users)
+        ]  # fmt: skip
+        return len(gone) > 1 and all(needs[n] <= done.keys() | group for n in group)
 
     def make(node: fx.Node) -> None:
         done[node] = None
         for reader in readers[node]:
             if reader in eager and reader not in done and needs[reader] <= done.keys():
                 make(reader)
+        for last, group in groups.items():
+            if last not in done and not small(last) and frees(last):
+                for n in nodes:
+                    if n in group and n not in done:
+                        make(n)
 
     for result in results:
         stack = [result] if result in members else []

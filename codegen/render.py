@@ -11,6 +11,7 @@ from tttc.codegen.loop import Loop
 from tttc.codegen.pieces import divided
 from tttc.codegen.schedule import Schedule
 from tttc.codegen.triton_loop import Renderer
+from tttc.codegen.warp_loop import warp_renderer
 
 from tttc.ir.build import dims_of
 from tttc.ir.spec import Dims
@@ -28,7 +29,7 @@ def render(loop: Loop, schedule: Schedule) -> Kernel:
     instead = schedule.instead
     other = None if instead is None else cache(partial(render, loop, instead))
     loop = divided(loop, schedule.widest) if schedule.widest else loop
-    make = gluon_renderer if schedule.renderer == "gluon" else Renderer
+    make = {"gluon": gluon_renderer, "warps": warp_renderer}.get(schedule.renderer, Renderer)
     renderer: Renderer = make(loop, schedule)
     source = renderer.render()
 

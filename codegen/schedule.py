@@ -26,10 +26,12 @@ class Schedule:
             alone read it.
         repeat_vectors: vector states are kept as a row for every token, renewed by a product.
         nan: how what is not finite is kept from tokens that do not see it: by a small "product" beside each
-            causal one, by a "branch" taken where there is such a value, or not at all ("ignored": for
+            causal one, by a "branch" taken where there is such a value, "again" (all is computed once more, with
+            products beside causal ones, where the state at the end is not finite), or not at all ("ignored": for
             measuring what exactness costs).
         group: mini-batches a program of a parallel kernel handles.
-        renderer: "triton", or "gluon": state in the accumulators of warpgroups, operands in shared memory (sm_90).
+        renderer: "triton"; "gluon": state in the accumulators of warpgroups, operands in shared memory (sm_90); or
+            "warps": each warp has a piece of the widest dimension, of the state too, in its accumulators.
         reload: large arguments are loaded again where they are read again, not kept in shared memory.
         early: matrices are on their way into shared memory from a product before they are read.
         widest: feature dimensions wider than this are divided into pieces, None for no such limit.

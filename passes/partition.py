@@ -205,6 +205,10 @@ class Partition:
         self.order.add_node(into)
         self.order.add_edges_from((p, into) for p in before)
         self.order.add_edges_from((into, s) for s in after)
-        for group, reach in self.below.items():
-            if group != into and reach & self.mask[into]:
-                self.below[group] = reach | self.mask[into] | self.below[into]
+        reach = self.mask[into] | self.below[into]
+        stack = list(before)
+        while stack:  # up to those that led to all of it already: so did what leads to them
+            group = stack.pop()
+            if reach & ~self.below[group]:
+                self.below[group] |= reach
+                stack.extend(self.order.predecessors(group))

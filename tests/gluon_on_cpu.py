@@ -62,6 +62,12 @@ def multiply(a: Shared, b: Shared, acc: torch.Tensor, use_acc: bool = True) -> t
     return acc + made if use_acc else made
 
 
+def multiply_here(a: torch.Tensor, b: torch.Tensor, acc: torch.Tensor) -> torch.Tensor:
+    made = a.float() @ b.float()
+    assert made.shape == acc.shape and acc.dtype == torch.float32
+    return acc + made
+
+
 def load(pointer: Pointer, mask: Any = None, other: float = 0.0) -> torch.Tensor:
     offset = torch.as_tensor(pointer.offset)
     if mask is None:
@@ -99,14 +105,17 @@ def run(call: Any) -> None:
         convert_layout=lambda x, layout: x, minimum=scalar(min, torch.minimum), maximum=scalar(max, torch.maximum),
         zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype), cdiv=lambda x, y: -(-x // y),
         allocate_shared_memory=allocate,
-        **{n: lambda *args, **kwargs: None for n in ("NVMMADistributedLayout", "BlockedLayout", "SliceLayout", "NVMMASharedLayout")},
+        **{n: lambda *args, **kwargs: None for n in ("NVMMADistributedLayout", "BlockedLayout", "SliceLayout", "NVMMASharedLayout",
+                                                      "DotOperandLayout", "SwizzledSharedLayout")},
+        expand_dims=lambda x, axis: x.unsqueeze(axis), broadcast=torch.broadcast_tensors,
+        full=lambda shape, value, dtype, layout: torch.full(shape, value, dtype=dtype),
     )  # fmt: skip
 
     def copy(target: Shared, source: Pointer) -> None:
         target.store(load(source))
 
     names = {
-        "gl": gl, "gluon": SimpleNamespace(jit=lambda f: f), "warpgroup_mma": multiply,
+        "gl": gl, "gluon": SimpleNamespace(jit=lambda f: f), "warpgroup_mma": multiply, "mma_v2": multiply_here,
         "fence_async_shared": lambda: None,
         "async_copy": SimpleNamespace(async_copy_global_to_shared=copy, commit_group=lambda: None,
                                       wait_group=lambda n: None),

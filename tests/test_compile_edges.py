@@ -12,7 +12,7 @@ import torch
 from test_compile import assert_close, random_input, random_layer
 
 import tttc
-from tttc import compiler
+from tttc import options
 from tttc.ir.errors import NotLowerable
 from tttc.nn import TTTMLP, TTTLinear
 
@@ -22,7 +22,7 @@ def forward_only(monkeypatch):
     import torch._dynamo
 
     torch._dynamo.reset()
-    monkeypatch.setattr(compiler, "_warned", set())  # each test is told afresh
+    monkeypatch.setattr(options, "_warned", set())  # each test is told afresh
     with torch.no_grad():
         yield
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +29,7 @@ from tttc.runtime import fused_scan, launch, triton_scan, triton_scan_backward
 sys.path[:0] = [
     str(Path(__file__).parent.parent / place) for place in ("benchmarks", "examples/rules")
 ]
-from scans import Case, example_rule, make_case  # noqa: E402
+from scans import Case, make_case  # noqa: E402
 
 GLUON = Schedule(
     num_warps=8, num_stages=1, late_loads=True, order="on_demand", renderer="gluon", widest=128,
@@ -92,7 +93,7 @@ def test_forward_computes_what_the_program_says(choice):
 
 def test_another_rule_with_many_products():
     """Chunks that are read before they are learnt, weights made orthogonal by a chain of products under new names."""
-    rule = example_rule("lact")
+    rule = importlib.import_module("lact")
     torch.manual_seed(0)
     made = rule.example(rule.Normal(), B=1, H=1, T=2, d=64, c=64)
     init, tokens, shared = (pytree.tree_map(lambda x: x.float(), x) for x in made[:3])
@@ -193,9 +194,7 @@ def test_large_tiles_are_for_warpgroups_where_there_are_some():
         assert heuristics.default_schedule(loop, 1).renderer == "triton"
 
 
-@pytest.mark.parametrize(
-    "name, d", [("ttt_linear_b16", 64), ("ttt_mlp_b16", 64), ("ttt_mlp_chunk64", 48)]
-)
+@pytest.mark.parametrize("name, d", [("ttt_linear_b16", 64), ("ttt_mlp_chunk64", 48)])
 def test_what_has_no_gluon_form_stays_plain(name, d):
     case = make_case(name, 1, 128, heads=1, d=d, device="cpu")
     program = case.program()

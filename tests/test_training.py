@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import tttc
-from tttc import compiler
+from tttc import lowering
 from tttc.models import TTTConfig, TTTLanguageModel
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
@@ -115,8 +115,8 @@ def test_second_order_of_a_model_says_that_it_is_not_there():
 def test_checkpointing(where, monkeypatch):
     """At the first call, so that what is compiled is compiled under the hooks of the checkpoint."""
     lowered = []
-    replace = compiler._replace_scan
-    monkeypatch.setattr(compiler, "_replace_scan", lambda *a: (lowered.append(1), replace(*a)))
+    replace = lowering._replace_scan
+    monkeypatch.setattr(lowering, "_replace_scan", lambda *a: (lowered.append(1), replace(*a)))
     model, ids = tiny(), some_ids()
     expected = gradients(model, ids)
     block = model.blocks[0]

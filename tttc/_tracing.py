@@ -102,7 +102,7 @@ def describe(tree: Any) -> Any:
         return None
     inner = []
     for child in children:
-        described = describe(child)
+        described = LEAF if isinstance(child, torch.Tensor) else describe(child)
         if described is None:
             return None
         inner.append(described)
@@ -117,10 +117,11 @@ def rebuild(structure: Any, leaves: list[Any]) -> Any:
     if kind == "constant":
         return structure[1]
     children = []
+    # Leaves here and tuples as they are: TorchDynamo takes long to see through a call of this, and of a class.
     for child in structure[2]:
-        children.append(rebuild(child, leaves))
+        children.append(leaves.pop(0) if child[0] == "leaf" else rebuild(child, leaves))
     if kind == "namedtuple":
-        return structure[1](*children)
+        return tuple.__new__(structure[1], children)
     if kind == "tuple":
         return tuple(children)
     if kind == "list":

@@ -23,7 +23,7 @@ from tttc.commands.model import (
     parse_sweep,
     prepare,
 )
-from tttc.compiler import BACKENDS
+from tttc.options import BACKENDS
 from tttc.progress import doing
 from tttc.report.text import console
 

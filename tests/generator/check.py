@@ -20,7 +20,7 @@ import tttc
 from generator.description import Program
 from generator.source import Writer, trees_of, write
 from tttc import _scan_op, pipeline
-from tttc.compiler import TTTCWarning
+from tttc.options import TTTCWarning
 
 TOLERANCES = {"float64": 1e-8, "float32": 1e-3, "bfloat16": 3e-2}
 LONGEST = 120  # seconds of CPU for one program
