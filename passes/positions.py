@@ -31,7 +31,7 @@ def cumulative_sum(n: Any, node: fx.Node, args: list[Any]) -> Any:
         return value
     size = value.shape[dim]
     letters = _letters(value)
-    lower = n.constant(torch.ones(size, size).tril())
+    lower = n.constant(torch.ones(size, size).tril(), True)
     result = letters[:dim] + "z" + letters[dim + 1 :]
     return n.contract([lower, value], ["z" + letters[dim], letters], result)
 
@@ -44,7 +44,7 @@ def entry(n: Any, node: fx.Node, args: list[Any]) -> Any:
     rest = letters[:dim] + letters[dim + 1 :]
     if size == 1:
         return n.contract([value], [letters], rest)
-    row = n.constant(torch.eye(size)[index])
+    row = n.constant(torch.eye(size)[index], True)
     return n.contract([row, value], [letters[dim], letters], rest)
 
 

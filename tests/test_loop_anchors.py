@@ -12,7 +12,6 @@ from test_loops import D, H, assert_same, heads, outer, parameter, plans_of, tim
 from torch import nn
 
 import tttc
-from tttc.compiler import TTTCWarning
 
 
 @pytest.fixture(autouse=True)
@@ -234,7 +233,7 @@ def test_tokens_that_differ(rule, first):
     for T in (first, 50):
         inputs = heads(1, T)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", TTTCWarning)
+            warnings.simplefilter("ignore", tttc.TTTCWarning)
             assert_same(model, compiled, inputs)
 
 
@@ -268,7 +267,7 @@ class GivesAQuotient(Odd):
 def test_numbers_made_of_the_loop_variable(style):
     model = style(None)
     compiled = tttc.compile(model, backend="torch")
-    with pytest.warns(TTTCWarning, match="can't be re-rolled"):
+    with pytest.warns(tttc.TTTCWarning, match="can't be re-rolled"):
         assert_same(model, compiled, heads(1, 10))
     assert_same(model, compiled, heads(1, 40))
 

@@ -10,7 +10,6 @@ from torch.nn import functional as F
 
 import tttc
 from tttc import _recorder
-from tttc.compiler import TTTCWarning
 
 
 class Layer(nn.Module):
@@ -145,6 +144,6 @@ class OneHead(nn.Module):
 def test_a_loop_under_vmap_says_what_to_do():
     model, inputs = OneHead(), heads(2, 6)
     with torch.compiler.set_stance("force_eager"):
-        with pytest.warns(TTTCWarning, match=r"test_loop_twins\.py:\d+ .*map inside it"):
+        with pytest.warns(tttc.TTTCWarning, match=r"test_loop_twins\.py:\d+ .*map inside it"):
             got = tttc.compile(model, backend="torch")(*inputs)
         torch.testing.assert_close(got, model(*inputs))

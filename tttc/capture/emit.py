@@ -24,9 +24,9 @@ import torch
 from torch import fx
 
 from tttc.capture import layout
+from tttc.capture.generated import compiled_source
 from tttc.capture.grid import Labelled, Names, Pieces
 from tttc.capture.layout import TIME
-from tttc.capture.source import compiled_source
 from tttc.ir import ops
 from tttc.ir.body import head_length, head_of, operands_of, role, spec_of
 from tttc.ir.build import dims_of

@@ -22,9 +22,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from tttc import _tracing
+from tttc.capture.iterations import NoTokens, whole_iterations
+from tttc.capture.loop_source import LoopSource
 from tttc.capture.places import Copier
-from tttc.capture.plan import NoTokens, Plan, Planner, whole_iterations
-from tttc.capture.source import LoopSource, Rewritten
+from tttc.capture.plan import Plan, Planner
+from tttc.capture.source import Rewritten
 from tttc.ir.body import is_users
 from tttc.ir.errors import NotLowerable
 from tttc.scan import scan

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -192,3 +193,10 @@ def _items(value: Any) -> dict[Any, Any]:
     if isinstance(value, (list, tuple)):
         return dict(enumerate(value))
     return value if isinstance(value, dict) else vars(value)
+
+
+def root_of(path: str) -> str:
+    """The variable that a place starts from."""
+    match = re.match(r"(?:getattr\()*([A-Za-z_]\w*)", path)
+    assert match is not None
+    return match[1]

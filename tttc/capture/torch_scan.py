@@ -28,9 +28,11 @@ from torch import fx
 from torch._higher_order_ops.scan import scan_op
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from tttc.capture.generated import compiled_source
+from tttc.capture.iterations import NoTokens
 from tttc.capture.layout import Joined
-from tttc.capture.plan import NoTokens, Plan, Planner
-from tttc.capture.source import LoopSource, compiled_source
+from tttc.capture.loop_source import LoopSource
+from tttc.capture.plan import Plan, Planner
 from tttc.capture.step import WithLines
 from tttc.ir.body import source_line
 from tttc.ir.errors import NotLowerable
