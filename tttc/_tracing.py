@@ -117,11 +117,11 @@ def rebuild(structure: Any, leaves: list[Any]) -> Any:
     if kind == "constant":
         return structure[1]
     children = []
-    # Leaves here and tuples as they are: TorchDynamo takes long to see through a call of this, and of a class.
+    # Leaves here: TorchDynamo takes long to see through a call.
     for child in structure[2]:
         children.append(leaves.pop(0) if child[0] == "leaf" else rebuild(child, leaves))
     if kind == "namedtuple":
-        return tuple.__new__(structure[1], children)
+        return structure[1](*children)
     if kind == "tuple":
         return tuple(children)
     if kind == "list":
