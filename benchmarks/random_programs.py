@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import platform
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -41,6 +42,15 @@ TURNS = ("scans",) * 12 + ("single precision", "larger model", "loops", "kernels
 BATCH = {"scans": 25, "single precision": 25, "larger model": 8, "loops": 8, "kernels": 8}
 
 
+def commit() -> str:
+    """What of the repository is checked out, "" where git does not say."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+
+COMMIT = commit()
+
+
 def drawn(kind: str, number: int) -> list[Program]:
     """The programs of a batch: the same for the same seed and version of hypothesis."""
     found: list[Program] = []
@@ -64,7 +74,7 @@ def line_of(program: Program, kind: str, number: int) -> dict[str, object]:
     line = {
         "digest": program.digest, "kind": kind, "seed": number, "status": outcome.status, "form": outcome.form,
         "reason": outcome.reason, "errors": outcome.errors, "seconds": round(outcome.seconds, 3),
-        "features": program.features(),
+        "features": program.features(), "commit": COMMIT,
     }  # fmt: skip
     if outcome.status != "same":
         line["program"] = program.to_json()
@@ -89,6 +99,7 @@ def summary(lines: list[dict], seeds: int) -> dict[str, object]:
             "python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__,
             "hypothesis": hypothesis.__version__, "machine": platform.machine(),
         },
+        "commits": dict(Counter(x["commit"] for x in lines)),
         "seeds": f"0 to {seeds - 1}, one a batch",
         "tolerances": TOLERANCES,
         "programs": len(lines),
