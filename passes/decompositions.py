@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch._decomp import get_decompositions
 
+from tttc.stable import STABLE
+
 aten = torch.ops.aten
 
 _PRIMITIVE: list[Any] = [
@@ -43,8 +45,6 @@ _PRIMITIVE: list[Any] = [
     aten.silu,
     aten.silu_backward,
     aten.slice_backward,
-    aten.softplus,
-    aten.softplus_backward,
     aten.split.Tensor,
     aten.split_with_sizes,
     aten.stack,
@@ -83,7 +83,7 @@ def decompositions() -> dict[torch._ops.OperatorBase, Callable[..., Any]]:
     Norms, softmax, activations and their gradients become pointwise operations and row sums; matrix products,
     convolutions, embeddings and attention stay whole.
     """
-    table = dict(get_decompositions(_PRIMITIVE))
+    table = dict(get_decompositions(_PRIMITIVE)) | STABLE
     table[aten.var_mean.correction] = _var_mean
     table[aten.var.correction] = _var
     return table

@@ -294,3 +294,14 @@ def test_products_of_very_many_factors_are_ordered_quickly():
     )  # fmt: skip
     outcome = check(program)
     assert (outcome.status, outcome.form) == ("same", "dual")
+
+
+def test_a_softplus_far_out():
+    """Beyond 88 the exponential that softplus takes overflows in float32: its second derivative was no number."""
+    layers = (Layer("matrix", "einsum", 6), Layer("activation", "mish"))
+    program = Program(
+        layers, d=8, B=1, H=1, T=2, b=4, loss="cube", update="nesterov", extra="previous", output="after",
+        container="dict", used="all", dtype="float32", path="triton", seed=0,
+    )  # fmt: skip
+    outcome = check(program)
+    assert (outcome.status, outcome.form) == ("same", "dual"), outcome.errors

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tttc._checks import run_one_token
 from tttc.capture.constants import fold_constants
 from tttc.ir.body import is_users
+from tttc.stable import STABLE
 
 aten = torch.ops.aten
 
@@ -28,8 +29,6 @@ _FURTHER = [
     aten.silu_backward,
     aten.sigmoid_backward,
     aten.tanh_backward,
-    aten.softplus,
-    aten.softplus_backward,
     aten.huber_loss,
     aten.huber_loss_backward,
     aten.smooth_l1_loss,
@@ -98,6 +97,7 @@ def decomposition_table() -> dict[Any, Callable[..., Any]]:
     return {
         **core_aten_decompositions(),
         **get_decompositions(_FURTHER),
+        **STABLE,
         aten.select.int: _select,
         aten.select_backward.default: _select_backward,
         torch.ops.prims.broadcast_in_dim.default: _broadcast_in_dim,
