@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 
-import pytest
 import torch
+from marks import on_gpu
 from test_stages import call_of
 
 import tttc
@@ -13,10 +13,6 @@ from tttc.nn import TTTLinear
 from tttc.pipeline import _programs
 from tttc.runtime import ahead, launch
 from tttc.runtime.triton_scan import run_kernels
-
-on_gpu = pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="kernels are launched and timed on a GPU"
-)
 
 
 def launches_of(program, groups, launcher):

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from marks import on_gpu
 from test_stages import call_of
 from torch import nn
 from tttc.codegen.loop import constant_tensors
@@ -19,10 +20,6 @@ from tttc.nn import TTTMLP, TTTLinear
 from tttc.runtime import cuda_graphs, fused_scan
 from tttc.runtime.triton_scan import run_kernels
 from tttc.runtime.triton_scan_backward import run_backward_kernels
-
-on_gpu = pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="CUDA graphs are captured on a GPU of NVIDIA's"
-)
 
 
 class Two(nn.Module):

@@ -10,6 +10,7 @@ from pathlib import Path
 import gluon_on_cpu
 import pytest
 import torch
+from marks import interpreted, on_gpu
 from torch.utils import _pytree as pytree
 from tttc.codegen import gluon_loop, heuristics
 from tttc.codegen.loop import used
@@ -35,9 +36,6 @@ GLUON = Schedule(
     num_warps=8, num_stages=1, late_loads=True, order="on_demand", renderer="gluon", widest=128,
     narrow=True, nan="ignored", repeat_vectors=False,
 )  # fmt: skip
-interpreted = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="the interpreter is what runs kernels without a GPU"
-)
 CHOICES = [
     {},
     {"prefetch": True, "reload": True},
@@ -255,7 +253,7 @@ def test_resources_on_hopper():
     )  # seven products, in two pieces each
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="Gluon kernels need a Hopper GPU to run")
+@on_gpu
 def test_on_a_gpu():
     case = make_case("ttt_mlp_chunk64", 1, 512)
     if not heuristics.hopper(case.raw["q"].device):

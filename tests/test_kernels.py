@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from marks import interpreted
 from test_compile import LAYERS, LENGTHS, assert_close, random_input, random_layer
 from torch.utils import _pytree as pytree
 from tttc.codegen.resources import TARGETS, measure
@@ -43,11 +44,6 @@ def pair(layer, **options):
 
 def in_double(tree):
     return pytree.tree_map(lambda x: x.double() if isinstance(x, torch.Tensor) else x, tree)
-
-
-interpreted = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="the interpreter is what runs kernels without a GPU"
-)
 
 
 @interpreted

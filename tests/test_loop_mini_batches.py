@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from marks import interpreted
 from torch import nn
 from torch.nn import functional as F
 
@@ -250,7 +251,7 @@ def test_every_pass_is_validated():
     assert_same(model, tttc.compile(model, backend="torch", strict=True, verify=True), inputs)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="for Triton's interpreter")
+@interpreted
 @pytest.mark.parametrize("style", [Split, ByHand])
 def test_kernels_in_the_interpreter(style):
     model = style()

@@ -6,6 +6,7 @@ import types
 
 import pytest
 import torch
+from marks import interpreted
 from torch import nn
 from torch.nn import functional as F
 
@@ -169,7 +170,7 @@ def test_a_wrong_re_rolling_is_caught_by_numbers(monkeypatch):
         compiled(*qkv(2, 12))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="for Triton's interpreter")
+@interpreted
 def test_kernels_in_the_interpreter():
     model = Anchored()
     inputs = [x.float() for x in heads(1, 10)]

@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from marks import interpreted
 from torch import nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
@@ -512,7 +513,7 @@ def test_example_delta_memory():
     check(DeltaMemory(8).double(), wide)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="for Triton's interpreter")
+@interpreted
 @pytest.mark.parametrize("style", [FuncGrad, AutogradGrad, DataclassState])
 def test_kernels_in_the_interpreter(style):
     model = style()

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from marks import interpreted
 from test_passes import compiled
 from test_rules import errors, in_single, results, scan_of, small
 from tttc.codegen.loop import used
@@ -23,11 +24,6 @@ TALL = {"B": 2, "H": 2, "T": 3, "d": 5, "c": PIECE + 11}
 @pytest.fixture(autouse=True)
 def nothing_compiled_before():
     torch._dynamo.reset()
-
-
-interpreted = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="the interpreter runs kernels without a GPU"
-)
 
 
 @interpreted

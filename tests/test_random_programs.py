@@ -13,6 +13,7 @@ from generator.description import Program
 from generator.limits import documented, has_closed_form
 from generator.strategies import loops, scans
 from hypothesis import HealthCheck, given, note, settings
+from marks import interpreted
 
 # Beyond this a run of the tests would be about the generator: TTTC_RANDOM_PROGRAMS=10 draws ten times as many.
 SCALE = float(os.environ.get("TTTC_RANDOM_PROGRAMS", "1"))
@@ -79,6 +80,6 @@ def test_loops():
 
 
 @pytest.mark.timeout(1200)
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter runs kernels without a GPU")
+@interpreted
 def test_kernels_in_the_interpreter():
     assert_compiled(run(scans("triton", ("float32",), largest=4, small=True), 15), share=0.0)

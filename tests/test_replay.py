@@ -7,18 +7,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from marks import interpreted, on_gpu
 
 import tttc
 from tttc.ir.program import Program
 from tttc.nn import TTTMLP, TTTLinear
-from tttc.runtime import replay, triton_scan_backward
+from tttc.runtime import recorder, replay, triton_scan_backward
 from tttc.runtime.launch import launch
 from tttc.tuning import choose
-
-in_interpreter = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="the interpreter is what runs kernels without a GPU"
-)
-on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 def at(address: int, like: torch.Tensor) -> torch.Tensor:
@@ -50,7 +46,7 @@ def replaying(monkeypatch):
     count = []
     play = replay.Tape.__call__
     monkeypatch.setattr(replay, "_at_hand", lambda device: True)
-    monkeypatch.setattr(replay, "prepared", prepared)
+    monkeypatch.setattr(recorder, "prepared", prepared)
     monkeypatch.setattr(
         replay.Tape, "__call__", lambda tape, inputs: (count.append(1), play(tape, inputs))[1]
     )
@@ -66,7 +62,7 @@ def step_of(layer, x, backend):
     return [y.detach(), x.grad, *(p.grad.clone() for p in layer.parameters())]
 
 
-@in_interpreter
+@interpreted
 @pytest.mark.parametrize("kind", [TTTLinear, TTTMLP])
 def test_a_call_is_replayed_on_other_values(kind, replaying):
     torch.manual_seed(0)
@@ -82,7 +78,7 @@ def test_a_call_is_replayed_on_other_values(kind, replaying):
         assert len(replaying) == 2 * max(0, turn - 1), "forward and backward from the third on"
 
 
-@in_interpreter
+@interpreted
 def test_tensors_that_share_memory_once_need_not_again(replaying):
     """q, k and v are slices of one tensor while the call is recorded, and tensors of their own later."""
 
@@ -107,7 +103,7 @@ def test_tensors_that_share_memory_once_need_not_again(replaying):
     assert len(replaying) == 2
 
 
-@in_interpreter
+@interpreted
 def test_results_are_new_each_time(replaying):
     torch.manual_seed(0)
     layer = TTTLinear(32, 2, mini_batch_size=8)
@@ -120,7 +116,7 @@ def test_results_are_new_each_time(replaying):
     assert len({x.untyped_storage().data_ptr() for x in found}) == 5
 
 
-@in_interpreter
+@interpreted
 def test_what_kernels_pass_on_takes_no_more_for_longer_sequences(replaying, monkeypatch):
     """The backward goes over few mini-batches at a time, and replayed it takes the memory of one such turn."""
     monkeypatch.setattr(triton_scan_backward, "ENOUGH_PROGRAMS", 1)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from marks import interpreted
 from test_passes import compiled
 from torch.utils import _pytree as pytree
 
@@ -98,7 +99,7 @@ def test_two_calls_within_a_mini_batch(name):
     assert max(worst.values()) < 1e-8, worst
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter runs kernels without a GPU")
+@interpreted
 @pytest.mark.parametrize("name", RULES)
 def test_kernels(name):
     step, example = small(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from marks import interpreted
 from test_kernels import arguments
 from tttc.codegen.schedule import Schedule
 
@@ -16,9 +17,7 @@ from tttc.pipeline import build_program
 from tttc.runtime import triton_scan_backward
 from tttc.scan import _flatten
 
-pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="the interpreter is what runs kernels without a GPU"
-)
+pytestmark = interpreted
 
 
 @torch.no_grad()

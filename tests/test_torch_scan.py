@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from marks import interpreted
 from torch import nn
 from torch._higher_order_ops.scan import scan as torch_scan
 from torch.utils import _pytree as pytree
@@ -205,7 +206,7 @@ def test_through_torch_compile():
     assert_same(model, compiled, inputs)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="for Triton's interpreter")
+@interpreted
 def test_kernels_in_the_interpreter():
     model = Nested()
     inputs = [x.float() for x in heads(1, 8)]

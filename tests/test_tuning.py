@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from marks import interpreted
 from test_stages import call_of
 from tttc.codegen.candidates import CHOICES, candidates, neighbours, plans, shortlist
 from tttc.codegen.kernel import write_atomically
@@ -29,9 +30,7 @@ from tttc.tuning import choose, remembered, search
 from tttc.tuning.choose import timed_by
 from tttc.tuning.plan import Plan, Setting, setting_of
 
-pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="the interpreter is what runs kernels without a GPU"
-)
+pytestmark = interpreted
 
 
 class Clock:

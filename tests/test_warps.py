@@ -9,6 +9,7 @@ from pathlib import Path
 import gluon_on_cpu
 import pytest
 import torch
+from marks import interpreted, on_gpu
 from test_gluon import assert_close, exact, forward
 from tttc.codegen import gluon_loop, heuristics
 from tttc.codegen.render import render
@@ -22,9 +23,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 from scans import make_case
 
 WARPS = Schedule(num_warps=8, num_stages=1, renderer="warps", nan="again", repeat_vectors=False)
-interpreted = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="the interpreter is what runs kernels without a GPU"
-)
 
 
 def case_of(T=64, dtype=torch.float32, name="ttt_mlp_b16", d=32):
@@ -129,7 +127,7 @@ def test_resources_on_hopper():
     assert calls[0].kernel.source.count("= mma_v2(") == 11
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="Gluon kernels need a Hopper GPU to run")
+@on_gpu
 def test_on_a_gpu():
     case = make_case("ttt_mlp_b16", 1, 512)
     if not heuristics.hopper(case.raw["q"].device):

@@ -20,6 +20,7 @@ from torch import fx
 from tttc import _recorder
 from tttc.passes.repeats import Repeat, repeats
 from tttc.runtime.blocks import Block, Program
+from tttc.runtime.fused_scan_backward import scan_arguments
 from tttc.traced_block import layers_of_scans, traced_block
 
 log = logging.getLogger("tttc.capture")
@@ -106,12 +107,7 @@ def put_back(gm: fx.GraphModule, programs: dict[str, Program]) -> None:
 
 def _tell(node: fx.Node, told: dict[str, str]) -> None:
     """Tell a scan which layer it is in."""
-    if node.target in (
-        torch.ops.tttc.fused_scan.default,
-        torch.ops.tttc.fused_scan_backward.default,
-    ):
-        names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
-        place = names.index("layer")
-        if place < len(node.args):
-            layer: Any = node.args[place]
-            node.update_arg(place, told.get(layer, layer))
+    places = scan_arguments(node)
+    if places is not None and places["layer"] < len(node.args):
+        layer: Any = node.args[places["layer"]]
+        node.update_arg(places["layer"], told.get(layer, layer))

@@ -25,6 +25,7 @@ from torch._inductor.utils import count_tangents
 from tttc._scan_op import interned
 from tttc.codegen.loop import constant_tensors
 from tttc.pipeline import build_program
+from tttc.runtime.fused_scan_backward import scan_arguments
 
 Direction = Literal["forward", "backward", "inference"]
 Run = Callable[[list[Any]], Any]
@@ -124,10 +125,8 @@ def _static_inputs(gm: fx.GraphModule, backward: bool) -> list[int]:
 
 def _bring_constants(gm: fx.GraphModule, device: torch.device) -> None:
     """The constants of a graph's scans, on the device before anything is recorded: they outlive the graph's memory."""
-    operators = (torch.ops.tttc.fused_scan.default, torch.ops.tttc.fused_scan_backward.default)
     for node in gm.graph.nodes:
-        if node.target in operators:
-            schema = [x.name for x in node.target._schema.arguments]
-            given = dict(zip(schema, node.args, strict=False)) | dict(node.kwargs)
-            program = build_program(interned(given["key"]), given["mini_batch_size"])
-            constant_tensors(program, device)
+        places = scan_arguments(node)
+        if places is not None:
+            key, size = (node.args[places[name]] for name in ("key", "mini_batch_size"))
+            constant_tensors(build_program(interned(key), size), device)

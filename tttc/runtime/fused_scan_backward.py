@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import fx
 
 from tttc._scan_op import interned, scan_info
 from tttc.codegen.torch_scan_backward import run_backward, saved_leaves
@@ -241,3 +242,14 @@ def _second_order(ctx, grads):
 torch.library.register_autograd(
     "tttc::fused_scan_backward", _second_order, setup_context=_setup_second_order, lib=LIBRARY
 )
+
+
+def scan_arguments(node: fx.Node) -> dict[str, int] | None:
+    """The places of the arguments of a compiled scan, or of its backward, by name; None for another operator."""
+    if node.target not in (
+        torch.ops.tttc.fused_scan.default,
+        torch.ops.tttc.fused_scan_backward.default,
+    ):
+        return None
+    schema = node.target._schema  # type: ignore[union-attr]
+    return {x.name: i for i, x in enumerate(schema.arguments)}
