@@ -11,17 +11,6 @@ from tttc.codegen.triton_tiles import Tile
 from tttc.ir.build import dims_of
 from tttc.ir.spec import Dims
 
-START_COPY = """
-
-@gluon.jit
-def start_copy(target, address):
-    if address.dtype.element_ty == target.dtype:
-        async_copy.async_copy_global_to_shared(target, address)
-    else:
-        target.store(gl.load(address).to(target.dtype))
-
-"""
-
 
 class GluonCopies(GluonTiles):
     """Small tiles a turn of the loop ahead, others a product ahead."""

@@ -16,7 +16,8 @@ import re
 from typing import Any
 
 from torch import fx
-from tttc.codegen.gluon_copies import START_COPY, GluonCopies
+from tttc.codegen.gluon_copies import GluonCopies
+from tttc.codegen.gluon_source import START_COPY, in_gluon
 from tttc.codegen.gluon_tiles import WAITS, Held
 from tttc.codegen.loop import Loop
 from tttc.codegen.schedule import Schedule
@@ -304,27 +305,15 @@ class GluonRenderer(GluonCopies):
 
     def _header(self) -> None:
         super()._header()
-        start = self.lines.index("import triton")
-        definitions = self.layouts.lines()
         copies = self.schedule.prefetch or self.schedule.early
         names = ["async_copy"] if copies else []
         names += ["fence_async_shared", "warpgroup_mma"]
-        self.lines[start : start + 2] = [
-            "from triton.experimental import gluon",
-            "from triton.experimental.gluon import language as gl",
-            f"from triton.experimental.gluon.language.nvidia.hopper import {', '.join(names)}",
-            "",
-            *definitions,
-            *(START_COPY.splitlines() if copies else ()),
-        ]
-        self.lines = [_in_gluon(line) for line in self.lines]
-        self.body = [_in_gluon(line) for line in self.body]
-
-
-def _in_gluon(line: str) -> str:
-    """Triton's names by those of Gluon, which are the same."""
-    line = line.replace("@triton.jit", "@gluon.jit").replace("tl.range(", "range(")
-    return re.sub(r"\btl\.", "gl.", line)
+        self.lines, self.body = in_gluon(
+            self.lines,
+            self.body,
+            [f"from triton.experimental.gluon.language.nvidia.hopper import {', '.join(names)}"],
+            [*self.layouts.lines(), *(START_COPY.splitlines() if copies else ())],
+        )
 
 
 def gluon_renderer(loop: Loop, schedule: Schedule) -> GluonRenderer:
