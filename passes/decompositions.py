@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch._decomp import get_decompositions
 
-from tttc.stable import STABLE
-
 aten = torch.ops.aten
 
 _PRIMITIVE: list[Any] = [
@@ -77,13 +75,49 @@ def _var(
     return _var_mean(x, dim, correction=correction, keepdim=keepdim)[0]
 
 
+def _softplus(x: torch.Tensor, beta: float = 1.0, threshold: float = 20.0) -> torch.Tensor:
+    """``log(1 + exp(beta x)) / beta``, and ``x`` where ``beta x`` is beyond the threshold."""
+    scaled = x * beta
+    large = scaled > threshold
+    return torch.where(large, x, torch.log1p(torch.exp(torch.where(large, 0.0, scaled))) / beta)
+
+
+def _softplus_backward(
+    grad: torch.Tensor, x: torch.Tensor, beta: float, threshold: float
+) -> torch.Tensor:
+    """The cotangent of its argument."""
+    scaled = x * beta
+    return torch.where(scaled > threshold, grad, grad * torch.sigmoid(scaled))
+
+
+def _mish(x: torch.Tensor) -> torch.Tensor:
+    """``x tanh(softplus(x))``."""
+    return x * torch.tanh(_softplus(x))
+
+
+def _mish_backward(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """The cotangent of its argument."""
+    gate = torch.tanh(_softplus(x))
+    return grad * (gate + x * torch.sigmoid(x) * (1.0 - gate * gate))
+
+
+# PyTorch's own take the exponential of any argument and choose afterwards: where it overflows, the derivative of what was
+# not chosen is zero times infinity. The derivatives of these, and theirs, stay finite.
+ACTIVATIONS: dict[Any, Callable[..., torch.Tensor]] = {
+    aten.softplus.default: _softplus,
+    aten.softplus_backward.default: _softplus_backward,
+    aten.mish.default: _mish,
+    aten.mish_backward.default: _mish_backward,
+}
+
+
 def decompositions() -> dict[torch._ops.OperatorBase, Callable[..., Any]]:
     """The table to hand to ``aot_autograd(decompositions=...)``.
 
     Norms, softmax, activations and their gradients become pointwise operations and row sums; matrix products,
     convolutions, embeddings and attention stay whole.
     """
-    table = dict(get_decompositions(_PRIMITIVE)) | STABLE
+    table = dict(get_decompositions(_PRIMITIVE)) | ACTIVATIONS
     table[aten.var_mean.correction] = _var_mean
     table[aten.var.correction] = _var
     return table

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tttc._checks import run_one_token
 from tttc.capture.constants import fold_constants
 from tttc.ir.body import is_users
-from tttc.stable import STABLE
+from tttc.passes.decompositions import ACTIVATIONS
 
 aten = torch.ops.aten
 
@@ -97,7 +97,7 @@ def decomposition_table() -> dict[Any, Callable[..., Any]]:
     return {
         **core_aten_decompositions(),
         **get_decompositions(_FURTHER),
-        **STABLE,
+        **ACTIVATIONS,
         aten.select.int: _select,
         aten.select_backward.default: _select_backward,
         torch.ops.prims.broadcast_in_dim.default: _broadcast_in_dim,
