@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 from scans import Case
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
-
-RULES_FOLDER = Path(__file__).parent.parent / "examples" / "rules"
-sys.path.append(str(RULES_FOLDER))  # rules import what they share as _run
 
 # The rules, and what is not as in the rule's own example; a chunk is a token of LaCT.
 SIZES: dict[str, dict[str, int]] = {

@@ -6,6 +6,7 @@ import statistics
 
 import pytest
 import torch
+from marks import interpreted
 
 import tttc
 from tttc.nn import TTTMLP, TTTLinear
@@ -26,13 +27,15 @@ def results(layer, weights, x):
     return {"output": y.detach().double(), "input": x.grad.double(), **grads}
 
 
-@pytest.mark.skipif(
-    torch.cuda.is_available(), reason="the interpreter is what runs kernels without a GPU"
-)
+@interpreted
 @pytest.mark.parametrize("kind", [TTTLinear, TTTMLP])
 def test_kernels_are_as_exact_as_operations(kind):
-    """Root mean squares over draws, as of the learning rates' bias there is one number a head. On a GPU
-    ``benchmarks/scan_forward.py`` records the same in bfloat16."""
+    """Root mean squares over draws, as of the learning rates' bias there is one number a head.
+
+    Of few tokens or narrow heads the gradient of ``tau_offset`` is a sum that cancels, and is farther off than this allows
+    (docs/limits.md): operands of products are rounded, which torch operations do not do. On a GPU
+    ``benchmarks/scan_forward.py`` records the same in bfloat16.
+    """
 
     def layer():
         return kind(128, 2, gate=True, share_qk=True)

@@ -61,7 +61,7 @@ def titans(
 ) -> Tensor:
     """Whole mini-batches of ``size`` tokens ``[B, H, T, ...]`` by ``body``, which is :func:`mini_batch`, compiled or not."""
     batch, _, length = tokens[0].shape[:3]
-    weights, momentum = (tuple(x.expand(batch, *x.shape) for x in g) for g in (weights, momentum))  # type: ignore[assignment]
+    weights, momentum = _for_all(weights, batch), _for_all(momentum, batch)
     tokens = tuple(x.float() for x in tokens)
     out = []
     for start in range(0, length, size):
@@ -70,3 +70,8 @@ def titans(
         )
         out.append(z)
     return torch.cat(out, 2)
+
+
+def _for_all(pair: Matrices, batch: int) -> Matrices:
+    first, second = (x.expand(batch, *x.shape) for x in pair)
+    return first, second
