@@ -125,7 +125,7 @@ def _settle_continued(program: Program, body: Body) -> None:
     """The same of a body that goes on in the middle of a mini-batch."""
     program.settled["continued"] = settled = sums(body)
     if program.verified:
-        verify_pass("sums", body, settled, program.unit)
+        verify_pass("sums", body, settled, program.unit, False)
 
 
 def _online(program: Program, token: Body, run: Run) -> None:
