@@ -268,12 +268,12 @@ def _small(loop: Loop, crowd: int, backward: bool) -> Schedule:
             reasons=(("num_warps", warps_why), order, branch if warps == 2 else beside, ahead),
         )  # fmt: skip
     # On sm_80 the forward spills so, and not with products first.
-    full = heavy and backward
+    tight = heavy and backward
     return Schedule(
         num_warps=warps,
-        order="least_live" if full else "products_first",
+        order="least_live" if tight else "products_first",
         nan="branch" if warps == 2 else "product",
-        reasons=(("num_warps", warps_why), least if full else order, branch if warps == 2 else beside),
+        reasons=(("num_warps", warps_why), least if tight else order, branch if warps == 2 else beside),
     )  # fmt: skip
 
 
