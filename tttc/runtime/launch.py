@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from tttc.codegen.kernel import Kernel
+from tttc.codegen.machine_code import Miscompiled, sound
 from tttc.codegen.resources import Request
-from tttc.ir.errors import KernelTooLarge
+from tttc.ir.errors import KernelTooLarge, NotLowerable
 from tttc.progress import phase
 
 POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16",
@@ -106,6 +107,7 @@ def launch(call: Launch) -> None:
 
     Raises:
         KernelTooLarge: where it takes more than the device has.
+        NotLowerable: where the machine code that ptxas makes of it can't be run.
     """
     kernel = call.kernel
     if kernel.refused and kernel.instead is not None:
@@ -159,6 +161,22 @@ def _laid_out(call: Launch) -> tuple[list[Any], tuple[Any, ...]]:
     return arguments, tuple(layout)
 
 
+def _sound(call: Launch, arguments: list[Any], constants: dict[str, Any], fast: bool) -> Any:
+    """Compile, looking on NVIDIA's GPUs at what was made, and launch; what Triton compiled."""
+    function, options = call.kernel.function(), call.options
+    if fast:
+
+        def made(more: dict[str, Any]) -> Any:
+            return function.warmup(*arguments, grid=call.grid, **constants, **options, **more)
+
+        try:
+            more, _ = sound(made, call.kernel.path.parent)
+        except Miscompiled as error:
+            raise NotLowerable(f"{call.kernel.name}: {error}") from error
+        options |= more
+    return function[call.grid](*arguments, **constants, **options)
+
+
 def _first_launch(call: Launch, arguments: list[Any], known: tuple[Any, ...]) -> None:
     from triton.runtime.errors import OutOfResources
 
@@ -168,7 +186,7 @@ def _first_launch(call: Launch, arguments: list[Any], known: tuple[Any, ...]) ->
     first = not kernel.compiled
     try:
         with phase("kernels", f"{kernel.name}: first launch") if first else nullcontext():
-            found = kernel.function()[call.grid](*arguments, **constants, **call.options)
+            found = _sound(call, arguments, constants, fast)
     except Exception as error:
         too_large = isinstance(error, OutOfResources)
         if kernel.instead is not None:
