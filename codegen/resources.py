@@ -289,7 +289,7 @@ class _Absent:
         return GPUTarget(*_target(self.target))
 
 
-def _compile(request: dict[str, Any], target: str, sound: Callable[..., Any]) -> Resources:
+def _compile(request: dict[str, Any], target: str, assembled: Callable[..., Any]) -> Resources:
     import triton.language as tl
     from triton.runtime.driver import driver
 
@@ -319,7 +319,7 @@ def _compile(request: dict[str, Any], target: str, sound: Callable[..., Any]) ->
     def made(more: dict[str, Any]) -> Any:
         return function.warmup(grid=(1,), **given, **request["options"], **more)
 
-    _, compiled = sound(made, Path(request["path"]).parent)
+    _, compiled = assembled(made)
     shared = int(compiled.metadata.shared)
     if "cubin" in compiled.asm:
         return _of_cubin(compiled.asm["cubin"], shared)
@@ -351,11 +351,11 @@ def _of_amdgcn(text: str, shared: int) -> Resources:
     return Resources(number("vgpr_count"), spilled, max(shared, number("group_segment_fixed_size")))
 
 
-def _main(sound: Callable[..., Any]) -> None:
+def _main(assembled: Callable[..., Any]) -> None:
     for line in sys.stdin:
         job = json.loads(line)
         try:
-            result: dict[str, Any] = asdict(_compile(job["request"], job["target"], sound))
+            result: dict[str, Any] = asdict(_compile(job["request"], job["target"], assembled))
         except Exception as error:
             result = {"error": f"{type(error).__name__}: {error}"}
         print(_MARK + json.dumps(result), flush=True)
@@ -363,7 +363,7 @@ def _main(sound: Callable[..., Any]) -> None:
 
 if __name__ == "__main__":
     # As a script, this folder heads the path; its modules are none of Triton's business.
-    from machine_code import sound
+    from assembler import assembled
 
     sys.path.pop(0)
-    _main(sound)
+    _main(assembled)

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from tttc.codegen.assembler import Miscompiled, assembled
 from tttc.codegen.kernel import Kernel
-from tttc.codegen.machine_code import Miscompiled, sound
 from tttc.codegen.resources import Request
 from tttc.ir.errors import KernelTooLarge, NotLowerable
 from tttc.progress import phase
@@ -107,7 +107,7 @@ def launch(call: Launch) -> None:
 
     Raises:
         KernelTooLarge: where it takes more than the device has.
-        NotLowerable: where the machine code that ptxas makes of it can't be run.
+        NotLowerable: where no assembler gets it right.
     """
     kernel = call.kernel
     if kernel.refused and kernel.instead is not None:
@@ -161,19 +161,18 @@ def _laid_out(call: Launch) -> tuple[list[Any], tuple[Any, ...]]:
     return arguments, tuple(layout)
 
 
-def _sound(call: Launch, arguments: list[Any], constants: dict[str, Any], fast: bool) -> Any:
-    """Compile, looking on NVIDIA's GPUs at what was made, and launch; what Triton compiled."""
+def _compiled(call: Launch, arguments: list[Any], constants: dict[str, Any]) -> Any:
+    """Compile a kernel, on an NVIDIA GPU by the assembler that gets it right, and launch it."""
     function, options = call.kernel.function(), call.options
-    if fast:
+    if constants["FAST"]:
 
         def made(more: dict[str, Any]) -> Any:
             return function.warmup(*arguments, grid=call.grid, **constants, **options, **more)
 
         try:
-            more, _ = sound(made, call.kernel.path.parent)
+            options |= assembled(made)[0]
         except Miscompiled as error:
             raise NotLowerable(f"{call.kernel.name}: {error}") from error
-        options |= more
     return function[call.grid](*arguments, **constants, **options)
 
 
@@ -186,7 +185,7 @@ def _first_launch(call: Launch, arguments: list[Any], known: tuple[Any, ...]) ->
     first = not kernel.compiled
     try:
         with phase("kernels", f"{kernel.name}: first launch") if first else nullcontext():
-            found = _sound(call, arguments, constants, fast)
+            found = _compiled(call, arguments, constants)
     except Exception as error:
         too_large = isinstance(error, OutOfResources)
         if kernel.instead is not None:
