@@ -64,8 +64,12 @@ def test_no_kernel_is_run_for_an_update_that_nothing_reads(monkeypatch, T):
     step, example = small("lact", **{**TALL, "T": T})
     init, tokens, shared = in_single(example)[:3]
     leaves = [x.requires_grad_() for x in tokens]
-    scan = tttc.compile(scan_of(step, 1), backend="triton", strict=True)
-    outputs = scan(init, type(tokens)(*leaves), shared)[1]
+
+    def read(init, tokens, shared):
+        return tttc.scan(step, init, tokens, 1, shared=shared)[1]
+
+    scan = tttc.compile(read, backend="triton", strict=True)
+    outputs = scan(init, type(tokens)(*leaves), shared)
     grads = torch.autograd.grad(outputs.square().sum(), leaves)
     assert all(not x[:, :, -1].any() for x in grads[1:]) and grads[0].all()
     backwards = [x[1:] for x in ran if x[0] == "scan_token_backward"]
