@@ -143,6 +143,9 @@ class GluonRenderer(GluonCopies):
             self.within = self.layouts.slice(self._layout(every), every.index(summed[0]))
         return self.let("c" if summed else "e", value, result, note=str(spec) if summed else "")
 
+    def sum_kind(self, node: fx.Node) -> None:
+        """Sums are made one by one: their tiles have layouts of their own."""
+
     def _sequence(self) -> list[fx.Node]:
         self.sequence = super()._sequence()
         made = [n for n in self.sequence if not self._deferred(n)]

@@ -6,32 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import fx
 
-from tttc.ir import ops
-
-
-def _is_product(node: fx.Node) -> bool:
-    """Whether a node makes every warp wait for the others: a product, a sum, an extreme."""
-    return node.target in (
-        ops.contraction,
-        ops.masked_contraction,
-        ops.triangular_solve,
-        ops.reduction,
-        ops.last,
-    )
-
-
-def _depths(nodes: Sequence[fx.Node]) -> dict[fx.Node, int]:
-    """How many products and sums lie on the way to each node, itself included."""
-    depth: dict[fx.Node, int] = {}
-    for node in nodes:
-        before = max((depth.get(x, 0) for x in node.all_input_nodes), default=0)
-        depth[node] = before + int(_is_product(node))
-    return depth
+from tttc.ir.depth import depths, makes_wait
 
 
 def products_first(nodes: Sequence[fx.Node]) -> list[fx.Node]:
     """The nodes with the products of arguments alone first: they run while the long chain of the state starts."""
-    depth = _depths(nodes)
+    depth = depths(nodes)
     return sorted(nodes, key=lambda n: depth[n] > 1)
 
 
@@ -53,7 +33,7 @@ def on_demand(
         small: whether a value takes next to nothing on chip.
         after: nodes that must come after others.
     """
-    members, depth = set(nodes), _depths(nodes)
+    members, depth = set(nodes), depths(nodes)
     position = {n: i for i, n in enumerate(nodes)}
     needs = {n: {x for x in (*n.all_input_nodes, *after.get(n, ())) if x in members} for n in nodes}
     readers: dict[fx.Node, list[fx.Node]] = {n: [] for n in nodes}
@@ -107,12 +87,12 @@ def _groups(nodes: Sequence[fx.Node], members: set[fx.Node]) -> dict[fx.Node, li
 
     The depth of a value counts the products and sums on the way to it.
     """
-    depth = _depths(nodes)
+    depth = depths(nodes)
     leader: dict[fx.Node, fx.Node] = {}
     for node in reversed(nodes):
         users = [u for u in node.users if u in members]
-        joins = len(users) == 1 and not _is_product(node) and depth[users[0]] == depth[node]
-        leader[node] = leader[users[0]] if joins and not _is_product(users[0]) else node
+        joins = len(users) == 1 and not makes_wait(node) and depth[users[0]] == depth[node]
+        leader[node] = leader[users[0]] if joins and not makes_wait(users[0]) else node
     groups: dict[fx.Node, list[fx.Node]] = {}
     for node in nodes:
         groups.setdefault(leader[node], []).append(node)

@@ -14,6 +14,7 @@ from tttc.passes.backward import Backward, backward
 from tttc.passes.prune_state import live_states
 from tttc.passes.simplify import simplify
 from tttc.passes.split import Part, Split, split
+from tttc.passes.sums import sums
 from tttc.passes.verify import verify_backward
 
 from tttc.ir.body import Body, role
@@ -55,7 +56,7 @@ def derive(
         if part == "continued" or (part == "token" and program.mini_batch_size > 1):
             states += [f"anchor_{i}" for i in range(body.states)]
         made = backward(body, [*states, *leaves], live)
-        made.body = simplify(made.body)
+        made.body = sums(simplify(made.body))
         if program.verified:
             verify_backward(f"backward of {part}", body, made, at_anchor=part == "full")
         program.gradients[key] = made

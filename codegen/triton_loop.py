@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 from tttc.codegen.ordering import least_live, on_demand, products_first
+from tttc.codegen.together import MOST, Group, function, groups_of, in_order
 from tttc.codegen.triton_functions import RECIPROCAL
 from tttc.codegen.triton_operators import Operators
 from tttc.codegen.triton_solve import INVERSE
@@ -68,6 +69,9 @@ class Renderer(Operators):
         self.write()
         if any("reciprocal(" in line for line in self.body):
             self.lines += RECIPROCAL.splitlines()
+        for count in range(2, MOST + 1):
+            if any(f" = sums_{count}(" in line for line in self.body):
+                self.lines += function(count).splitlines()
         if any("unit_triangular_inverse(" in line for line in self.body):
             self.lines += INVERSE.splitlines()
         self.write("@triton.jit")
@@ -264,14 +268,18 @@ class Renderer(Operators):
         elif not self.schedule.late_loads:
             for node in fetched:
                 self._load(node)
-        for node in self._sequence():
-            for x in (*node.all_input_nodes, node):
+        for these in self._together(self._sequence()):
+            nodes = these if isinstance(these, tuple) else (these,)
+            for x in (x for node in nodes for x in (*node.all_input_nodes, node)):
                 if x in fetched and x not in self.tiles:
                     self._load(x)
-            if node not in fetched and not self._deferred(node):
-                self.emit(node)
-            if node in self.tiles:
-                self._keep(node)
+            if isinstance(these, tuple):
+                self.emit_together(these)
+            elif these not in fetched and not self._deferred(these):
+                self.emit(these)
+            for node in nodes:
+                if node in self.tiles:
+                    self._keep(node)
         for node in self.results:
             if node in fetched and node not in self.tiles:
                 self._load(node)
@@ -311,6 +319,10 @@ class Renderer(Operators):
             )
         held = {n for n, _ in self.loop.sinks} | self.invariant
         return least_live(nodes, self._on_chip, held, self._updates_last(nodes))
+
+    def _together(self, nodes: list[fx.Node]) -> list[fx.Node | Group]:
+        """The operators of a mini-batch, sums that are made together as one."""
+        return in_order(nodes, groups_of(nodes, self.sum_kind))
 
     def _updates_last(self, nodes: list[fx.Node]) -> dict[fx.Node, set[fx.Node]]:
         """New states wait for those who read the old ones, unless these need the new ones."""

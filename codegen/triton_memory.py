@@ -65,7 +65,9 @@ class Memory(Tiles):
         ragged = tuple(d for d in memory if self.ragged(d))
         name = self.fresh("x")
         self.write(f"{name} = {self.fetch(tensor, pointer, dims, rows)}.to(tl.float32)")
-        return self.sorted_tile(name, memory, frozenset(ragged))
+        tile = self.sorted_tile(name, memory, frozenset(ragged))
+        self.loaded.add(tile.name)
+        return tile
 
     def fetch(self, tensor: str, pointer: str, dims: Dims, rows: str | None) -> str:
         """The expression that loads a tile as it lies in memory."""

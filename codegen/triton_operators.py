@@ -16,7 +16,7 @@ from tttc.ir.body import EARLIER, TOKEN, operands_of, spec_of
 from tttc.ir.build import dims_of
 from tttc.ir.errors import NotLowerable
 from tttc.ir.functions import FUNCTIONS as IR_FUNCTIONS
-from tttc.ir.spec import parse, parse_relation
+from tttc.ir.spec import Dims, parse, parse_relation
 
 LARGEST_BROADCAST = 1 << 17  # elements of a broadcast product that registers can hold for a moment
 
@@ -132,6 +132,20 @@ class Operators(Vectors):
 
     def _broadcast_product(self, node: fx.Node, tiles: list[Tile], masked: bool = False) -> Tile:
         """A product without the matrix unit: multiply, then add up."""
+        value, every, zero = self._multiplied(node, tiles, masked)
+        spec = parse(spec_of(node))
+        result = self.order(spec.result)
+        summed = tuple(d for d in every if d not in result)
+        for d in reversed(summed):
+            value = f"tl.sum({value}, {every.index(d)})"
+        return self.let(
+            "c" if summed else "e", value, result, zero, note=str(spec) if summed else ""
+        )
+
+    def _multiplied(
+        self, node: fx.Node, tiles: list[Tile], masked: bool = False
+    ) -> tuple[str, Dims, frozenset[str]]:
+        """What a product without the matrix unit adds up, its axes, and along which of the result it is zero."""
         spec = parse(spec_of(node))
         result = self.order(spec.result)
         every = self.order(tuple(dict.fromkeys(d for t in tiles for d in t.dims)))
@@ -157,12 +171,32 @@ class Operators(Vectors):
         ragged = tuple(d for d in summed if self.ragged(d))
         tiles = [self.cleared(t, ragged) for t in tiles]
         zero = frozenset().union(*(t.zero for t in tiles)) & frozenset(result)
-        value = " * ".join(self.line_up(t, every) for t in tiles)
-        for d in reversed(summed):
-            value = f"tl.sum({value}, {every.index(d)})"
-        return self.let(
-            "c" if summed else "e", value, result, zero, note=str(spec) if summed else ""
-        )
+        return " * ".join(self.line_up(t, every) for t in tiles), every, zero
+
+    def sum_kind(self, node: fx.Node) -> tuple[int, int, int] | None:
+        """Sides and axis of what a sum over one feature adds up, None where a node is no such sum of rows."""
+        if node.target is not ops.contraction or self._dot_labels(node) is not None:
+            return None
+        spec = parse(spec_of(node))
+        every = self.order(spec.labels)
+        if len(every) != 2 or len(spec.summed) != 1 or base(spec.summed[0]) in (TOKEN, EARLIER):
+            return None
+        if not any(set(every) == set(dims_of(x)) for x in operands_of(node)):
+            return None
+        return self.side(every[0]), self.side(every[1]), every.index(spec.summed[0])
+
+    def emit_together(self, nodes: tuple[fx.Node, ...]) -> None:
+        """Sums of one kind at once."""
+        made = []
+        for node in nodes:
+            value, _, zero = self._multiplied(node, [self.tile(x) for x in operands_of(node)])
+            made.append((value, Tile(self.fresh("c"), self.order(dims_of(node)), zero)))
+        kind = self.sum_kind(nodes[0])
+        assert kind is not None
+        names = ", ".join(tile.name for _, tile in made)
+        values = ", ".join(value for value, _ in made)
+        self.write(f"{names} = sums_{len(made)}({values}, {kind[2]}, FAST)")
+        self.tiles |= {node: tile for node, (_, tile) in zip(nodes, made, strict=True)}
 
     def _masked(self, node: fx.Node) -> Tile:
         return self._causal(self.tile(operands_of(node)[0]), node.args[0])

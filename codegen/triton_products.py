@@ -88,7 +88,9 @@ class Products(Memory):
                 right = self._causal(right, node.args[0])
         if base(inner) in (TOKEN, EARLIER) and not (causal and inner == r.earlier):
             # Of causal sums only those over later tokens reach beyond the sequence.
-            small = left if self._elements(left) <= self._elements(right) else right
+            # What lies in memory as a product reads it need not pass through registers: rather the other one.
+            sizes = [(self._elements(x), x.name in self.loaded) for x in (left, right)]
+            small = left if sizes[0] <= sizes[1] else right
             cleared = self.cleared(small, (inner,))
             left, right = (cleared, right) if small is left else (left, cleared)
         if self.ragged(inner):

@@ -46,6 +46,7 @@ class Tiles:
         self.lines: list[str] = []
         self.indent = 1
         self.tiles: dict[fx.Node, Tile] = {}
+        self.loaded: set[str] = set()  # tiles as they lie in memory
         self.counter = 0
         self.arguments: list[str] = []
         self.strides: dict[str, list[str]] = {}

@@ -21,6 +21,7 @@ from tttc.passes.chunkwise import chunk_size, chunkwise
 from tttc.passes.dualise import dualise
 from tttc.passes.normalise import normalise
 from tttc.passes.simplify import simplify
+from tttc.passes.sums import sums
 from tttc.passes.tiles import Tile, tile_of, tiles
 from tttc.passes.update_at_anchor import update_at_anchor
 from tttc.passes.verify import verify_pass, verify_tiles
@@ -113,13 +114,27 @@ def in_tokens(key: str, verify: bool = False) -> str | None:
 Run = Callable[..., Body]  # a pass under its name, validated and kept
 
 
+def _full(program: Program, body: Body, run: Run) -> Body:
+    """The body of a mini-batch from its anchor, simplified; also as kernels are rendered from it."""
+    full = run("simplify", simplify, body, at=True)
+    program.settled["full"] = run("sums", sums, full, at=True)
+    return full
+
+
+def _settle_continued(program: Program, body: Body) -> None:
+    """The same of a body that goes on in the middle of a mini-batch."""
+    program.settled["continued"] = settled = sums(body)
+    if program.verified:
+        verify_pass("sums", body, settled, program.unit, False)
+
+
 def _online(program: Program, token: Body, run: Run) -> None:
     """Every token sees the state of the token before it: chunks where that can be solved for."""
     program.token = run("at_carry", lambda body: simplify(at_carry(body)), token, at=True)
     program.chunk_size = chunk_size(program.token)
     try:
         chunk = run("chunkwise", chunkwise, program.token, program.chunk_size, at=True)
-        program.full = run("simplify", simplify, chunk, at=True)
+        program.full = _full(program, chunk, run)
     except NotLowerable as error:
         program.chunk_size = None
         program.reason = (
@@ -135,7 +150,7 @@ def _of_tiles(program: Program, token: Body, tile: Tile, run: Run) -> None:
     try:
         program.token = run("tiles", tiles, started, tile)
         dual = run("dualise", dualise, program.token, tile.size, at=True)
-        program.full = run("simplify", simplify, dual, at=True)
+        program.full = _full(program, dual, run)
     except NotLowerable as error:
         program.reason = error.reason
 
@@ -147,8 +162,9 @@ def _dual(program: Program, token: Body, run: Run) -> bool:
         primal = run("batch", batch, token)
         started = run("at_anchor", at_anchor, primal, at=True)
         dual = run("dualise", dualise, started, size, at=True)
-        program.full = run("simplify", simplify, dual, at=True)
+        program.full = _full(program, dual, run)
         program.continued = run("continued", lambda body: simplify(dualise(body, size)), primal)
+        _settle_continued(program, program.continued)
     except NotLowerable as error:
         program.full = program.continued = None
         program.reason = error.reason
@@ -163,8 +179,9 @@ def _solved(program: Program, token: Body, run: Run) -> None:
         return simplify(chunkwise(body, size, from_anchor=False))
 
     try:
-        full = run("simplify", simplify, run("chunkwise", chunkwise, token, size, at=True), at=True)
+        full = _full(program, run("chunkwise", chunkwise, token, size, at=True), run)
         program.continued = run("continued", continued, token)
+        _settle_continued(program, program.continued)
         program.full, program.reason = full, None
     except NotLowerable:  # the reason why there is no dual form says more
         program.stages = stages

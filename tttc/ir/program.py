@@ -17,6 +17,9 @@ class Program:
     starts at its anchor. Where tokens can only run one after another the last two are None and ``reason``
     says why. At mini-batch size 1 ``full`` handles a chunk of ``chunk_size`` tokens from any carry, which it takes
     as the anchor; there is no ``continued`` then, as every token ends a mini-batch.
+
+    ``settled`` has the bodies that kernels are rendered from, where sums are made of what is known earlier. VJPs are
+    derived from those before: through what cancels exactly, gradients would be rounded where they are largest.
     """
 
     name: str
@@ -24,6 +27,7 @@ class Program:
     token: Body
     continued: Body | None = None
     full: Body | None = None
+    settled: dict[str, Body] = field(default_factory=dict)
     reason: str | None = None
     chunk_size: int | None = None
     stages: dict[str, Body | fx.GraphModule] = field(default_factory=dict)

@@ -239,7 +239,7 @@ class ScanReport:
     @property
     def after(self) -> StageCost | None:
         """The cost of what runs in its place."""
-        return self._cost("simplify", "at_carry", "simplify_step", "normalise")
+        return self._cost("sums", "simplify", "at_carry", "simplify_step", "normalise")
 
     def _cost(self, *names: str) -> StageCost | None:
         by_name = {s.name: s.cost for s in self.stages}

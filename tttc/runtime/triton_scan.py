@@ -87,8 +87,7 @@ def scan_kernels(
 def _loop(
     program: Program, part: str, states: bool, save: tuple[int, ...] = (), interval: int = 1
 ) -> Loop:
-    body = {"tokens": program.token, "continued": program.continued}.get(part, program.full)
-    assert body is not None
+    body = program.token if part == "tokens" else program.settled[part]
     wanted = range(body.states) if states else save
     live = live_states(body, wanted, range(len(body.results) - body.states))
     return scan_loop(
