@@ -13,7 +13,7 @@ from tttc.codegen.phases import PIECE
 import tttc
 from tttc.ir.build import dims_of
 from tttc.runtime import staged
-from tttc.runtime.chunked import Chunked, first_launches, run_chunked
+from tttc.runtime.chunked import Chunked, first_launches, programs_a_tile, run_chunked
 
 TALL = {"B": 2, "H": 2, "T": 3, "d": 5, "c": PIECE + 11}
 
@@ -75,6 +75,13 @@ def test_no_kernel_is_run_for_an_update_that_nothing_reads(monkeypatch, T):
     backwards = [x[1:] for x in ran if x[0] == "scan_token_backward"]
     # q's rows and zeros for k, v and the rates; then what is learnt, what is read, and what comes back through it.
     assert backwards == [(1, 4), (T - 1, 3)][: 1 if T == 1 else 2]
+
+
+@pytest.mark.parametrize(
+    "heads, split", [(1, 128), (32, 4), (100, 1), (128, 1), (140, 4), (512, 1)]
+)
+def test_programs_fill_a_device_and_are_no_more(heads, split):
+    assert programs_a_tile(heads, torch.device("cpu")) == split  # the figures of an H200
 
 
 def decayed(anchor, W, chunk, shared):
