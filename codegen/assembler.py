@@ -31,8 +31,8 @@ from collections.abc import Callable
 from typing import Any
 
 RIGHT_FROM = (12, 9)
-# What ptxas takes without being told, in words: Triton's caches tell kernels apart by options, not by assemblers.
-APART = {"ptx_options": "--opt-level 3"}
+# What ptxas does without being told: Triton's caches tell kernels apart by options, not by assemblers.
+LEVEL = "--opt-level 3"
 _SUM = re.compile(r"add\.s64\s+%rd\d+, %rd\d+, -\d{17,};")
 _lock = threading.Lock()
 
@@ -66,7 +66,8 @@ def assembled(compiled: Callable[[dict[str, Any]], Any]) -> tuple[dict[str, Any]
         raise Miscompiled(f"ptxas {tool.version} gets descriptors of operands wrong")
     with _lock, knobs.nvidia.scope():
         knobs.nvidia.ptxas = newer.path
-        return APART, compiled(APART)
+        options = {"ptx_options": " ".join(filter(None, (knobs.nvidia.ptxas_options, LEVEL)))}
+        return options, compiled(options)
 
 
 def misread(ptx: str) -> bool:

@@ -6,7 +6,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
-from tttc.codegen.assembler import APART, Miscompiled, assembled, misread
+from tttc.codegen.assembler import LEVEL, Miscompiled, assembled, misread
 from tttc.codegen.resources import Request, measure
 
 from tttc.ir.errors import NotLowerable
@@ -38,11 +38,12 @@ def test_which_sums_are_misread(lines, wrong):
 def tools(monkeypatch):
     """Says which versions Triton finds; its knobs as they are otherwise."""
 
-    def find(usual, newer):
+    def find(usual, newer, options=None):
         named = {None: usual, "newer": newer}
         nvidia = SimpleNamespace(
             scope=triton.knobs.nvidia.scope,
             ptxas_blackwell=SimpleNamespace(path="newer", version=newer),
+            ptxas_options=options,
         )
         nvidia.ptxas = SimpleNamespace(path=None, version=named[None])
         monkeypatch.setattr(triton.knobs, "nvidia", nvidia)
@@ -62,10 +63,11 @@ def compiler(nvidia, lines):
     return compiled, asked
 
 
-def test_what_is_misread_goes_to_a_newer_assembler(tools):
-    compiled, asked = compiler(tools("12.8", "12.9"), (FIRST, NEXT, PRODUCT))
-    assert assembled(compiled)[0] == APART
-    assert asked == [({}, None), (APART, "newer")]
+@pytest.mark.parametrize("given, options", [(None, LEVEL), ("-v", f"-v {LEVEL}")])
+def test_what_is_misread_goes_to_a_newer_assembler(tools, given, options):
+    compiled, asked = compiler(tools("12.8", "12.9", given), (FIRST, NEXT, PRODUCT))
+    assert assembled(compiled)[0] == {"ptx_options": options}
+    assert asked == [({}, None), ({"ptx_options": options}, "newer")]
 
 
 @pytest.mark.parametrize("lines", [(FIRST, WIDE, PRODUCT), (NEXT,)])
@@ -117,4 +119,4 @@ def test_compiling_processes_do_the_same(monkeypatch, tmp_path):
     signature = {"x": "*bf16", "y": "*bf16", "z": "*fp32"}
     measure([Request(str(path), "product", signature, aligned=list(signature))], "sm_90")
     made = {json.loads(p.read_text()).get("ptx_options") for p in tmp_path.rglob("product.json")}
-    assert made == {None, APART["ptx_options"]}
+    assert made == {None, LEVEL}
