@@ -28,7 +28,7 @@ from tttc.runtime.triton_scan import run_kernels
 
 CASES = ("ttt_linear_b16", "ttt_mlp_b16", "ttt_mlp_chunk64")
 D, HEADS = 64, 32
-DRAWS = 32  # of weights and inputs, of which errors of layers are a mean: of a sum of few large terms one says little
+DRAWS = 16  # of weights and inputs, of which errors of layers are a mean: of a sum of few large terms one says little
 
 
 def median(run, rep: int = 100) -> dict[str, float]:
