@@ -8,10 +8,11 @@ laid out [B, T, H, d] as projections leave them; times are medians of repeated r
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
-import sys
 import traceback
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from tttc.runtime.triton_scan import run_kernels
 
 CASES = ("ttt_linear_b16", "ttt_mlp_b16", "ttt_mlp_chunk64")
 D, HEADS = 64, 32
-DRAWS = 32  # of weights and inputs, of which errors of layers are a mean: of a sum of few large terms one says little
+DRAWS = 16  # of weights and inputs, of which errors of layers are a mean: of a sum of few large terms one says little
 
 
 def median(run, rep: int = 100) -> dict[str, float]:
@@ -300,22 +301,34 @@ def model_rows() -> list[dict[str, Any]]:
     return rows
 
 
+SECTIONS = {
+    "training": training_rows,
+    "peers": peer_rows,
+    "layers": model_rows,
+    "forward": forward_rows,
+}
+
+
 def main() -> None:
-    (out,) = sys.argv[1:]
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("out", type=Path)
+    p.add_argument("--sections", nargs="+", default=list(SECTIONS), choices=SECTIONS,
+                   help="others stay in OUT as they are, if it is of the same versions and device")  # fmt: skip
+    args = p.parse_args()
     made = record() | {"matrix_flops": matrix_rate()}
-    for section, make in (
-        ("forward", forward_rows),
-        ("peers", peer_rows),
-        ("training", training_rows),
-        ("layers", model_rows),
-    ):
+    if args.out.exists():
+        before = json.loads(args.out.read_text())
+        if all(before.get(k) == made[k] for k in ("device", "versions", "date")):
+            made |= {k: v for k, v in before.items() if k in SECTIONS}
+    for section in args.sections:
         try:
-            made[section] = make()
+            made[section] = SECTIONS[section]()
         except Exception:
             made[section] = {"error": traceback.format_exc()}
             print(section, "FAILED", made[section]["error"][-1500:])
-        with open(out, "w") as f:
-            json.dump(made, f, indent=1)
+        args.out.write_text(json.dumps(made, indent=1))
 
 
 if __name__ == "__main__":

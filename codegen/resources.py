@@ -289,7 +289,7 @@ class _Absent:
         return GPUTarget(*_target(self.target))
 
 
-def _compile(request: dict[str, Any], target: str) -> Resources:
+def _compile(request: dict[str, Any], target: str, assembled: Callable[..., Any]) -> Resources:
     import triton.language as tl
     from triton.runtime.driver import driver
 
@@ -315,7 +315,11 @@ def _compile(request: dict[str, Any], target: str) -> Resources:
     driver.set_active(_Absent(target))
     # The very path of a launch, so that one finds in the cache on disk what was made here.
     function.device_caches.clear()
-    compiled = function.warmup(grid=(1,), **given, **request["options"])
+
+    def made(more: dict[str, Any]) -> Any:
+        return function.warmup(grid=(1,), **given, **request["options"], **more)
+
+    _, compiled = assembled(made)
     shared = int(compiled.metadata.shared)
     if "cubin" in compiled.asm:
         return _of_cubin(compiled.asm["cubin"], shared)
@@ -347,11 +351,11 @@ def _of_amdgcn(text: str, shared: int) -> Resources:
     return Resources(number("vgpr_count"), spilled, max(shared, number("group_segment_fixed_size")))
 
 
-def _main() -> None:
+def _main(assembled: Callable[..., Any]) -> None:
     for line in sys.stdin:
         job = json.loads(line)
         try:
-            result: dict[str, Any] = asdict(_compile(job["request"], job["target"]))
+            result: dict[str, Any] = asdict(_compile(job["request"], job["target"], assembled))
         except Exception as error:
             result = {"error": f"{type(error).__name__}: {error}"}
         print(_MARK + json.dumps(result), flush=True)
@@ -359,5 +363,7 @@ def _main() -> None:
 
 if __name__ == "__main__":
     # As a script, this folder heads the path; its modules are none of Triton's business.
+    from assembler import assembled
+
     sys.path.pop(0)
-    _main()
+    _main(assembled)

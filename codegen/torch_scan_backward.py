@@ -34,18 +34,23 @@ Leaves = tuple[
 
 
 def derive(
-    program: Program, part: str, leaves: Leaves, live: tuple[int, ...] | None = None
+    program: Program,
+    part: str,
+    leaves: Leaves,
+    live: tuple[int, ...] | None = None,
+    onto: tuple[int, ...] | None = None,
 ) -> Backward:
     """The simplified VJP of a body of a program ("full", "continued" or "token").
 
-    ``live``: the states that have cotangents, all where None. Of these come first in ``wanted`` the cotangents
-    handed on; then, where anchors are not those, the cotangents of all anchors.
+    ``live``: the states that have cotangents, all where None; ``onto``: those whose cotangents are handed on, the same
+    where None. These come first in ``wanted``; then, where anchors are not those, the cotangents of all anchors.
     """
-    key = (part, leaves, live)
+    key = (part, leaves, live, onto)
     if key not in program.gradients:
         body: Body = getattr(program, part)
         handed_on = "anchor" if part == "full" else "carry"
-        states = [f"{handed_on}_{i}" for i in (range(body.states) if live is None else live)]
+        onto = live if onto is None else onto
+        states = [f"{handed_on}_{i}" for i in (range(body.states) if onto is None else onto)]
         if part == "continued":
             states = [f"carry_{i}" for i in range(body.states)]
         if part == "continued" or (part == "token" and program.mini_batch_size > 1):

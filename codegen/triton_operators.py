@@ -20,6 +20,8 @@ from tttc.ir.spec import Dims, parse, parse_relation
 
 LARGEST_BROADCAST = 1 << 17  # elements of a broadcast product that registers can hold for a moment
 
+POLES = ("div", "reciprocal", "rsqrt", "log", "pow")  # functions that are not finite of zero
+
 
 class Operators(Vectors):
     """One operator after another."""
@@ -66,7 +68,13 @@ class Operators(Vectors):
             zero = tiles[0].zero
         elif kind == "sum":
             zero = frozenset.intersection(*(t.zero & frozenset(t.dims) for t in tiles))
-        return self.let("e", FUNCTIONS[function].format(*values), target, zero)
+        if function not in POLES:
+            return self.let("e", FUNCTIONS[function].format(*values), target, zero)
+        # Beyond the size of a dimension a divisor is zero: what comes of that must not meet sums, or a product with zero.
+        divisors = tiles[1:] if function == "div" else tiles
+        beyond = tuple(d for d in target if self.ragged(d) and any(d in t.dims for t in divisors))
+        made = self.let("e", FUNCTIONS[function].format(*values), target, zero - set(beyond))
+        return self.cleared(made, beyond)
 
     def _contraction(self, node: fx.Node) -> Tile:
         if self._dot_labels(node) is not None:

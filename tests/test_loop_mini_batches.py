@@ -76,7 +76,33 @@ def test_cumulative_sums():
 
 
 def test_the_last_mini_batch_may_be_the_second():
-    check(Primal(), heads, [(2, 6), (2, 15)])
+    model = Primal()
+    check(model, heads, [(2, 16), (2, 6), (2, 15)])
+    assert len(plans_of(model)) == 1
+
+
+def test_a_loop_first_met_with_too_few_iterations():
+    """One whole mini-batch says nothing of the next: such lengths run as they are, a longer one is re-rolled all the same."""
+
+    class Fresh(Primal):
+        def forward(self, q, k, v):
+            W = self.W.expand(q.shape[0], -1, -1, -1)
+            outs = []
+            for i in range(0, q.shape[2], self.b):
+                q_b, k_b, v_b = (x[:, :, i : i + self.b] for x in (q, k, v))
+                outs.append(torch.einsum("bhti,bhij->bhtj", q_b, W))
+                error = torch.einsum("bhti,bhij->bhtj", k_b, W) - v_b
+                W = W - torch.einsum("bhti,bhtj->bhij", k_b, error)
+            return torch.cat(outs, 2), W
+
+    model = Fresh()
+    compiled = tttc.compile(model, backend="torch", strict=True)
+    for length in (6, 7, 5):
+        assert_same(model, compiled, heads(2, length))
+        assert not plans_of(model)
+    for length in (15, 18):
+        assert_same(model, compiled, heads(2, length))
+        assert len(plans_of(model)) == 1
 
 
 class Split(nn.Module):

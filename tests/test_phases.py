@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from marks import interpreted
@@ -14,9 +12,8 @@ from tttc.codegen.phases import PIECE
 
 import tttc
 from tttc.ir.build import dims_of
-from tttc.runtime import staged, triton_scan_backward
-from tttc.runtime.chunked import Chunked, first_launches, run_chunked
-from tttc.tuning.plan import setting_of
+from tttc.runtime import staged
+from tttc.runtime.chunked import Chunked, first_launches, programs_a_tile, run_chunked
 
 TALL = {"B": 2, "H": 2, "T": 3, "d": 5, "c": PIECE + 11}
 
@@ -54,21 +51,37 @@ def test_kernels_of_tall_tiles(monkeypatch):
 
 
 @interpreted
-def test_tall_tiles_on_a_gpu_are_differentiated_by_operations(monkeypatch):
-    def on_gpu(*given):
-        return replace(setting_of(*given), device=torch.device("cuda"))
+@pytest.mark.parametrize("T", [1, 3])
+def test_no_kernel_is_run_for_an_update_that_nothing_reads(monkeypatch, T):
+    """With no cotangent after the last chunk its kernels are those of its outputs, and zeros for what is learnt."""
+    ran = []
 
-    monkeypatch.setattr(triton_scan_backward, "setting_of", on_gpu)
-    step, example = small("lact", **{**TALL, "T": 2})
-    scan = scan_of(step, example.mini_batch_size)
-    got = results(tttc.compile(scan, backend="triton", strict=True), in_single(example))
-    worst = errors(results(scan, example), got)
-    assert max(worst.values()) < 1e-3, worst
-    with torch.no_grad():
-        _, program = compiled(step, *in_single(example), verify=False)
-    assert program.no_kernels is None
-    assert program.no_backward_kernels == triton_scan_backward.WRONG_THERE
-    program.no_backward_kernels = None
+    def run(given, tensors, batch, heads, length, dtype, launcher):
+        ran.append((given.loop.name, length, sum(part.tokens for part in given.made.loops)))
+        return run_chunked(given, tensors, batch, heads, length, dtype, launcher)
+
+    monkeypatch.setattr(staged, "run_chunked", run)
+    step, example = small("lact", **{**TALL, "T": T})
+    init, tokens, shared = in_single(example)[:3]
+    leaves = [x.requires_grad_() for x in tokens]
+
+    def read(init, tokens, shared):
+        return tttc.scan(step, init, tokens, 1, shared=shared)[1]
+
+    scan = tttc.compile(read, backend="triton", strict=True)
+    outputs = scan(init, type(tokens)(*leaves), shared)
+    grads = torch.autograd.grad(outputs.square().sum(), leaves)
+    assert all(not x[:, :, -1].any() for x in grads[1:]) and grads[0].all()
+    backwards = [x[1:] for x in ran if x[0] == "scan_token_backward"]
+    # q's rows and zeros for k, v and the rates; then what is learnt, what is read, and what comes back through it.
+    assert backwards == [(1, 4), (T - 1, 3)][: 1 if T == 1 else 2]
+
+
+@pytest.mark.parametrize(
+    "heads, split", [(1, 128), (32, 4), (100, 1), (128, 1), (140, 4), (512, 1)]
+)
+def test_programs_fill_a_device_and_are_no_more(heads, split):
+    assert programs_a_tile(heads, torch.device("cpu")) == split  # the figures of an H200
 
 
 def decayed(anchor, W, chunk, shared):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -57,7 +58,10 @@ def errors(
     """The largest difference of each kind, relative to the largest value of its tensor where that exceeds 1."""
 
     def error(x: torch.Tensor, y: torch.Tensor) -> float:
-        return float((x.double() - y.double()).abs().max()) / max(1.0, float(x.abs().max()))
+        found = float((x.double() - y.double()).abs().max()) / max(1.0, float(x.abs().max()))
+        return (
+            found if math.isfinite(found) else math.inf
+        )  # which is larger than any other, as nan is not
 
     return {
         k: max(error(x, y) for x, y in zip(xs, got[k], strict=True)) for k, xs in expected.items()

@@ -44,12 +44,14 @@ class Site:
 
     Attributes:
         plans: what runs in its place, for the variables it was met with.
+        short: how often it was looked at with too few iterations to say anything.
     """
 
     def __init__(self, source: LoopSource) -> None:
         self.source = source
         self.plans: list[Plan] = []
         self.refused: list[NotLowerable] = []
+        self.short = 0
         self.tokens = True  # False once it is known not to run over tokens
         self.eagerly = torch._dynamo.disable(
             functools.partial(_run_whole, source.eager),
@@ -62,7 +64,11 @@ class Site:
 
     def choose(self, bounds: Any, values: Any) -> int:
         """Which plan holds for these variables; EAGER or INLINE where none does."""
-        if not self.tokens or bounds[2] <= 0 or whole_iterations(self.source, bounds, values) <= 1:
+        if not self.tokens or bounds[2] <= 0:
+            return INLINE
+        if whole_iterations(self.source, bounds, values) <= 1:
+            if not torch.compiler.is_dynamo_compiling():
+                self.short += _planning.get() is not None
             return INLINE
         found = self._find(bounds, values)
         if found == EAGER and not torch.compiler.is_dynamo_compiling():
@@ -195,7 +201,7 @@ class Loops:
         signature = _signature(args, kwargs)
         if any(_alike(signature, known) for known in self.seen):
             return
-        before = self._state()
+        before, short = self._state(), self._short()
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         copier = Copier(lambda path, x: x)
         with self.replaced():
@@ -223,10 +229,13 @@ class Loops:
             logging.getLogger(__name__).info("the model does not run without values: %r", error)
         finally:
             _planning.reset(token)
-        self._remember(signature, self._state() == before)
+        self._remember(signature, self._state() == before and self._short() == short)
 
     def _state(self) -> int:
         return sum(len(site.plans) + len(site.refused) for site in sites_of(self))
+
+    def _short(self) -> int:
+        return sum(site.short for site in sites_of(self))
 
     def _remember(self, signature: Any, nothing_new: bool) -> None:
         """Sizes with which nothing new was found may be any."""

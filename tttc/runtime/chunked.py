@@ -20,6 +20,7 @@ from tttc.runtime.ahead import compile_ahead
 from tttc.runtime.launch import Launch, launch
 
 Tensor = torch.Tensor
+ALL_WEIGHTS = 1 / 32  # what a program takes beside its rows, of what a whole tile's rows take
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,17 @@ def chunked(loop: Loop, split: int) -> Chunked | None:
 
 
 def programs_a_tile(heads: int, device: torch.device) -> int:
-    """Programs that share a tile's rows: a few for each multiprocessor, ``heads`` tiles in all, a power of two."""
-    return 1 << (max(1, -(-4 * device_of(device).processors // max(heads, 1))) - 1).bit_length()
+    """Programs that share a tile's rows, a power of two: as many as fill a device, ``heads`` tiles in all, and no more.
+
+    A program takes a multiprocessor to itself, and loads all weights before its first row and stores sums of their size
+    after the last; those are added up afterwards.
+    """
+    processors = device_of(device).processors
+
+    def time(split: int) -> float:
+        return -(-max(heads, 1) * split // processors) * (1 / split + ALL_WEIGHTS)
+
+    return min((1 << i for i in range(8)), key=time)
 
 
 def run_chunked(

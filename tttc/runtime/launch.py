@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
+from tttc.codegen.assembler import Miscompiled, assembled
 from tttc.codegen.kernel import Kernel
 from tttc.codegen.resources import Request
-from tttc.ir.errors import KernelTooLarge
+from tttc.ir.errors import KernelTooLarge, NotLowerable
 from tttc.progress import phase
 
 POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16",
@@ -106,6 +107,7 @@ def launch(call: Launch) -> None:
 
     Raises:
         KernelTooLarge: where it takes more than the device has.
+        NotLowerable: where no assembler gets it right.
     """
     kernel = call.kernel
     if kernel.refused and kernel.instead is not None:
@@ -159,6 +161,21 @@ def _laid_out(call: Launch) -> tuple[list[Any], tuple[Any, ...]]:
     return arguments, tuple(layout)
 
 
+def _compiled(call: Launch, arguments: list[Any], constants: dict[str, Any]) -> Any:
+    """Compile a kernel, on an NVIDIA GPU by the assembler that gets it right, and launch it."""
+    function, options = call.kernel.function(), call.options
+    if constants["FAST"]:
+
+        def made(more: dict[str, Any]) -> Any:
+            return function.warmup(*arguments, grid=call.grid, **constants, **options, **more)
+
+        try:
+            options |= assembled(made)[0]
+        except Miscompiled as error:
+            raise NotLowerable(f"{call.kernel.name}: {error}") from error
+    return function[call.grid](*arguments, **constants, **options)
+
+
 def _first_launch(call: Launch, arguments: list[Any], known: tuple[Any, ...]) -> None:
     from triton.runtime.errors import OutOfResources
 
@@ -168,7 +185,7 @@ def _first_launch(call: Launch, arguments: list[Any], known: tuple[Any, ...]) ->
     first = not kernel.compiled
     try:
         with phase("kernels", f"{kernel.name}: first launch") if first else nullcontext():
-            found = kernel.function()[call.grid](*arguments, **constants, **call.options)
+            found = _compiled(call, arguments, constants)
     except Exception as error:
         too_large = isinstance(error, OutOfResources)
         if kernel.instead is not None:

@@ -78,16 +78,28 @@ def scan_kernels(
                     return plan.schedule(part)
                 return default_schedule(part, setting.crowd, gluon=setting.gluon)
 
+            first = chosen(whole)
+            if (
+                first.renderer == "warps"
+            ):  # a sum of what they share is an exchange: added up once, not sooner
+                whole = _loop(program, part, states, save, interval, settled=False)
             # Outputs made in parallel need the state of every mini-batch.
-            wanted = plan.stages if plan else chosen(whole).stages
+            wanted = plan.stages if plan else first.stages
             program.kernels[key] = staged(whole, 1 if interval > 1 else wanted, chosen)
         return program.kernels[key]
 
 
 def _loop(
-    program: Program, part: str, states: bool, save: tuple[int, ...] = (), interval: int = 1
+    program: Program,
+    part: str,
+    states: bool,
+    save: tuple[int, ...] = (),
+    interval: int = 1,
+    settled: bool = True,
 ) -> Loop:
-    body = program.token if part == "tokens" else program.settled[part]
+    plain = {"tokens": program.token, "continued": program.continued}.get(part, program.full)
+    body = program.settled.get(part, plain) if settled else plain
+    assert body is not None
     wanted = range(body.states) if states else save
     live = live_states(body, wanted, range(len(body.results) - body.states))
     return scan_loop(

@@ -13,7 +13,6 @@ from tttc.codegen.schedule import Schedule
 from tttc.codegen.torch_scan import squeeze_features
 from tttc.codegen.torch_scan_backward import Leaves, derive, live_cotangents
 from tttc.ir.body import role
-from tttc.ir.errors import NotLowerable
 from tttc.ir.program import Program
 from tttc.runtime.chunked import Chunked, chunked, is_tall, programs_a_tile
 from tttc.runtime.launch import launch
@@ -26,12 +25,6 @@ from tttc.tuning.search import Call
 Tensor = torch.Tensor
 _lock = threading.Lock()
 ENOUGH_PROGRAMS = 2048  # of a parallel kernel: many a multiprocessor, on any device
-# On an H200 under Triton 3.6 the kernels of LaCT's backward gave gradients that were wrong by orders of magnitude, the
-# same each time; in the interpreter, with products rounded as there, they are right.
-TALL_ON_GPU = False
-WRONG_THERE = (
-    "kernels over tall tiles gave wrong gradients on a GPU: the backward runs by torch operations"
-)
 
 
 def backward_kernels(
@@ -42,25 +35,24 @@ def backward_kernels(
     setting: Setting = PLAIN,
     call: Call | None = None,
     split: int = 1,
+    onto: tuple[int, ...] | None = None,
 ) -> Staged | Chunked:
     """The kernels of the VJP of a body ("full", "continued" or "token"), rendered once.
 
-    ``live``: the states that have cotangents, all where None. ``setting``, ``call`` and ``split``: as of
-    :func:`tttc.runtime.triton_scan.scan_kernels`.
+    ``live``: the states that have cotangents, all where None; ``onto``: those whose cotangents are handed on, the same
+    where None. ``setting``, ``call`` and ``split``: as of :func:`tttc.runtime.triton_scan.scan_kernels`.
 
     Raises:
         NotLowerable: where an operator has no derivative or no Triton form.
     """
     with _lock:
         chosen = program.schedules.get(f"{part}_backward")
-        which = ("backward", part, leaves, live)
+        which = ("backward", part, leaves, live, onto)
 
         def loop() -> Loop:
-            return backward_loop_of(program, part, leaves, live)
+            return backward_loop_of(program, part, leaves, live, onto)
 
         if part == "token" and is_tall(program):
-            if setting.device.type != "cpu" and not TALL_ON_GPU:
-                raise NotLowerable(WRONG_THERE)
             tall = (*which, "tall", split)
             if tall not in program.kernels:
                 program.kernels[tall] = chunked(loop(), split)
@@ -87,10 +79,14 @@ def backward_kernels(
 
 
 def backward_loop_of(
-    program: Program, part: str, leaves: Leaves, live: tuple[int, ...] | None = None
+    program: Program,
+    part: str,
+    leaves: Leaves,
+    live: tuple[int, ...] | None = None,
+    onto: tuple[int, ...] | None = None,
 ) -> Loop:
     """The loop of the VJP of a body."""
-    made = derive(program, part, leaves, live)
+    made = derive(program, part, leaves, live, onto)
     handed_on = "anchor" if part == "full" else "carry"
     return backward_loop(f"scan_{part}_backward", made, program.unit, handed_on)
 
@@ -158,24 +154,18 @@ def run_backward_kernels(
         rows[f"goutput_{i}"] = squeeze_features(x, 3)
 
     zero = now_carry[0].new_zeros(())
-    tall = program.sequential and is_tall(program)
+    tall = program.sequential and program.mini_batch_size == 1 and is_tall(program)
 
     def cotangent(x: Tensor | None, like: Tensor) -> Tensor:
-        """Where there is none, a single zero with strides of 0: kernels only read it.
-
-        Kernels over tall tiles run chunk by chunk: they get zeros laid out as the cotangents that follow, and are
-        compiled once.
-        """
-        if x is None:
-            return torch.zeros_like(like) if tall else zero.expand(like.shape)
-        return x.reshape(like.shape).to(like.dtype)
+        """Where there is none, a single zero with strides of 0: kernels only read it."""
+        return zero.expand(like.shape) if x is None else x.reshape(like.shape).to(like.dtype)
 
     on_anchor = [
         None if x is None else cotangent(x, y) for x, y in zip(given[0], now_anchor, strict=True)
     ]
     on_carry = [cotangent(x, y) for x, y in zip(given[1], now_carry, strict=True)]
     sums: dict[str, Tensor] = {}
-    known = {i for group in given[:2] for i, x in enumerate(group) if x is not None}
+    known = sorted({i for group in given[:2] for i, x in enumerate(group) if x is not None})
     given_states = live_cotangents(program, leaves, known)
 
     def refresh() -> None:
@@ -186,12 +176,25 @@ def run_backward_kernels(
         on_anchor = [None] * len(on_anchor)
 
     def run(part: str, start: int, count: int, states: dict[str, Tensor]) -> None:
+        """A part of the sequence; of tall tiles the last apart: without the update that nothing reads."""
+        if tall and start + count == length and tuple(known) != given_states:
+            last = {k: x[:, :, -1:] for k, x in states.items()}
+            run_from(part, length - 1, 1, last, tuple(known))
+            count, states = count - 1, {k: x[:, :, :-1] for k, x in states.items()}
+        if count:
+            run_from(part, start, count, states, given_states)
+
+    def run_from(
+        part: str, start: int, count: int, states: dict[str, Tensor], after: tuple[int, ...]
+    ) -> None:
+        """``after``: the states that have cotangents after it."""
         nonlocal on_anchor, on_carry
         tensors = named | states | {k: x[:, :, start : start + count] for k, x in rows.items()}
         tensors |= {f"gstate_{i}": g for i, g in enumerate(on_carry)}
         searched = tune and part != "continued" and launcher is launch
         call = Call(tensors, batch, heads, count, 0, dtype) if searched else None
-        kernels = backward_kernels(program, part, leaves, given_states, setting, call, split)
+        onto = None if after == given_states else given_states
+        kernels = backward_kernels(program, part, leaves, after, setting, call, split, onto)
         results = run_staged(kernels, tensors, batch, heads, count, 0, dtype, launcher)
         for i, x in enumerate(on_carry):
             on_carry[i] = results.get(f"new_gstate_{i}", results.get(f"gcarry_{i}", x))
