@@ -15,7 +15,7 @@ from tttc.codegen.rowwise_ops import NotEmittableError
 
 from tttc.ir.region import FusedRegion
 from tttc.ir.row_space import value_of
-from tttc.ir.structure import structure
+from tttc.ir.structure import Structures
 
 _lock = threading.Lock()
 _kernels: dict[tuple[str, str], Kernel] = {}
@@ -72,7 +72,7 @@ def _kernel_of(region: FusedRegion) -> Kernel | None:
     order = {n: i for i, n in enumerate(inputs)}
     # Operands in the order of the nodes, arguments in the region's: both must agree for the file to be shared.
     used = tuple(order[a] for n in nodes for a in n.all_input_nodes if a in order)
-    key = (structure(nodes, outputs), used, len(inputs))
+    key = (Structures().key(nodes, outputs), used, len(inputs))
     with _lock:
         if key not in _by_structure:
             _by_structure[key] = _new_kernel(region)

@@ -75,7 +75,8 @@ def fuse(gm: fx.GraphModule) -> fx.GraphModule:
             env[node] = graph.node_copy(node, new)
         return env[node]
 
-    before = after = sympy.Integer(0)
+    before: list[sympy.Expr] = []
+    after: list[sympy.Expr] = []
     for group in nx.lexicographical_topological_sort(partition.order, key=rank):
         members = partition.members[group]
         single = next(iter(members))
@@ -83,13 +84,13 @@ def fuse(gm: fx.GraphModule) -> fx.GraphModule:
             if single.op == "get_attr":
                 modules[single.target] = operator.attrgetter(single.target)(gm)
             if single.target in COMPUTE and is_known(single):
-                before += memory.traffic(members)
-                after += memory.traffic(members)
+                before.append(memory.traffic(members))
+                after.append(before[-1])
             new(single)
             continue
         region, inputs, outputs = _region(gm, memory, members, sizes)
-        before += region.bytes_before
-        after += region.bytes_after
+        before.append(region.bytes_before)
+        after.append(region.bytes_after)
         name = f"fused_{len(modules)}"
         modules[name] = region
         call = graph.call_module(name, tuple(new(n) for n in inputs))
@@ -97,7 +98,7 @@ def fuse(gm: fx.GraphModule) -> fx.GraphModule:
     result = fx.GraphModule(modules, graph, class_name=type(gm).__name__)
     graph.lint()
     regions = sum(isinstance(m, FusedRegion) for m in modules.values())
-    report = FusionReport(regions, sympy.expand(before), sympy.expand(after))
+    report = FusionReport(regions, *(sympy.expand(sympy.Add(*x)) for x in (before, after)))
     result.meta = {**gm.meta, "fusion": report}
     return result
 

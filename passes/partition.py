@@ -14,7 +14,7 @@ from torch import fx
 
 from tttc.ir.index_maps import VIEWS, numel, shape_of
 from tttc.ir.row_space import COMPUTE, FREE, is_known, nominal, row_space, value_of
-from tttc.ir.structure import structure
+from tttc.ir.structure import Structures
 
 MAX_NODES = 128
 MAX_TENSORS = 32  # arguments of one kernel
@@ -101,21 +101,23 @@ class Partition:
     def __init__(self, graph: fx.Graph) -> None:
         self.memory = Memory(graph)
         self._legal: dict[Any, bool] = {}
+        self._structures = Structures()
         kept = self.memory.kept
         self.bit = {n: 1 << i for i, n in enumerate(kept)}
         self.group_of: dict[fx.Node, int] = {n: i for i, n in enumerate(kept)}
         self.members: dict[int, set[fx.Node]] = {i: {n} for i, n in enumerate(kept)}
         self.mask = {i: self.bit[n] for i, n in enumerate(kept)}
-        self.order = nx.DiGraph()  # of groups: an edge where one must run before the other
-        self.order.add_nodes_from(self.members)
+        # Which groups must run just before each, and just after it.
+        self.before: dict[int, set[int]] = {i: set() for i in self.members}
+        self.after: dict[int, set[int]] = {i: set() for i in self.members}
         for node in kept:
             for source, _ in self.memory.sources[node]:
-                self.order.add_edge(self.group_of[source], self.group_of[node])
+                self._order(self.group_of[source], self.group_of[node])
         self._order_mutations(kept)
         self.below: dict[int, int] = {}  # bits of the nodes that a group leads to
         for i in reversed(range(len(kept))):
             reach = 0
-            for s in self.order.successors(i):
+            for s in self.after[i]:
                 reach |= self.mask[s] | self.below[s]
             self.below[i] = reach
         self.fusable = {
@@ -123,19 +125,30 @@ class Partition:
         }
         self.traffic = {i: self.memory.nominal_traffic(self.members[i]) for i in self.fusable}
 
+    def _order(self, first: int, then: int) -> None:
+        self.after[first].add(then)
+        self.before[then].add(first)
+
+    @property
+    def order(self) -> nx.DiGraph:
+        """The groups: an edge where one must run before the other."""
+        return nx.DiGraph(self.after)
+
     def _order_mutations(self, kept: list[fx.Node]) -> None:
         """A node that writes into its operands stays where it is among all others."""
         for i, node in enumerate(kept):
             schema = getattr(node.target, "_schema", None)
             if schema is not None and schema.is_mutable:
-                self.order.add_edges_from((j, i) for j in range(i))
-                self.order.add_edges_from((i, j) for j in range(i + 1, len(kept)))
+                for j in range(i):
+                    self._order(j, i)
+                for j in range(i + 1, len(kept)):
+                    self._order(i, j)
 
     def legal(self, members: set[fx.Node]) -> bool:
         """Whether the members have a row space; asked once for equal structures (equal layers, say)."""
         nodes = self.memory.closure(members)
         outputs = self.memory.outputs(members) or sorted(members)[-1:]
-        key = structure(nodes, outputs)
+        key = self._structures.key(nodes, outputs)
         if key not in self._legal:
             self._legal[key] = row_space(nodes, outputs) is not None
         return self._legal[key]
@@ -179,7 +192,7 @@ class Partition:
     def may_merge(self, a: int, b: int) -> bool:
         if self.below[b] & self.mask[a]:
             a, b = b, a
-        if any(s != b and self.below[s] & self.mask[b] for s in self.order.successors(a)):
+        if any(s != b and self.below[s] & self.mask[b] for s in self.after[a]):
             return False  # a path from a to b through something outside both
         both = self.members[a] | self.members[b]
         tensors = len(self.memory.inputs(both)) + len(self.memory.outputs(both))
@@ -191,8 +204,8 @@ class Partition:
         return len({n.meta["val"].device for n in members}) == 1
 
     def merge(self, a: int, b: int, into: int) -> None:
-        before = {*self.order.predecessors(a), *self.order.predecessors(b)} - {a, b}
-        after = {*self.order.successors(a), *self.order.successors(b)} - {a, b}
+        before = (self.before.pop(a) | self.before.pop(b)) - {a, b}
+        after = (self.after.pop(a) | self.after.pop(b)) - {a, b}
         self.members[into] = self.members.pop(a) | self.members.pop(b)
         self.mask[into] = self.mask.pop(a) | self.mask.pop(b)
         self.below[into] = (self.below.pop(a) | self.below.pop(b)) & ~self.mask[into]
@@ -201,14 +214,17 @@ class Partition:
         self.traffic[into] = self.memory.nominal_traffic(self.members[into])
         for node in self.members[into]:
             self.group_of[node] = into
-        self.order.remove_nodes_from([a, b])
-        self.order.add_node(into)
-        self.order.add_edges_from((p, into) for p in before)
-        self.order.add_edges_from((into, s) for s in after)
+        self.before[into], self.after[into] = before, after
+        for group in before:
+            self.after[group] -= {a, b}
+            self.after[group].add(into)
+        for group in after:
+            self.before[group] -= {a, b}
+            self.before[group].add(into)
         reach = self.mask[into] | self.below[into]
         stack = list(before)
         while stack:  # up to those that led to all of it already: so did what leads to them
             group = stack.pop()
             if reach & ~self.below[group]:
                 self.below[group] |= reach
-                stack.extend(self.order.predecessors(group))
+                stack.extend(self.before[group])

@@ -17,6 +17,7 @@ import tttc.runtime.fused_scan_backward  # noqa: F401  (registers the operators)
 from tttc import _recorder, _tracing
 from tttc._garbage import not_collected
 from tttc.blocks import outline, put_back
+from tttc.capture import regions
 from tttc.capture.loops import Loops
 from tttc.capture.torch_scan import capturing
 from tttc.codegen.rowwise_launch import lower_regions
@@ -76,6 +77,7 @@ def compile_graph(
     """A TorchDynamo graph as a callable: scans lowered, then AOTAutograd, then fusion."""
     compiling = phase("capture", "compiling a graph")
     with not_collected(), _recorder.attempt(), capturing(False), compiling as made:
+        regions.put_in_place(gm)
         made(gm)
         stage = _recorder.graph("captured", gm)
         lower_torch_scans(gm, options)
@@ -188,14 +190,27 @@ def _compiled_call(target: Callable[..., Any], options: Options) -> Callable[...
         _recorder.eager_site(error.where or "", 1, error.reason)
 
     first = True
+    whole = regions.takes(target) and not loops.any
 
     def call(*args: Any, **kwargs: Any) -> Any:
+        nonlocal whole
+        try:
+            return run(*args, **kwargs)
+        except torch._dynamo.exc.TorchDynamoException:
+            if not whole:
+                raise
+            whole = False  # there is more in a block than nodes: a graph break, say
+            return run(*args, **kwargs)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
         nonlocal first
         collecting, first = not_collected() if first else nullcontext(), False
         if loops.any:
             loops.prepare(args, kwargs, refuse, options.verify)
         patched = torch._dynamo.config.patch(config)
-        with collecting, loops.replaced(), _tracing.use_backend(direct), capturing(True), patched:
+        once = regions.traced_once(whole)
+        backend = _tracing.use_backend(direct)
+        with collecting, loops.replaced(), backend, capturing(True), once, patched:
             try:
                 return compiled(*args, **kwargs)
             except torch._dynamo.exc.BackendCompilerFailed as error:

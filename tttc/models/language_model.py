@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from tttc.capture import regions
 from tttc.models.config import TTTConfig
 from tttc.nn import TTTMLP, CausalConv, TTTLayer, TTTLinear, TTTState
 from tttc.nn.layers import INIT_STD
@@ -134,7 +135,11 @@ class TTTLanguageModel(nn.Module):
         self._check(ids, state)
         x = self.embedding(ids)
         states = []
+        whole = regions.wanted and state is None and not return_state and len(self.blocks) > 1
         for i, block in enumerate(self.blocks):
+            if whole and type(block) is TTTBlock:
+                x = regions.run(block, x)
+                continue
             x = block(x, None if state is None else state[i], return_state=return_state)
             if return_state:
                 x, new = x

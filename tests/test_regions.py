@@ -1,0 +1,277 @@
+"""Equal blocks are traced by TorchDynamo once; what was traced of one is taken for no other program."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections import Counter
+
+import pytest
+import torch
+from torch import nn
+
+import tttc
+from tttc import _recorder
+from tttc.capture import regions
+from tttc.models import TTTConfig, TTTLanguageModel
+
+pytestmark = pytest.mark.skipif(
+    regions._known is None, reason="this PyTorch traces every block: there is nothing to take"
+)
+
+DEPTH = 4
+IDS = torch.arange(2 * 13).reshape(2, 13) % 7
+STYLES = {
+    "transformer": {},
+    "mamba": {"backbone": "mamba", "layer": "mlp"},
+}
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled_is_left():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """For each block but the first ones: whether it was taken for one that was traced."""
+    said = []
+    monkeypatch.setattr(
+        regions.dynamo, "is_reusable", lambda *a: said.append(regions._reusable(*a)) or said[-1]
+    )
+    return said
+
+
+def model(**config):
+    sizes = {"hidden_size": 16, "num_layers": DEPTH, "num_heads": 2, "mini_batch_size": 4}
+    made = TTTLanguageModel(TTTConfig(vocab_size=7, **sizes, **config)).double()
+    with torch.no_grad():
+        for p in made.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return made
+
+
+def compiled(made, **options):
+    return tttc.compile(made, backend="torch", strict=True, **options)
+
+
+def check(made, run=None):
+    torch.testing.assert_close((run or compiled(made))(IDS), made(IDS), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_values_and_gradients(style, taken):
+    made = model(**STYLES[style])
+
+    def gradients(run):
+        made.zero_grad()
+        run(IDS).square().sum().backward()
+        return [p.grad.clone() for p in made.parameters()]
+
+    expected, got = gradients(made), gradients(compiled(made))
+    assert taken == [True] * (DEPTH - 1)
+    torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-8)
+
+
+def recorded(made, monkeypatch, once):
+    """The operators that were captured, the layers of its scans, and the guards on the model."""
+    guards = []
+    build = torch._dynamo.guards.CheckFunctionManager.__init__
+
+    def keep(self, code, output, *args, **kwargs):
+        guards.extend(output.guards)
+        return build(self, code, output, *args, **kwargs)
+
+    with monkeypatch.context() as patch, _recorder.record() as recording:
+        patch.setattr(torch._dynamo.guards.CheckFunctionManager, "__init__", keep)
+        if not once:
+            patch.setattr(regions, "takes", lambda target: False)
+        compiled(made)(IDS)
+    (captured,) = [s.module for s in recording.stages if s.name == "captured"]
+    captured.graph.eliminate_dead_code()
+    # Sizes are computed once a model, or once a block.
+    values = [(n.target, n.meta.get("example_value")) for n in captured.graph.nodes]
+    nodes = [str(target) for target, x in values if not isinstance(x, (torch.SymInt, int))]
+    return nodes, [s.layer for s in recording.sites], {*map(described, guards)}
+
+
+def described(guard):
+    create = guard.create_fn
+    given = create.keywords if isinstance(create, functools.partial) else {}
+    plain = [(k, v) for k, v in given.items() if isinstance(v, (str, bool, int))]
+    # That a class is one that is known already, and which class it is, is the same for a class.
+    name = guard.create_fn_name().replace("DUPLICATE_INPUT", "CLASS_MATCH")
+    return guard.name, name, str(plain)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_graph_and_guards_are_those_of_tracing_every_block(style, taken, monkeypatch):
+    made = model(**STYLES[style])
+    each = recorded(made, monkeypatch, once=False)
+    assert not taken
+    torch._dynamo.reset()
+    once = recorded(made, monkeypatch, once=True)
+    assert taken == [True] * (DEPTH - 1)
+    assert Counter(once[0]) == Counter(each[0])
+    assert once[1] == each[1] == [f"blocks.{i}.ttt" for i in range(DEPTH)]
+    lacking = {g for g in each[2] - once[2] if g[0].startswith(("L[", "type(L[", "dict("))}
+    assert len(each[2]) > 100
+    assert not lacking
+
+
+def learning_rate(block):
+    block.ttt.base_lr = 3.0
+
+
+def epsilon(block):
+    block.mlp_norm.eps = 0.5
+
+
+def rope(block):
+    block.ttt.rope_theta = 10.0
+
+
+def sizes(block):
+    block.ttt.mini_batch_size = 2
+    block.ttt.tau_offset = nn.Parameter(block.ttt.tau_offset.detach()[:2])
+
+
+def width(block):
+    block.mlp.up_proj = nn.Linear(16, 24, bias=False, dtype=torch.float64)
+    block.mlp.gate_proj = nn.Linear(16, 24, bias=False, dtype=torch.float64)
+    block.mlp.down_proj = nn.Linear(24, 16, bias=False, dtype=torch.float64)
+
+
+def bias(block):
+    block.mlp.down_proj = nn.Linear(
+        block.mlp.down_proj.in_features, 16, bias=True, dtype=torch.float64
+    )
+
+
+def other_class(block):
+    block.mlp_norm = nn.LayerNorm(16, dtype=torch.float64)
+
+
+def own_forward(block):
+    block.mlp.forward = lambda x: 2 * x
+
+
+def strides(block):
+    weight = block.mlp.up_proj.weight
+    weight.data = weight.data.T.contiguous().T
+
+
+def frozen(block):
+    block.mlp.up_proj.weight.requires_grad_(False)
+
+
+def shared(block):
+    block.mlp.up_proj = block.mlp.gate_proj
+
+
+def tied(block):
+    block.mlp.up_proj.weight = block.mlp.gate_proj.weight
+
+
+CHANGES = [
+    *(learning_rate, epsilon, rope, sizes, width, bias, other_class, own_forward),
+    *(strides, frozen, shared, tied),
+]
+
+
+@pytest.mark.parametrize(
+    ("change", "at"), [*((c, 2) for c in CHANGES), (learning_rate, 0), (shared, 0), (tied, 0)]
+)
+def test_a_block_that_differs_is_traced_by_itself(change, at, taken):
+    made = model()
+    change(made.blocks[at])
+    assert not regions.alike(made.blocks[at], made.blocks[1])
+    assert regions.alike(made.blocks[3], made.blocks[1])
+    check(made)
+    assert False in taken
+    assert True in taken
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_afterwards_is_seen(change):
+    made = model()
+    run = compiled(made)
+    check(made, run)
+    change(made.blocks[2])
+    check(made, run)
+
+
+def test_a_gradient_that_is_no_longer_wanted():
+    made = model()
+    run = compiled(made)
+    run(IDS).sum().backward()
+    frozen(made.blocks[2])
+    made.zero_grad()
+    run(IDS).square().sum().backward()
+    assert made.blocks[2].mlp.up_proj.weight.grad is None
+    got = made.blocks[1].mlp.up_proj.weight.grad.clone()
+    made.zero_grad()
+    made(IDS).square().sum().backward()
+    torch.testing.assert_close(got, made.blocks[1].mlp.up_proj.weight.grad, rtol=1e-8, atol=1e-8)
+
+
+def test_weights_of_several_blocks_may_be_one(taken):
+    made = model()
+    made.blocks[2].mlp.up_proj.weight = made.blocks[1].mlp.up_proj.weight
+    made.blocks[3] = made.blocks[0]
+    check(made)
+    assert taken == [True] * (DEPTH - 1)
+
+
+def test_hooks_are_run(taken):
+    made = model()
+    made.blocks[2].mlp.register_forward_hook(lambda module, inputs, output: 2 * output)
+    check(made)
+    assert not taken
+
+
+def test_a_break_in_a_block_is_a_break():
+    made = model()
+    forward = made.blocks[2].mlp.forward
+
+    def broken(x):
+        torch._dynamo.graph_break()
+        return forward(x)
+
+    made.blocks[2].mlp.forward = broken
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        check(made)
+
+
+def test_a_state_goes_from_block_to_block():
+    made = model()
+    run = compiled(made)
+    check(made, run)
+    first, state = run(IDS[:, :6], return_state=True)
+    more = run(IDS[:, 6:], state)
+    torch.testing.assert_close(torch.cat([first, more], 1), made(IDS), rtol=1e-9, atol=1e-9)
+
+
+def test_regions_of_others_are_left_to_pytorch(taken):
+    class Part(nn.Module):
+        def __init__(self, factor):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(3))
+            self.note = factor  # read by nobody
+
+        def forward(self, x):
+            return (x * self.weight).sin()
+
+    region = torch.compiler.nested_compile_region(lambda part, x: part(x))
+    parts = nn.ModuleList([Part(1.0), Part(2.0), Part(3.0)])
+
+    def run(x):
+        for part in parts:
+            x = region(part, x)
+        return x
+
+    x = torch.randn(3)
+    torch.testing.assert_close(torch.compile(run, backend="eager")(x), run(x))
+    assert taken[-1]  # the second's x needs gradients, which the first's did not

@@ -1,0 +1,225 @@
+"""Blocks of a model that are alike are traced by TorchDynamo once.
+
+::
+
+    x = block0(x)       traced
+    x = block1(x)       the same nodes again, with the parameters of block1; and, on what block1 holds, the
+    ...                 guards that tracing block0 left on what block0 holds
+
+This is PyTorch's ``nested_compile_region`` with two things more. What it traced of one block PyTorch takes for another
+if those guards hold there that it has a test for: here the two also have to be alike in all that makes a module. And
+on the other it keeps no guards, so that a change of it would go unseen: here it has those of the first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+from collections.abc import Callable, Iterator
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._dynamo.guards import install_guard
+from torch._dynamo.source import is_from_source
+from torch._guards import Guard, Source
+from torch.utils.weak import TensorWeakRef
+
+try:
+    from torch._dynamo.variables import invoke_subgraph as dynamo
+
+    _known: Callable[..., bool] | None = dynamo.is_reusable
+except (ImportError, AttributeError):  # a PyTorch that traces every block anew
+    _known = None
+
+LIMIT = 1 << 16  # kinds of blocks in a model: PyTorch raises where there are more
+
+wanted = False  # read by models while they are traced
+
+
+def takes(target: Any) -> bool:
+    """Whether blocks of this model may be traced once: nobody's hooks run between them or in them."""
+    return (
+        _known is not None
+        and isinstance(target, nn.Module)
+        and not any(
+            hooks
+            for m in target.modules()
+            for name, hooks in vars(m).items()
+            if name.endswith("_hooks")
+        )
+    )
+
+
+@contextlib.contextmanager
+def traced_once(on: bool) -> Iterator[None]:
+    """Within, models send their blocks through :func:`run`."""
+    global wanted
+    before, wanted = wanted, on
+    try:
+        yield
+    finally:
+        wanted = before
+
+
+def _run(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    y: torch.Tensor = block(x)
+    return y
+
+
+# ``block(x)``: under TorchDynamo one node, until :func:`put_in_place`.
+run = (
+    _run if _known is None else torch.compiler.nested_compile_region(_run, max_reuse_entries=LIMIT)
+)
+
+
+def put_in_place(gm: fx.GraphModule) -> None:
+    """Put the nodes of blocks in the place of the calls they were traced as, in a captured graph, in place."""
+    calls = gm.graph.find_nodes(op="call_function", target=torch.ops.higher_order.invoke_subgraph)
+    traced: dict[str, Any] = {}  # the operands of the block that was traced
+    for call in calls:
+        at, region, *operands = call.args
+        renamed = _renaming(traced.setdefault(region, operands), operands)
+        inner = getattr(gm, at.target)
+        given = iter(operands)
+        env: dict[fx.Node, Any] = {}
+        with gm.graph.inserting_before(call):
+            for node in inner.graph.nodes:
+                if node.op == "placeholder":
+                    env[node] = next(given)
+                elif node.op != "output":
+                    env[node] = made = gm.graph.node_copy(node, env.__getitem__)
+                    if node.op == "get_attr":
+                        made.target = f"{region}_{node.target.replace('.', '_')}"
+                        setattr(gm, made.target, attrgetter(node.target)(inner))
+                    stack = made.meta.get("nn_module_stack") or {}
+                    made.meta["nn_module_stack"] = {
+                        key: (renamed(name), kind) for key, (name, kind) in stack.items()
+                    }
+        results = inner.graph.output_node().args[0]
+        for pick in list(call.users):
+            pick.replace_all_uses_with(env[results[pick.args[1]]])
+            gm.graph.erase_node(pick)
+        gm.graph.erase_node(call)
+    if calls:
+        gm.graph.eliminate_dead_code()
+        gm.delete_all_unused_submodules()
+        gm.recompile()
+
+
+_MODULE = re.compile(r"\._modules\['([^']*)'\]")
+
+
+def _renaming(traced: list[fx.Node], given: list[fx.Node]) -> Callable[[str], str]:
+    """From names of modules in the block that was traced to those in another, by where their operands are from."""
+    for one, other in zip(traced, given, strict=True):
+        sources = [n.meta["grapharg"].source.name for n in (one, other) if n.meta.get("grapharg")]
+        names = [_MODULE.findall(source) for source in sources]
+        if len(names) != 2 or len(names[0]) != len(names[1]) or names[0] == names[1]:
+            continue
+        depth = next(i for i, (a, b) in enumerate(zip(*names, strict=True)) if a != b) + 1
+        root = sources[0].partition("._modules")[0]
+        old, new = (".".join([root, *path[:depth]]) for path in names)
+        return lambda name: new + name[len(old) :] if f"{name}.".startswith(f"{old}.") else name
+    return lambda name: name
+
+
+_PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.Size)
+
+
+def alike(a: Any, b: Any, same: dict[int, int] | None = None) -> bool:
+    """Whether two modules are the same program: in classes, attributes, and tensors but for what these hold.
+
+    Args:
+        same: of modules and tensors met so far, which one of ``b`` stands for which one of ``a``.
+    """
+    same = {} if same is None else same
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, (nn.Module, torch.Tensor)):
+        if id(a) in same or id(b) in same.values():  # what is shared in one is shared in the other
+            return same.get(id(a)) == id(b)
+        same[id(a)] = id(b)
+    if isinstance(a, nn.Module):
+        return alike(vars(a), vars(b), same)
+    if isinstance(a, torch.Tensor):
+        if type(a) not in (torch.Tensor, nn.Parameter) or a._backward_hooks or b._backward_hooks:
+            return False
+        return _kind(a) == _kind(b) and alike(vars(a), vars(b), same)
+    if isinstance(a, _PLAIN):
+        return repr(a) == repr(b)
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(alike(v, b[k], same) for k, v in a.items())
+    if isinstance(a, (tuple, list)):
+        return len(a) == len(b) and all(alike(x, y, same) for x, y in zip(a, b, strict=True))
+    return a is b or (isinstance(a, set) and not a and not b)
+
+
+def _kind(x: torch.Tensor) -> Any:
+    return x.shape, x.stride(), x.dtype, x.device, x.layout, x.requires_grad, x.is_leaf
+
+
+def _reusable(tx: Any, condition: Any, fingerprint: Any, entry: Any) -> bool:
+    """In the place of PyTorch's: whether what was traced of one block is what would be traced of another."""
+    assert _known is not None
+    if not _known(tx, condition, fingerprint, entry):
+        return False
+    caches = tx.output.tracing_context.hop_dispatch_set_cache
+    known = caches.get_cache(torch.ops.higher_order.invoke_subgraph).subgraph_reuse_cache
+    if all(e is not entry for _, e in known.get(_run.__code__, ())):
+        return True  # a region of somebody else
+    pairs = zip(entry.arg_sources, fingerprint.arg_sources, strict=True)
+    changed = [(a, b) for a, b in pairs if a is not None and b is not None and a != b]
+    value = tx.output.resolve_source_value
+    if not all(alike(value(old), value(new)) for old, new in changed):
+        return False
+    # Tensors that are arguments of the graph have guards as such.
+    arguments = {getattr(x, "source", None) for x in entry.subgraph_input_mapping}
+    guards = []
+    for old, new in changed:
+        for guard in _guards_on(tx, entry, old):
+            if guard.create_fn_name() == "TENSOR_MATCH" and guard.originating_source in arguments:
+                continue
+            moved = _moved(guard, old, new, value)
+            if moved is None:
+                return False
+            guards.append(moved)
+    install_guard(*guards)
+    return True
+
+
+def _guards_on(tx: Any, entry: Any, source: Source) -> list[Guard]:
+    """The guards on what comes from a source, looked for once: later ones are not of the trace."""
+    found: dict[Source, list[Guard]] = vars(entry).setdefault("tttc_guards", {})
+    if source not in found:
+        found[source] = [
+            g for g in tx.output.guards if is_from_source(g.originating_source, source)
+        ]
+    return found[source]
+
+
+def _moved(guard: Guard, old: Source, new: Source, value: Callable[[Source], Any]) -> Guard | None:
+    """A guard on something of one source, on the same of another; None where what it compares with is unknown."""
+
+    def move(source: Source) -> Source:
+        return source.clone(lambda s: new if s == old else s)
+
+    def moved(given: Any) -> Any:
+        if isinstance(given, Source):
+            return move(given)
+        return TensorWeakRef(value(source)) if isinstance(given, TensorWeakRef) else given
+
+    source, create = move(guard.originating_source), guard.create_fn
+    if isinstance(create, functools.partial):
+        given = (*create.args, *create.keywords.values())
+        if not all(isinstance(x, (*_PLAIN, Source, TensorWeakRef)) for x in given):
+            return None
+        keywords = {k: moved(v) for k, v in create.keywords.items()}
+        create = functools.partial(create.func, *map(moved, create.args), **keywords)
+    return source.make_guard(create)
+
+
+if _known is not None:
+    dynamo.is_reusable = _reusable  # type: ignore[assignment]
