@@ -32,7 +32,8 @@ from tttc.ir.build import ancestors, dims_of
 from tttc.ir.errors import NotLowerable
 from tttc.ir.spec import parse
 from tttc.passes.labels import Label
-from tttc.passes.normalise import Axis, Normaliser, Value
+from tttc.passes.named_values import Axis, Value
+from tttc.passes.normalise import Normaliser
 from tttc.passes.simplify import simplify
 
 Names = tuple[str, ...]
