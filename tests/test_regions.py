@@ -37,9 +37,8 @@ def nothing_compiled_is_left():
 def taken(monkeypatch):
     """For each block but the first ones: whether it was taken for one that was traced."""
     said = []
-    monkeypatch.setattr(
-        regions.dynamo, "is_reusable", lambda *a: said.append(regions._reusable(*a)) or said[-1]
-    )
+    asked = regions._reusable
+    monkeypatch.setattr(regions, "_reusable", lambda *a: said.append(asked(*a)) or said[-1])
     return said
 
 
@@ -273,5 +272,18 @@ def test_regions_of_others_are_left_to_pytorch(taken):
         return x
 
     x = torch.randn(3)
-    torch.testing.assert_close(torch.compile(run, backend="eager")(x), run(x))
+    with regions.traced_once(True):
+        torch.testing.assert_close(torch.compile(run, backend="eager")(x), run(x))
     assert taken[-1]  # the second's x needs gradients, which the first's did not
+
+
+def test_pytorch_is_left_as_it_was():
+    """Nothing of PyTorch's is replaced but while a model is called, by however many threads at once."""
+    assert not regions.wanted and regions.dynamo.is_reusable is regions._known
+    first, second = regions.traced_once(True), regions.traced_once(True)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert regions.wanted and regions.dynamo.is_reusable is regions._reusable
+    second.__exit__(None, None, None)
+    assert not regions.wanted and regions.dynamo.is_reusable is regions._known

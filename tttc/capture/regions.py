@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
+import threading
 from collections.abc import Callable, Iterator
 from operator import attrgetter
 from typing import Any
@@ -37,6 +38,8 @@ except (ImportError, AttributeError):  # a PyTorch that traces every block anew
 LIMIT = 1 << 16  # kinds of blocks in a model: PyTorch raises where there are more
 
 wanted = False  # read by models while they are traced
+_lock = threading.Lock()
+_within = 0  # threads that trace blocks once now
 
 
 def takes(target: Any) -> bool:
@@ -55,13 +58,24 @@ def takes(target: Any) -> bool:
 
 @contextlib.contextmanager
 def traced_once(on: bool) -> Iterator[None]:
-    """Within, models send their blocks through :func:`run`."""
-    global wanted
-    before, wanted = wanted, on
+    """Within, models send their blocks through :func:`run`, and PyTorch asks :func:`_reusable`."""
+    if not on:
+        yield
+        return
+    _count(1)
     try:
         yield
     finally:
-        wanted = before
+        _count(-1)
+
+
+def _count(more: int) -> None:
+    """A thread that begins or ends: the last one leaves PyTorch as it was."""
+    global wanted, _within
+    with _lock:
+        _within += more
+        wanted = _within > 0
+        dynamo.is_reusable = _reusable if wanted else _known  # type: ignore[assignment]
 
 
 def _run(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -219,7 +233,3 @@ def _moved(guard: Guard, old: Source, new: Source, value: Callable[[Source], Any
         keywords = {k: moved(v) for k, v in create.keywords.items()}
         create = functools.partial(create.func, *map(moved, create.args), **keywords)
     return source.make_guard(create)
-
-
-if _known is not None:
-    dynamo.is_reusable = _reusable  # type: ignore[assignment]
