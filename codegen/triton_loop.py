@@ -134,7 +134,9 @@ class Renderer(Operators):
             self._named(tile, name + "_v")
         for node, source in self.loop.sources.items():
             if source.kind == "state" and source.name in states:
-                self.tiles[node] = Tile(source.name + "_v", self._tile_dims(node))
+                dims = self._tile_dims(node)
+                zero = frozenset(d for d in dims if self.ragged(d))
+                self.tiles[node] = Tile(source.name + "_v", dims, zero)
         for node, sink in self.loop.sinks:
             if sink.kind == "sum":
                 shape = ", ".join(str(self.side(d)) for d in self.order(dims_of(node)))
@@ -379,10 +381,18 @@ class Renderer(Operators):
             self.store(sink.name, pointer, tile, rows)
 
     def _renew(self) -> None:
-        """The states take their new values, all at once."""
+        """The states take their new values, all at once.
+
+        Beyond the sizes they stay zero: what is made there of a norm would grow without bound, and leave the numbers.
+        """
+        renewed = []
         for node, sink in self.loop.sinks:
-            target, value = f"{sink.name}_v", self.tiles[node].name
-            if sink.kind == "state" and target != value:
+            if sink.kind == "state":
+                tile = self.tiles[node]
+                tile = self.cleared(tile, tuple(d for d in tile.dims if self.ragged(d)))
+                renewed.append((f"{sink.name}_v", tile.name))
+        for target, value in renewed:
+            if target != value:
                 self.write(f"{target} = {value}")
 
     def _epilogue(self) -> None:

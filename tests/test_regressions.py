@@ -305,3 +305,17 @@ def test_a_softplus_far_out():
     )  # fmt: skip
     outcome = check(program)
     assert (outcome.status, outcome.form) == ("same", "dual"), outcome.errors
+
+
+def test_states_stay_zero_beyond_their_sizes():
+    """Three features in tiles of four: what the others would become, of tokens that are zero, is four times as
+    much every mini-batch, soon is infinite, and times zero no number."""
+
+    def step(anchor, w, token, shared):
+        x = torch.cos(token["x"])
+        size = (anchor * token["x"]).square().sum()
+        w = w + (x - 0.25) * anchor + x * size
+        return w, w
+
+    tokens = {"x": torch.pi / 2 + 0.1 * grid(3, T=320)}
+    same(step, numbers(2, 3, 3), tokens, backend="triton")
