@@ -74,7 +74,13 @@ def asked(shape: Shape, direction: str, device: str = "cuda") -> tuple[Loop, sea
     name, d, batch, length = shape
     case = make_case(name, batch, length, WIDTH // d, d, device=device)
     call, program = case.flat(), case.program()
-    for table in (program.plans, program.searched, program.kernels, program.schedules):
+    for table in (
+        program.calls,
+        program.plans,
+        program.searched,
+        program.kernels,
+        program.schedules,
+    ):
         table.clear()
     backward = direction == "backward"
     groups = [
@@ -222,8 +228,7 @@ def _words(plan: Plan) -> dict[str, str]:
 
 def quick(call: Launch) -> float:
     """The median of repeated launches."""
-    run = lambda: search.launch(call)  # noqa: E731
-    return 1e-3 * triton.testing.do_bench(run, warmup=2, rep=10, return_mode="median")
+    return search.time_on_device(call, warmup=2, repeats=10)
 
 
 class Run:
