@@ -53,13 +53,14 @@ def error(got: torch.Tensor, wanted: torch.Tensor) -> float:
 
 def backward(name: str, shapes: list[str], changes: list[dict[str, Any]]) -> None:
     """Times of the kernels of forward and backward as they are chosen, with and without Gluon; errors of gradients."""
-    ways = heuristics.WAYS
+    reading, writing = heuristics.READING, heuristics.WRITING
     for shape in shapes:
         batch, length = SIZES[shape]
         for change in (None, *changes):
             gluon = change is not None
             triton_scan.hopper = lambda device, gluon=gluon: gluon
-            heuristics.WAYS = tuple(way | (change or {}) for way in ways)
+            heuristics.READING = tuple(way | (change or {}) for way in reading)
+            heuristics.WRITING = tuple(way | (change or {}) for way in writing)
             label = "plain" if change is None else f"gluon {change or ''}"
             bench = Bench(make_case(name, batch, length), "backward")
             times: dict[str, float] = {}

@@ -180,8 +180,14 @@ class GluonTiles(Renderer):
         return Held(name, memory, frozenset(), self.at if memory else "")
 
     def _as_stored(self, tensor: str, dims: Dims) -> Dims:
-        """The dimensions of a tile as the axes of a tensor follow each other, the closest elements last."""
+        """The dimensions of a tile as the axes of a tensor follow each other, the closest elements last.
+
+        Of saved states the wide ones are rows, see :mod:`tttc.runtime.saved_states`.
+        """
         axes = self.strides[tensor]
+        if tensor.startswith("saved_"):
+            dims = tuple(sorted(dims, key=axes.index))
+            return tuple(sorted(dims, key=lambda d: -self.loop.whole_size(d)))
         return tuple(sorted(dims, key=lambda d: axes.index(d if d in axes else "T")))
 
     def _narrow(self, tensor: str) -> bool:
@@ -193,20 +199,34 @@ class GluonTiles(Renderer):
         return False
 
     def store(self, tensor: str, pointer: str, tile: Tile, rows: str | None) -> None:
-        """Store a tile, in rows as memory takes them best."""
+        """Store a tile, in rows as memory takes them best.
+
+        What lies in shared memory as it does in device memory comes from there where the dtype is that of operands:
+        threads need not exchange it once more.
+        """
         memory = self._as_stored(tensor, tile.dims)
-        value = f"{tile.name}.to({self.argument(tensor)}.dtype.element_ty)"
+        kind = f"{self.argument(tensor)}.dtype.element_ty"
+        value = f"{tile.name}.to({kind})"
+        copy = None
         if len(memory) == 2:
             self.at = self.layouts.rows_read(*(self.side(d) for d in memory))
             if memory != tile.dims:
                 value = f"gl.permute({value}, (1, 0))"
+            else:
+                copy = self.copies.get(tile.name)
             value = f"gl.convert_layout({value}, {self.at})"
         elif memory:
             assert isinstance(tile, Held)
             self.at = tile.layout
         offset = self.offset(tensor, memory, rows)
         address = f"{pointer} + {offset}" if offset else pointer
-        self.write(f"gl.store({address}, {value})")
+        if copy is None:
+            self.write(f"gl.store({address}, {value})")
+            return
+        self.write(f"if {kind} == DOT:")
+        self.write(f"    gl.store({address}, {copy}.load({self.at}))")
+        self.write("else:")
+        self.write(f"    gl.store({address}, {value})")
 
     def in_layout(self, tile: Held, layout: str, turn: bool = False) -> str:
         """The name of a tile in a layout, its axes turned first where asked."""

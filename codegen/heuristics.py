@@ -18,6 +18,7 @@ from tttc.codegen.pieces import divided
 from tttc.codegen.schedule import Schedule
 from tttc.codegen.solves import has_solves
 from tttc.codegen.warp_loop import warp_renderer
+from tttc.codegen.work import through_memory
 
 from tttc.ir import ops
 from tttc.ir.body import EARLIER, TOKEN
@@ -41,9 +42,10 @@ MANY_PRODUCTS = 12  # of a turn of a loop: more need the registers of more warps
 # the kernel of its backward with more products twice as long.
 FEW_PRODUCTS = 8
 LEAST_MINI_BATCHES = 8  # from which stages pay
-# Of Gluon kernels, the best first. On an H100 ``prefetch`` won 4 % at B16 T2048 and lost 4 % at B1; ``early`` is not
-# measured yet.
-WAYS: tuple[dict[str, bool], ...] = ({"reload": False}, {"reload": True})
+# Of Gluon kernels, the best first: those that load more than they store, and the others.
+READING: tuple[dict[str, bool], ...] = ({"early": True}, {"early": True, "reload": True})
+WRITING: tuple[dict[str, bool], ...] = ({"prefetch": True, "reload": True}, {"reload": True})
+GROUP_OF_WARPGROUPS = 4  # as GROUP
 WIDEST = 128  # rows of a tile of warpgroups
 MOST_WARPS = 8  # with 16, matrix products of 64 rows are made more than once
 
@@ -349,13 +351,29 @@ def _shared_by_warps(loop: Loop) -> list[Schedule]:
     return [schedule]
 
 
+def _ways(loop: Loop) -> tuple[dict[str, bool], ...]:
+    """How matrices come into shared memory, the best first.
+
+    On an H200 (TTT-MLP, mini-batches of 64 tokens, B16 T2048, microseconds): with copies under way from a product before
+    (``early``) the backward's recurrence took 4789 where it took 5046, the kernel after it 964 where it took 1445, a
+    forward 1925 where it took 1998; the kernel before the recurrence, which stores ten times what it loads, 4849 where
+    it took 4321. Of the small matrices of the next mini-batch (``prefetch``) and four mini-batches in a program it took
+    3891 (4147 without ``prefetch``).
+    """
+    sizes = {**loop.sizes, TOKEN: loop.mini_batch_size, EARLIER: loop.mini_batch_size}
+    loaded, stored = (
+        sum(element_count(dims_of(n), sizes) for n in nodes) for nodes in through_memory(loop)
+    )
+    return READING if loaded > stored else WRITING
+
+
 def _warpgroups(loop: Loop) -> list[Schedule]:
     """Where warpgroups hold the state in accumulators and read operands from shared memory, the best first.
 
     Empty where the loop has no such kernel. How much shared memory one takes is only about known before it is
     compiled: what does not fit after all is left for the next.
     """
-    reasons = (
+    reasons: Reasons = (
         (
             "renderer",
             "large tiles on a Hopper GPU: accumulators of warpgroups hold them, operands are read from shared memory",
@@ -364,11 +382,19 @@ def _warpgroups(loop: Loop) -> list[Schedule]:
         ("order", "each value is made right before it is read: little stays on chip"),
         ("narrow", "what is copied into shared memory has the dtype of operands"),
     )  # fmt: skip
+    ways = _ways(loop)
+    if ways is READING:
+        reasons += (
+            ("early", "it loads more than it stores: copies are under way a product ahead"),
+        )
+    else:
+        reasons += (("prefetch", "it stores more than it loads: only small matrices come ahead"),)
     found = []
-    for way in WAYS:
+    group = GROUP_OF_WARPGROUPS if loop.parallel else 1
+    for way in ways:
         schedule = Schedule(
             num_warps=MOST_WARPS, num_stages=1, late_loads=True, order="on_demand", renderer="gluon",
-            widest=WIDEST, narrow=True, nan="ignored", reasons=reasons, **way,
+            widest=WIDEST, narrow=True, nan="ignored", group=group, reasons=reasons, **way,
         )  # fmt: skip
         try:
             gluon_renderer(divided(loop, WIDEST), schedule)

@@ -173,12 +173,28 @@ def used(loop: Loop) -> set[fx.Node]:
 
 
 def only_products_read(loop: Loop, node: fx.Node) -> bool:
-    """Whether a matrix is read by matrix products alone, which round it to the dtype of their operands anyway."""
-    readers = [u for u in node.users if u in used(loop)]
-    products = (ops.contraction, ops.masked_contraction)
-    return len(dims_of(node)) > 1 and all(
-        u.target in products and len(u.all_input_nodes) == 2 for u in readers
-    )
+    """Whether a matrix is read by matrix products alone, which round it to the dtype of their operands anyway.
+
+    A sum that only products read, such as a state's after its update, counts as one of them: it is rounded once more.
+    """
+    results = {n for n, _ in loop.sinks}
+
+    def is_product(user: fx.Node) -> bool:
+        products = (ops.contraction, ops.masked_contraction)
+        return user.target in products and len(user.all_input_nodes) == 2
+
+    def rounds(user: fx.Node) -> bool:
+        if is_product(user):
+            return True
+        total = user.target is ops.elementwise and user.args[0] in ("add", "sub")
+        return (
+            total
+            and set(dims_of(user)) == set(dims_of(node))
+            and user not in results
+            and all(is_product(u) for u in user.users if u in used(loop))
+        )
+
+    return len(dims_of(node)) > 1 and all(rounds(u) for u in node.users if u in used(loop))
 
 
 def constant_tensors(program: Program, device: torch.device) -> dict[str, torch.Tensor]:

@@ -219,10 +219,6 @@ class _Solver(Dualiser):
         total = self.assemble([self.evaluate(t, pair) for t in system], pair)
         return self.builder.triangular_solve(f"{EARLIER}<{TOKEN}", total, right)
 
-    def evaluated(self, terms: list[Term], result: Dims) -> Any:
-        """A sum of terms, all axes of the result there."""
-        return self.whole(self.assemble([self.evaluate(t, result) for t in terms], result), result)
-
     def coefficient(self, term: Term, result: Dims) -> Term:
         """A term without the unknown, negated: it stands left of the equation, for a pair of tokens.
 

@@ -192,6 +192,36 @@ def test_large_tiles_are_for_warpgroups_where_there_are_some():
         assert heuristics.default_schedule(loop, 1).renderer == "triton"
 
 
+def test_copies_come_ahead_where_a_loop_loads_more_than_it_stores():
+    chosen = {
+        name: heuristics.default_schedule(loop, 1, backward="backward" in name, gluon=True)
+        for name, loop in loops().items()
+    }
+    ahead = {name.rpartition("_")[-1]: (s.early, s.prefetch) for name, s in chosen.items()}
+    assert ahead == {
+        "tokens": (True, False),
+        "before": (False, True),
+        "recurrence": (True, False),
+        "outputs": (True, False),
+    }
+
+
+def test_states_are_saved_as_products_read_them():
+    """Where all that reads a state rounds it, it is saved rounded, in rows of its wide dimension."""
+    case = chunk_case(torch.bfloat16)
+    program, call = case.program(), case.flat()
+    leaves = fused_scan.floating_leaves(call.tokens, call.shared)
+    assert triton_scan_backward.narrow_states(program, leaves) == {0, 2}
+    info = scan_info(call.anchor, call.tokens, call.shared)
+    saved = fused_scan._empty_saved(
+        program, call.anchor, call.tokens, call.shared, 0, 1, info, "triton"
+    )
+    assert [x.dtype for x in saved] == [torch.bfloat16, torch.float32] * 2
+    assert [x.stride()[3:] for x in (saved[0], saved[2])] == [(1, 64), (64, 1)]
+    source = render(triton_scan._loop(program, "tokens", False, tuple(saved_leaves(program, leaves))), GLUON).source  # fmt: skip
+    assert "gl.store(saved_carry_0_ptr" in source and "carry_0_s.load(" in source
+
+
 @pytest.mark.parametrize("name, d", [("ttt_linear_b16", 64), ("ttt_mlp_chunk64", 48)])
 def test_what_has_no_gluon_form_stays_plain(name, d):
     case = make_case(name, 1, 128, heads=1, d=d, device="cpu")

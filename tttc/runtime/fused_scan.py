@@ -18,6 +18,7 @@ from tttc.ir.program import Program
 from tttc.pipeline import build_program
 from tttc.runtime.ranges import scan_range
 from tttc.runtime.replay import remembered
+from tttc.runtime.saved_states import empty_states
 from tttc.runtime.staged import Launcher
 from tttc.runtime.triton_scan import run_kernels
 from tttc.runtime.triton_scan_backward import narrow_states
@@ -208,9 +209,11 @@ def _empty_saved(program, anchor, tokens, shared, place, interval, info, backend
     mini_batches = (info.length - (-place) % b + b - 1) // b
     count = (mini_batches + interval - 1) // interval
     return [
-        anchor[i].new_empty(
-            (info.batch, info.heads, count, *anchor[i].shape[2:]),
-            dtype=info.output if i in narrow else info.compute,
+        empty_states(
+            (info.batch, info.heads, count),
+            anchor[i].shape[2:],
+            info.output if i in narrow else info.compute,
+            anchor[i].device,
         )
         for i in saved_leaves(program, leaves)
     ]

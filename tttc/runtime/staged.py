@@ -16,6 +16,7 @@ from tttc.ir.build import dims_of
 from tttc.runtime.ahead import compile_ahead
 from tttc.runtime.chunked import Chunked, run_chunked
 from tttc.runtime.launch import Launch, launch
+from tttc.runtime.saved_states import empty_states
 
 Tensor = torch.Tensor
 Launcher = Callable[[Launch], None]
@@ -107,13 +108,15 @@ def run_staged(
     results: dict[str, Tensor] = {}
     launches: list[Launch] = []
 
+    def kind(name: str, *, wide: bool = False) -> torch.dtype:
+        return dtype if name in made.narrow and not wide else torch.float32
+
     def empty(name: str, shape: tuple[int, ...], *, wide: bool = False) -> Tensor:
-        kind = dtype if name in made.narrow and not wide else torch.float32
-        return torch.empty(shape, dtype=kind, device=device)
+        return torch.empty(shape, dtype=kind(name, wide=wide), device=device)
 
     for name, shape in made.saved.items():
         if name not in have:
-            have[name] = empty(name, (batch, heads, mini_batches, *shape))
+            have[name] = empty_states((batch, heads, mini_batches), shape, kind(name), device)
     for kernel in made.kernels:
         config = kernel.config
         programs = -(-mini_batches // config["schedule"].group) if config["parallel"] else 1

@@ -16,6 +16,7 @@ from tttc.ir.body import role
 from tttc.ir.program import Program
 from tttc.runtime.chunked import Chunked, chunked, is_tall, programs_a_tile
 from tttc.runtime.launch import launch
+from tttc.runtime.saved_states import empty_states
 from tttc.runtime.staged import Launcher, Staged, narrow_sources, run_staged, staged
 from tttc.runtime.triton_scan import PLAIN, run_kernels, suits_gluon
 from tttc.tuning.choose import plan_for
@@ -227,9 +228,11 @@ def run_backward_kernels(
             begin[i] = x[:, :, segment].to(anchor[i].dtype)
         narrow = narrow_states(program, leaves)
         kept = {
-            i: anchor[i].new_empty(
-                (batch, heads, -(-(stop - start) // b), *anchor[i].shape[2:]),
-                dtype=dtype if i in narrow else anchor[i].dtype,
+            i: empty_states(
+                (batch, heads, -(-(stop - start) // b)),
+                anchor[i].shape[2:],
+                dtype if i in narrow else anchor[i].dtype,
+                anchor[i].device,
             )
             for i in live
         }
