@@ -3,10 +3,13 @@
     python benchmarks/schedules.py benchmarks/results/OUT.json --seconds 200 [--only ttt_linear_b16] [--candidates 16]
 
 For every shape and direction the kernels of each way to split the loop are timed under the best ``--candidates``
-schedules by the cost model (0 for all there are), on inputs as projections leave them. Against the fastest of them stand
-the schedule that rules give without measuring, the one the cost model ranks first, and the one a search of ordinary size
-finds. Shapes that OUT.json has already are skipped, so that a run that ended with its time goes on; kernels are compiled
-in parallel processes first, and those of one rule, width and mini-batch size are shared by its shapes.
+schedules by the cost model (0 for all there are), and under some that differ from the fastest in one choice, on inputs as
+projections leave them. Against the fastest of them stand the schedule that rules give without measuring, the one the cost
+model ranks first, and the one a search of ordinary size finds: all by the same measurements. While one shape is timed the
+kernels of the next are compiled; shapes of one rule, width and mini-batch size share them.
+
+Every row is saved when it is there, and shapes that OUT.json has already are skipped: a run that ended with its time, or
+with an error of the GPU (exit code 1), goes on when it is started again. Where time runs short, fewer schedules are timed.
 """
 
 from __future__ import annotations
@@ -14,15 +17,21 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import tempfile
+import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
+from pool import Pool
 from scans import make_case
+from tttc.codegen.candidates import shortlist
 from tttc.codegen.heuristics import default_schedule
 from tttc.codegen.kernel import write_atomically
 from tttc.codegen.loop import Loop
@@ -30,10 +39,14 @@ from tttc.codegen.schedule import Schedule
 from tttc.codegen.stages import stages
 
 import tttc.runtime.fused_scan_backward
+from tttc.ir.errors import NotLowerable
+from tttc.runtime.ahead import Compiler, target_of, workers
 from tttc.runtime.launch import Launch
 from tttc.tuning import choose, search
 from tttc.tuning.plan import Plan, Setting
 
+AT_ONCE = 3  # shapes: one is timed, the kernels of the others are compiled
+SURE = 6  # rows after which is known how long one takes
 WIDTH = 2048  # of a layer: heads times head dimension
 # Rule and mini-batch size, head dimension, then B and T.
 SHAPES: list[tuple[str, int, int, int]] = [
@@ -49,86 +62,159 @@ SHAPES: list[tuple[str, int, int, int]] = [
     *(("ttt_mlp_chunk64", 64, b, t) for b, t in ((1, 2048), (16, 2048))),
 ]  # fmt: skip
 ALL = 1 << 30
+Shape = tuple[str, int, int, int]
 
 
-class Study:
-    """Stands in the place of the search of a call: times everything, and keeps what came of it."""
+class _Asked(Exception):
+    """Raised in the place of a search, with what it was asked for."""
 
-    def __init__(self, candidates: int, seconds: float) -> None:
-        self.candidates, self.end = candidates or ALL, time.monotonic() + seconds
-        self.wanted = ""
-        self.found: dict[str, Any] | None = None
 
-    def __call__(
-        self,
-        loop: Loop,
-        call: search.Call,
-        setting: Setting,
-        backward: bool,
-        timer: Any,
-        compiler: Any,
+def asked(shape: Shape, direction: str, device: str = "cuda") -> tuple[Loop, search.Call, Setting]:
+    """The search that a call of a shape asks for: its loop, arguments and size class."""
+    name, d, batch, length = shape
+    case = make_case(name, batch, length, WIDTH // d, d, device=device)
+    call, program = case.flat(), case.program()
+    for table in (
+        program.calls,
+        program.plans,
+        program.searched,
+        program.kernels,
+        program.schedules,
+    ):
+        table.clear()
+    backward = direction == "backward"
+    groups = [
+        [x.detach().requires_grad_(backward and x.is_floating_point()) for x in g]
+        for g in (call.anchor, [], call.tokens, call.shared)
+    ]
+
+    def instead(
+        loop: Loop, call: search.Call, setting: Setting, its: bool, *means: Any
     ) -> search.Found | None:
-        if self.wanted != ("backward" if backward else "forward"):
-            return None
-        start = time.monotonic()
-        self.found = None
-        made = search.search(
-            loop, call, setting, backward, quick, compiler, self.end - time.monotonic(),
-            tried=self.candidates, worse=float("inf"),
-        )  # fmt: skip
-        if made is None:
-            return None
-        times = dict(made.times)
+        if its == backward:
+            raise _Asked(loop, call, setting)
+        return None
 
-        def looked_up(x: Launch) -> float:
-            key = (x.kernel.name, x.kernel.config["schedule"])
-            if key not in times:
-                times[key] = quick(x)
-            return times[key]
+    # What is remembered must not stand in for what is measured.
+    with mock.patch.multiple(choose, search=instead, recall=lambda *_: None):
+        try:
+            interval = 0
+            if backward:
+                interval = tttc.runtime.fused_scan.saving_interval(*groups, call.key, case.mini_batch_size, "triton")  # fmt: skip
+            z = torch.ops.tttc.fused_scan(*groups, call.key, case.mini_batch_size, 0, "triton", False, interval, "", True)[0]  # fmt: skip
+            if backward:
+                z.backward(torch.randn_like(z))
+        except _Asked as found:
+            loop, arguments, setting = found.args
+            return loop, arguments, setting
+    raise RuntimeError("nothing was searched for")
 
-        searched = search.search(loop, call, setting, backward, looked_up, None, 60.0)
-        assert searched is not None
-        best = min(made, searched, key=lambda f: f.seconds)
-        rules = _by_rules(loop, setting, backward)
-        first = search._splits(loop, call, setting, backward, 1.0)
-        model = {k.loop.name: k.ranked[0] for k in min(first, key=_estimate).kernels}
-        picked = {
-            "searched": {"us": 1e6 * searched.seconds, "plan": _words(searched.plan)},
-            "rules": {"us": _seconds(times, rules), "plan": _words(rules)},
-            "model": {"us": _seconds(times, Plan(tuple(model.items())))},
+
+def study(
+    loop: Loop,
+    call: search.Call,
+    setting: Setting,
+    backward: bool,
+    candidates: int,
+    timer: search.Timer,
+    compiler: Compiler | None,
+    end: float,
+) -> dict[str, Any]:
+    """Time schedules until ``end``, and say what the fastest and the picked ones take."""
+    splits = search._splits(loop, call, setting, backward, float("inf"))
+    first = [{k.loop.name: shortlist(k.ranked, candidates) for k in x.kernels} for x in splits]
+    search._try(splits, first, call, timer, compiler, end)
+    usual = _usual(splits)
+    best, picked = (min(x, key=search._Split.seconds) for x in (splits, usual))
+    if best.seconds() == float("inf"):
+        raise TimeoutError("no schedule could be timed")
+    more = {x.stages: {k.loop.name: list[Schedule]() for k in x.kernels} for x in splits}
+    for split in (best, picked):
+        for k in split.kernels:
+            more[split.stages][k.loop.name] += search._changed(k)
+    for split in splits:
+        for k in split.kernels:
+            wanted = more[split.stages][k.loop.name]
+            new = [s for s in dict.fromkeys(wanted) if s not in k.times and s not in k.refused]
+            more[split.stages][k.loop.name] = new
+    again = [x for x in splits if any(more[x.stages].values())]
+    search._try(again, [more[x.stages] for x in again], call, timer, compiler, end)
+    rules = _by_rules(loop, setting, backward)
+    model = Plan(tuple((k.loop.name, _first(k)) for k in min(splits, key=_estimate).kernels))
+    for plan in (rules, model):  # whatever they spill
+        _time_also(splits, plan, call, timer, end)
+    times = {(k.loop.name, s): t for x in splits for k in x.kernels for s, t in k.times.items()}
+    searched = [(k.loop.name, _found(k, times)) for k in picked.kernels if k.times]
+    whole = len(searched) == len(picked.kernels)  # else a search leaves it to the rules
+    plans = {"searched": Plan(tuple(searched)) if whole else rules, "rules": rules, "model": model}
+    best = min(splits, key=search._Split.seconds)
+    row: dict[str, Any] = {
+        "best": {
+            "us": 1e6 * best.seconds(),
+            "plan": _words(Plan(tuple((k.loop.name, k.fastest()) for k in best.kernels))),
         }
-        for x in picked.values():
-            x["of best"] = None if x["us"] is None else x["us"] / (1e6 * best.seconds)
-        self.found = {
-            "best": {"us": 1e6 * best.seconds, "plan": _words(best.plan)},
-            **picked,
-            "timed": len(times),
-            "seconds": time.monotonic() - start,
-        }
-        return best
+    }
+    for name, plan in plans.items():
+        known = all(key in times for key in plan.schedules)
+        us = 1e6 * sum(times[key] for key in plan.schedules) if known else None
+        ratio = None if us is None else us / row["best"]["us"]
+        row[name] = {"us": us, "of best": ratio, "plan": _words(plan)}
+    return row | {"timed": len(times)}
 
 
-def _estimate(split: Any) -> float:
-    """The cost model's seconds of the best schedules of a split."""
+def _found(kernel: search._Kernel, times: dict[tuple[str, Schedule], float]) -> Schedule:
+    """The fastest after the second round of a search, which follows from the first."""
+    name = kernel.loop.name
+    tried = [*kernel.times, *(s for s in search._changed(kernel) if (name, s) in times)]
+    return min(tried, key=lambda s: times[name, s])
+
+
+def _usual(splits: list[search._Split]) -> list[search._Split]:
+    """What the first round of a search of ordinary size would have timed."""
+    least = min(map(_estimate, splits))
+    found = []
+    for split in splits:
+        if split is not splits[0] and _estimate(split) > search.WORSE * least:
+            continue
+        kernels = []
+        for k in split.kernels:
+            tried = shortlist(k.ranked, search.TRIED)
+            times = {s: k.times[s] for s in tried if s in k.times}
+            kernels.append(replace(k, times=times, refused=k.refused & set(tried)))
+        found.append(replace(split, kernels=kernels))
+    return found
+
+
+def _estimate(split: search._Split) -> float:
+    """The cost model's seconds of a split under the schedules that rules give its kernels."""
     return sum(k.model.estimate(k.ranked[0]).seconds for k in split.kernels)
 
 
+def _first(kernel: search._Kernel) -> Schedule:
+    """The schedule that the cost model ranks first; what rules give stands before all."""
+    return min(kernel.ranked[:2], key=lambda s: kernel.model.estimate(s).seconds)
+
+
 def _by_rules(loop: Loop, setting: Setting, backward: bool) -> Plan:
-    whole = default_schedule(loop, setting.crowd, backward)
-    common = {"stages": whole.stages, "narrow": whole.narrow}
-    parts = stages(loop, whole.stages)
-    return Plan(
-        tuple(
-            (p.name, replace(default_schedule(p, setting.crowd, backward), **common)) for p in parts
-        )
-    )
+    def chosen(part: Loop) -> Schedule:
+        return default_schedule(part, setting.crowd, backward, setting.gluon)
+
+    common = {"stages": chosen(loop).stages, "narrow": chosen(loop).narrow}
+    parts = stages(loop, chosen(loop).stages)
+    return Plan(tuple((p.name, replace(chosen(p), **common)) for p in parts))
 
 
-def _seconds(times: dict[tuple[str, Schedule], float], plan: Plan) -> float | None:
-    """Microseconds of a plan, where all its kernels were timed."""
-    if any(key not in times for key in plan.schedules):
-        return None
-    return 1e6 * sum(times[key] for key in plan.schedules)
+def _time_also(
+    splits: list[search._Split], plan: Plan, call: search.Call, timer: search.Timer, end: float
+) -> None:
+    """Time the kernels of a plan that were not."""
+    names = [name for name, _ in plan.schedules]
+    split = next(x for x in splits if [k.loop.name for k in x.kernels] == names)
+    timed = {k.loop.name: k.times for k in split.kernels}
+    missing = {name: [] if s in timed[name] else [s] for name, s in plan.schedules}
+    if any(missing.values()):
+        with suppress(NotLowerable):
+            search._measure(split, missing, call, timer, end, lambda words: None)
 
 
 def _words(plan: Plan) -> dict[str, str]:
@@ -142,36 +228,95 @@ def _words(plan: Plan) -> dict[str, str]:
 
 def quick(call: Launch) -> float:
     """The median of repeated launches."""
-    run = lambda: search.launch(call)  # noqa: E731
-    return 1e-3 * triton.testing.do_bench(run, warmup=2, rep=10, return_mode="median")
+    return search.time_on_device(call, warmup=2, repeats=10)
 
 
-def measured(study: Study, shape: tuple[str, int, int, int], direction: str) -> dict[str, Any]:
-    """The row of one shape and direction."""
-    name, d, batch, length = shape
-    case = make_case(name, batch, length, WIDTH // d, d)
-    call, program = case.flat(), case.program()
-    for table in (program.plans, program.searched, program.kernels, program.schedules):
-        table.clear()
-    study.wanted, study.found = direction, None
-    backward = direction == "backward"
-    groups = [
-        [x.detach().requires_grad_(backward and x.is_floating_point()) for x in g]
-        for g in (call.anchor, [], call.tokens, call.shared)
-    ]
-    interval = 0
-    if backward:
-        interval = tttc.runtime.fused_scan.saving_interval(*groups, call.key, case.mini_batch_size, "triton")  # fmt: skip
-    z = torch.ops.tttc.fused_scan(*groups, call.key, case.mini_batch_size, 0, "triton", False, interval, "", True)[0]  # fmt: skip
-    if backward:
-        z.backward(torch.randn_like(z))
-    torch.cuda.synchronize()
-    if study.found is None:
-        raise RuntimeError("nothing was timed")
-    return study.found
+class Run:
+    """All rows of a run, and the file they are kept in."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.end = options, time.monotonic() + options.seconds
+        self.turn = threading.Lock()
+        self.pool = Pool(target_of(torch.device("cuda")), workers(), self.turn)
+        self.document = self._begun()
+        self.broken = False
+        rows = self.document["rows"]
+        failed = {(r["shape"], r["direction"]) for r in rows if {"error", "partial"} & set(r)}
+        done = {(r["shape"], r["direction"]) for r in rows} - failed
+        both = ("forward", "backward")
+        directions = both if options.direction == "both" else (options.direction,)
+        named = {"{}_d{}_B{}_T{}".format(*s): s for s in SHAPES}
+        wanted = [(n, s, d) for d in directions for n, s in named.items() if n.startswith(options.only)]  # fmt: skip
+        wanted = [x for x in wanted if (x[0], x[2]) not in done]
+        wanted.sort(key=lambda x: (x[0], x[2]) in failed)
+        self.wanted = wanted
+        self.began, self.ended = 0.0, 0
+
+    def _begun(self) -> dict[str, Any]:
+        """What the file has, or a record without rows."""
+        device = torch.cuda.get_device_name()
+        versions = {"torch": torch.__version__, "triton": triton.__version__}
+        if self.options.out.exists():
+            before: dict[str, Any] = json.loads(self.options.out.read_text())
+            if (before["device"], before["versions"]) != (device, versions):
+                raise SystemExit(
+                    f"{self.options.out} is of {before['device']}, {before['versions']}"
+                )
+            return before
+        command = f"python benchmarks/schedules.py benchmarks/results/{self.options.out.name}"
+        return {"command": command, "date": str(datetime.date.today()), "device": device, "versions": versions, "rows": []}  # fmt: skip
+
+    def candidates(self) -> int:
+        """As many as were asked for, or fewer where the rows that are left would not be done in time."""
+        asked = self.options.candidates or ALL
+        if self.ended < SURE:
+            return asked
+        each = max(time.monotonic() - self.began, 1.0) / self.ended
+        share = (self.end - time.monotonic()) / (each * (len(self.wanted) - self.ended))
+        return max(min(asked, search.TRIED), min(asked, int(asked * share)))
+
+    def row(self, place: int) -> None:
+        """Measure one of what is wanted, and save it."""
+        name, shape, direction = self.wanted[place]
+        with self.turn:
+            if self.broken or self.end - time.monotonic() < 10:
+                return
+            start = time.monotonic()
+            self.began = self.began or start
+            row: dict[str, Any] = {"shape": name, "direction": direction, "candidates": self.candidates()}  # fmt: skip
+            try:
+                found = asked(shape, direction)
+                row |= study(
+                    *found, direction == "backward", row["candidates"], quick, self.pool.compiler(place), self.end
+                )  # fmt: skip
+                if time.monotonic() > self.end:
+                    row["partial"] = True
+                ratios = [f"{k} {row[k]['of best'] or 0:.2f}" for k in ("searched", "rules", "model")]  # fmt: skip
+                said = f"best {row['best']['us']:.0f} us of {row['timed']}; {', '.join(ratios)}"
+            except Exception as error:  # a shape that fails is a row of the table
+                said = row["error"] = f"{type(error).__name__}: {str(error)[:300]}"
+                self.broken = not usable()
+            row["seconds"] = time.monotonic() - start
+            print(f"{name} {direction}: {said} ({row['seconds']:.0f} s, {self.end - time.monotonic():.0f} left)", flush=True)  # fmt: skip
+            self.ended += 1
+            rows = self.document["rows"]
+            others = [r for r in rows if (r["shape"], r["direction"]) != (name, direction)]
+            self.document["rows"] = [*others, row]
+            write_atomically(self.options.out, json.dumps(self.document, indent=1))
+            if not self.broken:
+                torch.cuda.empty_cache()
 
 
-def main() -> None:
+def usable() -> bool:
+    """Whether the GPU takes more work from this process."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "out", type=Path, help="JSON file; what is in it already is not measured again"
@@ -184,57 +329,12 @@ def main() -> None:
         "--only", default="", help="shapes whose name starts so: ttt_linear_b16_d64"
     )
     parser.add_argument("--direction", choices=("forward", "backward", "both"), default="both")
-    options = parser.parse_args()
-    end = time.monotonic() + options.seconds
-    versions = {"torch": torch.__version__, "triton": triton.__version__}
-    document: dict[str, Any] = {"command": "python benchmarks/schedules.py", "date": str(datetime.date.today()), "device": torch.cuda.get_device_name(), "versions": versions, "rows": []}  # fmt: skip
-    if options.out.exists():
-        before = json.loads(options.out.read_text())
-        if (before["device"], before["versions"]) != (document["device"], versions):
-            raise SystemExit(f"{options.out} is of {before['device']}, {before['versions']}")
-        document = before
-    done = {
-        (r["shape"], r["direction"]) for r in document["rows"] if not {"error", "partial"} & set(r)
-    }
-    study = Study(options.candidates, options.seconds)
-    choose.search = study  # type: ignore[assignment]
-    directions = ("forward", "backward") if options.direction == "both" else (options.direction,)
-    # What is remembered must not stand in for what is measured.
-    with tempfile.TemporaryDirectory() as folder:
-        tttc.tuning.remembered.cache_dir = lambda: Path(folder)  # type: ignore[assignment]
-        for direction in directions:
-            for shape in SHAPES:
-                name = "{}_d{}_B{}_T{}".format(*shape)
-                if (name, direction) in done or not name.startswith(options.only):
-                    continue
-                left = end - time.monotonic()
-                if left < 15:
-                    print(f"time is over; {options.out} has {len(document['rows'])} rows")
-                    return
-                row: dict[str, Any] = {"shape": name, "direction": direction, "candidates": options.candidates}  # fmt: skip
-                try:
-                    row |= measured(study, shape, direction)
-                    if time.monotonic() > study.end:
-                        row["partial"] = True
-                    print(
-                        f"{name} {direction}: best {row['best']['us']:.0f} us of {row['timed']}; "
-                        + ", ".join(
-                            f"{k} {row[k]['of best']:.2f}"
-                            for k in ("searched", "rules", "model")
-                            if row[k]["of best"]
-                        )
-                        + f" ({row['seconds']:.0f} s)",
-                        flush=True,
-                    )
-                except Exception as error:  # a shape that fails is a row of the table
-                    row["error"] = f"{type(error).__name__}: {str(error)[:300]}"
-                    print(f"{name} {direction}: {row['error']}", flush=True)
-                torch.cuda.empty_cache()
-                document["rows"] = [
-                    r for r in document["rows"] if (r["shape"], r["direction"]) != (name, direction)
-                ] + [row]
-                write_atomically(options.out, json.dumps(document, indent=1))
+    run = Run(parser.parse_args())
+    with ThreadPoolExecutor(AT_ONCE) as threads:
+        list(threads.map(run.row, range(len(run.wanted))))
+    print(f"{run.options.out} has {len(run.document['rows'])} rows")
+    return int(run.broken)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -310,6 +310,52 @@ def models_memory(record: Record) -> str:
     return table(["size", "peak of a training step, GiB", *(f"context {c}" for c in contexts)], cells)  # fmt: skip
 
 
+# -- schedules --------------------------------------------------------------------------------------------
+
+PICKS = {"searched": "search", "rules": "rules", "model": "cost model's first"}
+NEAR = 1.1  # times as long as the fastest
+
+
+def studied(record: Record) -> list[dict[str, Any]]:
+    """The rows that were timed to their end."""
+    return [r for r in record.data["rows"] if not {"error", "partial"} & set(r)]
+
+
+def picked(record: Record) -> str:
+    """A row a shape: the fastest schedule, and how many times as long the picked ones take."""
+    rows = []
+    for r in studied(record):
+        case, *sizes = r["shape"].rsplit("_", 3)
+        ratios = [r[name]["of best"] for name in PICKS]
+        cells = ["" if x is None else f"{x:.2f}" for x in ratios]
+        name = NAMES.get(case, case.replace("_", " "))
+        rows.append([name, " ".join(sizes), r["direction"], str(r["timed"]), number(r["best"]["us"]), *cells])  # fmt: skip
+    return table(["rule", "shape", "", "timed", "fastest, µs", *PICKS.values()], rows)
+
+
+def picked_verdict(record: Record) -> str:
+    """On how many shapes what is picked is near the fastest."""
+    rows = studied(record)
+    parts = []
+    for direction in dict.fromkeys(r["direction"] for r in rows):
+        its = [r for r in rows if r["direction"] == direction]
+        said = []
+        for name, words in PICKS.items():
+            ratios = {r["shape"]: r[name]["of best"] or float("inf") for r in its}
+            near = sum(x <= NEAR for x in ratios.values())
+            worst = max(ratios, key=ratios.__getitem__)
+            far = f"{ratios[worst]:.2f} times as long" if ratios[worst] < float("inf") else "not timed"  # fmt: skip
+            said.append(f"{words} {near} (at worst {far}, {worst.replace('_', ' ')})")
+        parts.append(
+            f"Of {len(its)} shapes, {direction}, the schedule picked is within {NEAR - 1:.0%} of the fastest of all that "
+            f"were timed on: {'; '.join(said)}."
+        )
+    failed = [f"{r['shape'].replace('_', ' ')} {r['direction']}" for r in record.data["rows"] if r not in rows]  # fmt: skip
+    if failed:
+        parts.append(f"Not timed to the end: {', '.join(failed)}.")
+    return " ".join(parts)
+
+
 def picture(kind: str, suffix: str, words: str) -> Callable[[str], str]:
     """The plot beside the newest record of a kind, where there is one."""
 
@@ -361,7 +407,7 @@ def heading(record: Record) -> str:
 
 def earlier(page: str) -> str:
     """Links to the records that no table shows."""
-    kinds = ("scans", "rules", "memory", "models", "schedules")
+    kinds = ("scans", "rules", "memory", "models", "picked", "schedules")
     old = [r for kind in kinds for r in records(kind)[0 if kind == "schedules" else 1 :]]
     return "".join(f"- {r.link(page)}: {r.device}\n" for r in old).rstrip("\n")
 
@@ -385,6 +431,9 @@ BLOCKS: dict[str, Callable[[str], str]] = {
     "models-graphs": of_newest("models", lambda r: tokens_a_second(r, "graph_us")),
     "models-verdict": of_newest("models", models_verdict),
     "models-memory": of_newest("models", models_memory),
+    "picked": with_link("picked", lambda r: f"Schedules: {heading(r)}"),
+    "picked-verdict": of_newest("picked", picked_verdict),
+    "picked-table": of_newest("picked", picked),
     "models-plot": picture("models", ".png", "Time per token against context"),
     "roofline": picture("scans", "-roofline.png", "Roofline of scans"),
     "earlier": earlier,

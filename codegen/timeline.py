@@ -79,11 +79,6 @@ class Timeline:
             source = loop.sources.get(node)
             name: object = source.name if source is not None and source.kind == "state" else node
             self._slots[node] = places.setdefault(name, len(places))
-        # Instructions of a load: a vector of 16 bytes each, and its conversion.
-        self._loaded = {
-            n: (0.0, *(self.elements(dims_of(n)) * (1 + size / 4) for size in (element_size, 4)))
-            for n in self.fetched
-        }
         self._kept = [self._slots[n] for n in self.kept]
         self._stored = [2.0 * self.elements(dims_of(n)) for n in self.kept]
         new = {s.name: self._slots[n] for n, s in loop.sinks if s.kind == "state"}
@@ -92,6 +87,11 @@ class Timeline:
         # What only some fields of a schedule change is worked out once.
         self._costs: dict[object, dict[fx.Node, tuple[float, float]]] = {}
         self._registers: dict[object, int] = {}
+        self._loaded: dict[bool, list[float]] = {}
+        operands = [sum(self.elements(dims_of(x)) for x in n.all_input_nodes)
+                    for n in self.nodes if self.on_unit(n)]  # fmt: skip
+        self._operands = max(operands, default=0) * element_size
+        self._ahead = sum(self.elements(dims_of(n)) for n in self.fetched) * element_size
 
     def _varying(self) -> list[fx.Node]:
         varying = {n for n, s in self.loop.sources.items() if s.kind not in ("shared", "constant")}
@@ -147,7 +147,7 @@ class Timeline:
         limit = schedule.maxnreg or min(self.device.thread_registers, limit)
         spilled = max(registers - SLACK * limit, 0)
         width, all_ = min(warps, SCHEDULERS) * self.device.warp, SCHEDULERS * self.device.warp
-        wide = [self._loaded[n][1 if narrow(self.loop, n, schedule) else 2] for n in self.fetched]
+        wide = self.loaded(schedule)
         hidden = schedule.num_stages > 1 and not schedule.prefetch
         arrives = COPY_LATENCY if hidden else MEMORY_LATENCY
         fetched = [(self._slots[n], count) for n, count in zip(self.fetched, wide, strict=True)]
@@ -188,6 +188,18 @@ class Timeline:
                 ready[old] = ready[new]
             ends.append(now)
         return Turn(ends[-1] - ends[-2], issue, registers, self.shared(schedule))
+
+    def loaded(self, schedule: Schedule) -> list[float]:
+        """Instructions of all threads for each load: a vector of 16 bytes each, and its conversion."""
+        if schedule.narrow not in self._loaded:
+            sizes = [
+                self.element_size if narrow(self.loop, n, schedule) else 4 for n in self.fetched
+            ]
+            self._loaded[schedule.narrow] = [
+                self.elements(dims_of(n)) * (1 + size / 4)
+                for n, size in zip(self.fetched, sizes, strict=True)
+            ]
+        return self._loaded[schedule.narrow]
 
     def _made(self, schedule: Schedule) -> list[tuple[fx.Node, int, tuple[int, ...]]]:
         """The operators of an order with the places of their values."""
@@ -306,12 +318,5 @@ class Timeline:
 
     def shared(self, schedule: Schedule) -> int:
         """Bytes of shared memory: the operands of the largest product, and what is loaded ahead."""
-        operands = [
-            sum(self.elements(dims_of(x)) for x in n.all_input_nodes) * self.element_size
-            for n in self.nodes
-            if self.on_unit(n)
-        ]
-        ahead = 0
-        if not schedule.prefetch:
-            ahead = sum(self.elements(dims_of(n)) for n in self.fetched) * self.element_size
-        return max(operands, default=0) + max(schedule.num_stages - 1, 0) * ahead
+        ahead = 0 if schedule.prefetch else self._ahead
+        return self._operands + max(schedule.num_stages - 1, 0) * ahead

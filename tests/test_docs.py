@@ -205,6 +205,32 @@ def test_tables_are_made_from_the_newest_record(tables, monkeypatch, tmp_path):
     assert "| delta net | dual | 1.0e-03 | 2.0e-03 |" in tables.rules(newest)
 
 
+def test_picked_schedules_are_counted(tables, tmp_path):
+    def row(shape, direction="forward", **ratios):
+        picks = {k: {"us": x and 50 * x, "of best": x} for k, x in ratios.items()}
+        return {"shape": shape, "direction": direction, "timed": 80, "best": {"us": 50.2}, **picks}
+
+    rows = [
+        row("ttt_linear_b16_d64_B1_T256", searched=1.0, rules=1.1, model=1.104),
+        row("ttt_linear_b128_d32_B2_T65536", searched=1.02, rules=1.25, model=None),
+        row("ttt_mlp_b16_d64_B1_T256", searched=1.0, rules=1.0, model=1.0) | {"partial": True},
+        {"shape": "ttt_mlp_b16_d64_B8_T256", "direction": "forward", "error": "no"},
+    ]
+    path = tmp_path / "2030-01-01-x1-picked.json"
+    path.write_text(json.dumps({"device": "NVIDIA X1", "rows": rows}))
+    (record,) = tables.records("picked", tmp_path)
+    assert tables.picked(record).splitlines()[2:] == [
+        "| TTT-Linear, mini-batch 16 | d64 B1 T256 | forward | 80 | 50 | 1.00 | 1.10 | 1.10 |",
+        "| ttt linear b128 | d32 B2 T65536 | forward | 80 | 50 | 1.02 | 1.25 |  |",
+    ]
+    assert tables.picked_verdict(record) == (
+        "Of 2 shapes, forward, the schedule picked is within 10% of the fastest of all that were timed on: search 2 (at "
+        "worst 1.02 times as long, ttt linear b128 d32 B2 T65536); rules 1 (at worst 1.25 times as long, ttt linear b128 "
+        "d32 B2 T65536); cost model's first 0 (at worst not timed, ttt linear b128 d32 B2 T65536). Not timed to the end: "
+        "ttt mlp b16 d64 B1 T256 forward, ttt mlp b16 d64 B8 T256 forward."
+    )
+
+
 def test_the_site_is_built_without_a_warning(tmp_path):
     pytest.importorskip("sphinx", reason="needs the extra docs: pip install 'tttc[docs]'")
     pytest.importorskip("myst_parser")

@@ -21,11 +21,16 @@ def workers() -> int:
     return max(len(os.sched_getaffinity(0)) - 2, 1)
 
 
-def compiler_for(device: torch.device) -> Compiler:
-    """Compiles for a GPU that is there: requests, seconds after which to stop, whom to tell of each that is done."""
+def target_of(device: torch.device) -> str:
+    """What kernels for a GPU that is there are compiled for: ``"sm_90"``, ``"gfx942"``."""
     found = torch.cuda.get_device_properties(device)
     name = getattr(found, "gcnArchName", "").partition(":")[0]
-    target = name if torch.version.hip else f"sm_{found.major}{found.minor}"
+    return name if torch.version.hip else f"sm_{found.major}{found.minor}"
+
+
+def compiler_for(device: torch.device) -> Compiler:
+    """Compiles for a GPU that is there: requests, seconds after which to stop, whom to tell of each that is done."""
+    target = target_of(device)
 
     def run(
         requests: Sequence[Request], seconds: float, done: Done

@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from tttc.codegen.stages import stages
 from tttc.ir.errors import KernelTooLarge, NotLowerable
 from tttc.progress import counting, phase
 from tttc.runtime.ahead import Compiler, fast
-from tttc.runtime.launch import Launch, launch
+from tttc.runtime.launch import Launch, launch, prepared
 from tttc.runtime.staged import run_staged, staged
 from tttc.tuning.plan import Plan, Setting
 
@@ -77,11 +78,16 @@ def budget() -> float:
         ) from None
 
 
-def time_on_device(call: Launch) -> float:
-    """The median of repeated launches on the current GPU, its cache cleared before each."""
+def time_on_device(call: Launch, warmup: int = 4, repeats: int = 16) -> float:
+    """The median of repeated launches on the current GPU, its cache cleared before each; of so many milliseconds each.
+
+    A kernel that was launched before is launched by what is known of it: a short one must not wait for the host.
+    """
     from triton.testing import do_bench
 
-    return 1e-3 * do_bench(lambda: launch(call), warmup=4, rep=16, return_mode="median")
+    known = prepared(call)
+    run = partial(launch, call) if known is None else partial(known[0], *known[1])
+    return 1e-3 * do_bench(run, warmup=warmup, rep=repeats, return_mode="median")
 
 
 @dataclass
