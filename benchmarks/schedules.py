@@ -45,7 +45,7 @@ from tttc.runtime.launch import Launch
 from tttc.tuning import choose, search
 from tttc.tuning.plan import Plan, Setting
 
-AT_ONCE = 3  # shapes: one is timed, the kernels of the others are compiled
+AT_ONCE = 4  # shapes: one is timed, the kernels of the others are compiled
 SURE = 6  # rows after which is known how long one takes
 WIDTH = 2048  # of a layer: heads times head dimension
 # Rule and mini-batch size, head dimension, then B and T.

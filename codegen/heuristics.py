@@ -34,6 +34,7 @@ THREADS = 32  # of a warp
 STATE_REGISTERS = (
     80  # of a thread, at most, where warps can be added: tiles and operands need the others
 )
+TILE_REGISTERS = 32  # of a thread, at most, for one tile of tokens, where warps can be added: several live at a time
 STATE_OF_WARPS = 160  # registers of a thread, at most, where warps share the state
 MATRIX_REGISTERS = 128  # of a thread, about, that matrices of a parallel kernel may take
 GROUP = 8  # mini-batches a program of a parallel kernel handles
@@ -68,6 +69,13 @@ def matrix_elements(loop: Loop) -> int:
     nodes = read | {n for n, s in loop.sinks if s.kind == "sum"}
     matrices = [dims_of(n) for n in nodes if len(dims_of(n)) > 1]
     return sum(element_count(d, loop.sizes) for d in matrices if not {TOKEN, EARLIER} & set(d))
+
+
+def tile_elements(loop: Loop) -> int:
+    """Numbers of the largest tile that has tokens of a mini-batch in it."""
+    known = loop.sizes | {TOKEN: loop.mini_batch_size, EARLIER: loop.mini_batch_size}
+    tiles = [dims_of(n) for n in used(loop) if {TOKEN, EARLIER} & set(dims_of(n))]
+    return max((math.prod(known.get(d, 1) for d in dims) for dims in tiles), default=0)
 
 
 def tile_rows(loop: Loop) -> int:
@@ -253,13 +261,17 @@ def _small(loop: Loop, crowd: int, backward: bool) -> Schedule:
         )  # fmt: skip
     warps = 2 if crowd == 2 and not heavy else 4
     elements = state_elements(loop)
+    tile = tile_elements(loop)
     while not fits(loop, warps):
+        warps *= 2
+    while warps < MOST_WARPS and tile > TILE_REGISTERS * THREADS * warps:
         warps *= 2
     taken = -(-elements // (THREADS * warps))
     full = "each must be fast alone" if crowd < 2 else "they fill it"
     warps_why = (
         f"{('fewer than one', 'one', 'two or more')[crowd]} program a multiprocessor: {full}; the state is "
-        f"{elements} numbers, {taken} registers of each thread, and {products(loop)} products share the others"
+        f"{elements} numbers, {taken} registers of each thread, a tile of tokens up to {-(-tile // (THREADS * warps))}, "
+        f"and {products(loop)} products share the others"
     )
     recurrence = not any(sink.kind == "token" for _, sink in loop.sinks)
     if recurrence:

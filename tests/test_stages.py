@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from marks import interpreted
-from test_kernels import arguments
+from test_kernels import arguments, launches
+from tttc.codegen.heuristics import default_schedule
+from tttc.codegen.resources import measure
 from tttc.codegen.schedule import Schedule
 
 import tttc
@@ -14,7 +16,7 @@ from tttc._checks import check_scan_inputs
 from tttc._scan_op import interned
 from tttc.nn import TTTMLP, TTTLinear
 from tttc.pipeline import build_program
-from tttc.runtime import triton_scan_backward
+from tttc.runtime import triton_scan, triton_scan_backward
 from tttc.scan import _flatten
 
 pytestmark = interpreted
@@ -86,3 +88,17 @@ def test_the_stages_of_a_forward_are_the_one_kernel():
     compiled = tttc.compile(layer, backend="triton", strict=True)
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), layer(x), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_large_tiles_have_warps_that_hold_them():
+    """Where programs fill the device few warps are enough for small tiles alone."""
+    schedules = {}
+    for b in (16, 64, 128):
+        _, program, _ = call_of(TTTLinear, T=b, d=64, b=b)
+        loop = triton_scan._loop(program, "full", False)
+        schedules[b] = default_schedule(loop, crowd=2)
+    assert schedules[16].num_warps < schedules[64].num_warps <= schedules[128].num_warps
+    found = [x for b, s in schedules.items() for x in launches(TTTLinear, b, 128, schedule=s)]
+    # In two warps 64 tokens spill 10 KB, 128 tokens 15.
+    assert all(x.spill_bytes < 1024 for x in measure([x.request() for x in found], "sm_90"))
