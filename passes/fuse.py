@@ -10,11 +10,12 @@ import networkx as nx
 import sympy
 from torch import fx
 from tttc.passes.decompositions import decompositions
-from tttc.passes.partition import Memory, Partition
+from tttc.passes.partition import Partition
 
 from tttc.ir.index_maps import as_expr, shape_of
 from tttc.ir.region import FusedRegion
 from tttc.ir.row_space import COMPUTE, is_known, is_size, value_of
+from tttc.ir.structure import Structures
 
 __all__ = ["FusionReport", "decompositions", "fuse"]
 
@@ -52,7 +53,8 @@ def fuse(gm: fx.GraphModule) -> fx.GraphModule:
 
     A region is convex (no path leaves it and comes back, so that it can run in one go), has one row space (see
     :mod:`tttc.ir.row_space`), and grows by the merge that saves most bytes. Views are copied into the regions
-    that read through them. Values are exactly those of ``gm``: the same operators in another order.
+    that read through them. Equal regions are one module, called more than once. Values are exactly those of ``gm``:
+    the same operators in another order.
 
     ``gm`` is left as it is; the result's ``meta["fusion"]`` is a :class:`FusionReport`.
     """
@@ -75,6 +77,9 @@ def fuse(gm: fx.GraphModule) -> fx.GraphModule:
             env[node] = graph.node_copy(node, new)
         return env[node]
 
+    structures = Structures()
+    names: dict[Any, str] = {}  # of regions, by what they compute
+    regions = 0
     before: list[sympy.Expr] = []
     after: list[sympy.Expr] = []
     for group in nx.lexicographical_topological_sort(partition.order, key=rank):
@@ -88,16 +93,25 @@ def fuse(gm: fx.GraphModule) -> fx.GraphModule:
                 after.append(before[-1])
             new(single)
             continue
-        region, inputs, outputs = _region(gm, memory, members, sizes)
+        nodes, outputs = memory.closure(members), memory.outputs(members)
+        inputs = _inputs(nodes, sizes)
+        order = {n: i for i, n in enumerate(inputs)}
+        # Operands in the order of the nodes, arguments in the region's: both must agree.
+        used = tuple(order[a] for n in nodes for a in n.all_input_nodes if a in order)
+        key = (structures.key(nodes, outputs), used, len(inputs))
+        if key not in names:
+            names[key] = f"fused_{len(modules)}"
+            moved = sympy.expand(sympy.Add(*(memory.traffic({n}) for n in members)))
+            module = _outlined(gm, nodes, inputs, outputs)
+            modules[names[key]] = FusedRegion(module, moved, memory.traffic(members))
+        region = modules[names[key]]
         before.append(region.bytes_before)
         after.append(region.bytes_after)
-        name = f"fused_{len(modules)}"
-        modules[name] = region
-        call = graph.call_module(name, tuple(new(n) for n in inputs))
+        regions += 1
+        call = graph.call_module(names[key], tuple(new(n) for n in inputs))
         _replace(graph, call, outputs, env)
     result = fx.GraphModule(modules, graph, class_name=type(gm).__name__)
     graph.lint()
-    regions = sum(isinstance(m, FusedRegion) for m in modules.values())
     report = FusionReport(regions, *(sympy.expand(sympy.Add(*x)) for x in (before, after)))
     result.meta = {**gm.meta, "fusion": report}
     return result
@@ -117,17 +131,10 @@ def _replace(
         env[node].meta = dict(node.meta)
 
 
-def _region(
-    gm: fx.GraphModule,
-    memory: Memory,
-    members: set[fx.Node],
-    sizes: dict[sympy.Expr, fx.Node],
-) -> tuple[FusedRegion, list[fx.Node], list[fx.Node]]:
-    nodes = memory.closure(members)
+def _inputs(nodes: list[fx.Node], sizes: dict[sympy.Expr, fx.Node]) -> list[fx.Node]:
+    """What a region reads; sizes that no tensor shows on its own (a view of B*T rows as B, T) come along."""
     inside = set(nodes)
-    outputs = memory.outputs(members)
     inputs = list(dict.fromkeys(a for n in nodes for a in n.all_input_nodes if a not in inside))
-    # Sizes that no tensor shows on its own (a view of B*T rows as B, T) come along as arguments.
     shown = {as_expr(n) for n in inputs if is_size(n)}
     tensors = [value_of(n) for n in (*inputs, *nodes)]
     shapes = [shape_of(t) for t in tensors if t is not None]
@@ -137,6 +144,13 @@ def _region(
     for symbol in sorted({s for shape in shapes for n in shape for s in n.free_symbols}, key=str):
         if symbol not in shown and symbol in sizes:
             inputs.append(sizes[symbol])
+    return inputs
+
+
+def _outlined(
+    gm: fx.GraphModule, nodes: list[fx.Node], inputs: list[fx.Node], outputs: list[fx.Node]
+) -> fx.GraphModule:
+    """Nodes as a graph of their own."""
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     for node in inputs:
@@ -146,6 +160,4 @@ def _region(
         env[node] = graph.node_copy(node, env.__getitem__)
     results = tuple(env[n] for n in outputs)
     graph.output(results[0] if len(results) == 1 else results)
-    module = fx.GraphModule(gm, graph, class_name="Region")
-    before = sympy.Add(*(memory.traffic({n}) for n in members))
-    return FusedRegion(module, sympy.expand(before), memory.traffic(members)), inputs, outputs
+    return fx.GraphModule(gm, graph, class_name="Region")

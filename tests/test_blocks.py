@@ -124,6 +124,22 @@ def test_depth_costs_calls_not_operators(seen, monkeypatch):
     assert seen[0] == [DEPTH, 2 * DEPTH]
 
 
+def test_what_is_free_to_make_again_is_not_saved(monkeypatch):
+    """A block of two linear layers would save its weights transposed: views, of which AOTAutograd traces each."""
+    blocks = []
+    traced = tttc.blocks.traced_block
+    monkeypatch.setattr(
+        tttc.blocks, "traced_block", lambda *args: blocks.append(traced(*args)) or blocks[-1]
+    )
+    model = nn.Sequential(*(Block() for _ in range(DEPTH)))
+    tttc.compile(model)(torch.randn(3, WIDTH, dtype=torch.float64)).sum().backward()
+    (block,) = blocks
+    targets = [n.target for n in block.forward.results]
+    assert torch.ops.aten.t.default not in targets
+    assert torch.ops.aten.t.default in [n.target for n in block.backward.graph.nodes]
+    assert all(not x.is_leaf or x.grad is not None for x in model.parameters())
+
+
 def test_language_model(seen):
     sizes = {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 12, "num_heads": 2}
     model = TTTLanguageModel(

@@ -331,14 +331,17 @@ def test_blocks_save_bytes(block):
     assert after < (0.5 if block is not LearningRate else 0.8) * before
 
 
-def test_equal_layers_share_kernels(interpreter):
+def test_equal_layers_share_regions_and_kernels(interpreter):
     model = nn.Sequential(*(make(TransformerBlock, seed) for seed in range(3)))
     compiler = Compiler("triton")
     results(model, compiler(model), torch.randn(2, 5, D))
     forward = compiler.after[0]
-    launches = [r.launch.kernel for r in regions(forward) if r.launch is not None]
-    assert len(launches) >= 6
-    assert len({id(k) for k in launches}) <= 4
+    calls = [getattr(forward, n.target) for n in forward.graph.nodes if n.op == "call_module"]
+    launched = [r for r in calls if r.launch is not None]
+    assert len(launched) >= 6
+    assert len(set(launched)) <= 4
+    assert len({id(r.launch.kernel) for r in launched}) <= 4
+    assert forward.meta["fusion"].regions == len(calls)
 
 
 @pytest.mark.parametrize("B, T", [(0, 5), (2, 0), (0, 0)])

@@ -15,6 +15,7 @@ from torch._guards import TracingContext, detect_fake_mode, tracing
 
 from tttc import _recorder
 from tttc.ir.index_maps import as_expr, shape_of
+from tttc.ir.row_space import FREE
 from tttc.passes.decompositions import decompositions
 from tttc.runtime.blocks import Block, Program
 
@@ -120,7 +121,8 @@ def _is_size(node: fx.Node) -> bool:
 class _Cut:
     """The graphs of AOTAutograd's partition as programs.
 
-    The forward returns each tensor once and none that it was given; sizes that it would save are computed again.
+    The forward returns each tensor once and none that it was given; sizes that it would save are made again, and
+    what costs nothing to make of the arguments (a transposed weight): each tensor of each block takes time to trace.
     """
 
     def __init__(
@@ -131,7 +133,7 @@ class _Cut:
         self.sizes = [n for n in placeholders if _is_size(n)]
         self.tensors = [n for n in placeholders if not _is_size(n)]
         outputs: Any = forward.output_node().args[0]
-        saved = [n for n in outputs[results:] if not _is_size(n) and n not in self.tensors]
+        saved = [n for n in outputs[results:] if not _is_size(n) and not self._is_free(n)]
         made = outputs[:results]
         self.made = [*made, *dict.fromkeys(n for n in saved if n not in made)]
         graph = fx.Graph()
@@ -140,33 +142,47 @@ class _Cut:
         if backward is not None:
             self._cut_backward(backward, labels)
 
+    def _is_free(self, node: fx.Node) -> bool:
+        """Whether a tensor is an argument, or views and constants alone make it of arguments."""
+        if node in self.tensors or _is_size(node):
+            return True
+        return node.target in FREE and all(self._is_free(x) for x in node.all_input_nodes)
+
+    def _read(self, node: fx.Node) -> list[fx.Node]:
+        """The tensors to keep for a saved one."""
+        if node in self.made or node in self.tensors:
+            return [node]
+        return [t for x in node.all_input_nodes if not _is_size(x) for t in self._read(x)]
+
     def _cut_backward(self, backward: fx.Graph, labels: list[str]) -> None:
         block = self.block
         named = {n.name: n for n in self.forward.nodes}
         placeholders = backward.find_nodes(op="placeholder")
-        tensors = [n for n in placeholders if not _is_size(n)]
-        for node in tensors:
-            if node.name.startswith("tangents"):
-                block.gradients.append(node.meta["val"])
-            elif (kept := named[node.name]) in self.tensors:
-                block.saved.append((True, self.tensors.index(kept)))
-            else:
-                block.saved.append((False, self.made.index(kept)))
+        tangents = [n for n in placeholders if n.name.startswith("tangents")]
+        block.gradients = [n.meta["val"] for n in tangents]
+        saved = {n: named[n.name] for n in placeholders if n not in tangents}
+        tensors = [n for n in saved.values() if not _is_size(n)]
+        kept = list(dict.fromkeys(t for n in tensors for t in self._read(n)))
+        block.saved = [
+            (True, self.tensors.index(n)) if n in self.tensors else (False, self.made.index(n))
+            for n in kept
+        ]
         graph = fx.Graph()
-        env = _placeholders(graph, [*self.sizes, *tensors])
+        env = _placeholders(graph, [*self.sizes, *kept, *tangents])
+        known = {n: env[n] for n in (*kept, *tangents)}
 
         def again(node: fx.Node) -> fx.Node:
             if node in env:
                 return env[node]
             if node.target is torch.ops.aten.sym_size.int:
-                env[node] = _size_of_some(graph, {n: env[n] for n in tensors}, as_expr(node))
-            elif _is_size(node):
+                env[node] = _size_of_some(graph, known, as_expr(node))
+            elif _is_size(node) or node.target in FREE:
                 env[node] = graph.node_copy(node, again)
             else:
                 raise NotImplementedError(f"a size that is saved is computed from {node.target}")
             return env[node]
 
-        env |= {n: again(named[n.name]) for n in placeholders if _is_size(n)}
+        env |= {n: again(of) for n, of in saved.items()}
         outputs: Any = backward.output_node().args[0]
         of_tensors = [
             g
