@@ -14,6 +14,7 @@ on the other it keeps no guards, so that a change of it would go unseen: here it
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import re
 import threading
@@ -193,10 +194,11 @@ def _reusable(tx: Any, condition: Any, fingerprint: Any, entry: Any) -> bool:
     arguments = {getattr(x, "source", None) for x in entry.subgraph_input_mapping}
     guards = []
     for old, new in changed:
+        move = _mover(old, new)
         for guard in _guards_on(tx, entry, old):
             if guard.create_fn_name() == "TENSOR_MATCH" and guard.originating_source in arguments:
                 continue
-            moved = _moved(guard, old, new, value)
+            moved = _moved(guard, move, value)
             if moved is None:
                 return False
             guards.append(moved)
@@ -214,11 +216,26 @@ def _guards_on(tx: Any, entry: Any, source: Source) -> list[Guard]:
     return found[source]
 
 
-def _moved(guard: Guard, old: Source, new: Source, value: Callable[[Source], Any]) -> Guard | None:
-    """A guard on something of one source, on the same of another; None where what it compares with is unknown."""
+def _mover(old: Source, new: Source) -> Callable[[Source], Source]:
+    """From something of one source to the same of another; many have most of the way in common, which is gone once."""
 
+    @functools.cache
     def move(source: Source) -> Source:
-        return source.clone(lambda s: new if s == old else s)
+        if source == old:
+            return new
+        parts = {f.name: getattr(source, f.name) for f in dataclasses.fields(source)}  # type: ignore[arg-type]
+        moved = {k: move(v) for k, v in parts.items() if isinstance(v, Source)}
+        if all(v is parts[k] for k, v in moved.items()):
+            return source
+        return dataclasses.replace(source, **moved)  # type: ignore[type-var]
+
+    return move
+
+
+def _moved(
+    guard: Guard, move: Callable[[Source], Source], value: Callable[[Source], Any]
+) -> Guard | None:
+    """A guard on something of one source, on the same of another; None where what it compares with is unknown."""
 
     def moved(given: Any) -> Any:
         if isinstance(given, Source):
