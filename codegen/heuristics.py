@@ -11,6 +11,7 @@ import math
 from dataclasses import replace
 
 import torch
+from torch import fx
 from tttc.codegen.devices import device_of
 from tttc.codegen.gluon_loop import gluon_renderer
 from tttc.codegen.loop import Loop, used
@@ -21,7 +22,7 @@ from tttc.codegen.warp_loop import warp_renderer
 from tttc.codegen.work import through_memory
 
 from tttc.ir import ops
-from tttc.ir.body import EARLIER, TOKEN
+from tttc.ir.body import EARLIER, TOKEN, is_token
 from tttc.ir.build import dims_of
 from tttc.ir.cost import element_count
 from tttc.ir.errors import NotLowerable
@@ -71,11 +72,16 @@ def matrix_elements(loop: Loop) -> int:
     return sum(element_count(d, loop.sizes) for d in matrices if not {TOKEN, EARLIER} & set(d))
 
 
+def value_elements(loop: Loop, node: fx.Node) -> int:
+    """Numbers of a value of one mini-batch."""
+    return math.prod(loop.mini_batch_size if is_token(d) else loop.sizes[d] for d in dims_of(node))
+
+
 def tile_elements(loop: Loop) -> int:
     """Numbers of the largest tile that has tokens of a mini-batch in it."""
-    known = loop.sizes | {TOKEN: loop.mini_batch_size, EARLIER: loop.mini_batch_size}
-    tiles = [dims_of(n) for n in used(loop) if {TOKEN, EARLIER} & set(dims_of(n))]
-    return max((math.prod(known.get(d, 1) for d in dims) for dims in tiles), default=0)
+    return max(
+        (value_elements(loop, n) for n in used(loop) if any(map(is_token, dims_of(n)))), default=0
+    )
 
 
 def tile_rows(loop: Loop) -> int:
@@ -368,14 +374,11 @@ def _ways(loop: Loop) -> tuple[dict[str, bool], ...]:
 
     On an H200 (TTT-MLP, mini-batches of 64 tokens, B16 T2048, microseconds): with copies under way from a product before
     (``early``) the backward's recurrence took 4789 where it took 5046, the kernel after it 964 where it took 1445, a
-    forward 1925 where it took 1998; the kernel before the recurrence, which stores ten times what it loads, 4849 where
+    forward 1925 where it took 1998; the kernel before the recurrence, which stores more than it loads, 4849 where
     it took 4321. Of the small matrices of the next mini-batch (``prefetch``) and four mini-batches in a program it took
     3891 (4147 without ``prefetch``).
     """
-    sizes = {**loop.sizes, TOKEN: loop.mini_batch_size, EARLIER: loop.mini_batch_size}
-    loaded, stored = (
-        sum(element_count(dims_of(n), sizes) for n in nodes) for nodes in through_memory(loop)
-    )
+    loaded, stored = (sum(value_elements(loop, n) for n in nodes) for nodes in through_memory(loop))
     return READING if loaded > stored else WRITING
 
 

@@ -178,6 +178,7 @@ def only_products_read(loop: Loop, node: fx.Node) -> bool:
     A sum that only products read, such as a state's after its update, counts as one of them: it is rounded once more.
     """
     results = {n for n, _ in loop.sinks}
+    wanted = used(loop)
 
     def is_product(user: fx.Node) -> bool:
         products = (ops.contraction, ops.masked_contraction)
@@ -191,10 +192,10 @@ def only_products_read(loop: Loop, node: fx.Node) -> bool:
             total
             and set(dims_of(user)) == set(dims_of(node))
             and user not in results
-            and all(is_product(u) for u in user.users if u in used(loop))
+            and all(is_product(u) for u in user.users if u in wanted)
         )
 
-    return len(dims_of(node)) > 1 and all(rounds(u) for u in node.users if u in used(loop))
+    return len(dims_of(node)) > 1 and all(rounds(u) for u in node.users if u in wanted)
 
 
 def constant_tensors(program: Program, device: torch.device) -> dict[str, torch.Tensor]:

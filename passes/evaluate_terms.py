@@ -25,7 +25,7 @@ class Final:
     left_labels: Dims
     right: Any
     right_labels: Dims
-    relation: Relation | None
+    relation: Relation
 
 
 class TermEvaluator(Products):
@@ -163,19 +163,17 @@ class TermEvaluator(Products):
         for f in finals:
             if isinstance(f, Final):
                 free = tuple(x if x in result else "#" for x in f.right_labels)
-                groups.setdefault(
-                    (f.right, free, f.relation.strict if f.relation else None), []
-                ).append(f)
+                groups.setdefault((f.right, free, f.relation.strict), []).append(f)
             else:
                 summands.append(f)
         for members in groups.values():
             first = members[0]
-            order = (first.relation.later, first.relation.earlier)  # type: ignore[union-attr]
+            order = (first.relation.later, first.relation.earlier)
             lead = first.sign
             left: Any = None
             for m in members:
                 o = Operand(m.left, m.left_labels)
-                mine = (m.relation.later, m.relation.earlier)  # type: ignore[union-attr]
+                mine = (m.relation.later, m.relation.earlier)
                 tile = self._product([o], mine)
                 tile = self._renamed(tile, dict(zip(dims_of(tile), (TOKEN, EARLIER), strict=True)))
                 scale = m.sign / lead
