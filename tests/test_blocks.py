@@ -140,6 +140,27 @@ def test_what_is_free_to_make_again_is_not_saved(monkeypatch):
     assert all(not x.is_leaf or x.grad is not None for x in model.parameters())
 
 
+def test_what_is_kept_for_a_backward_is_one_tensor_to_autograd(monkeypatch):
+    counts = []
+    hand_out = tttc.compiler.hand_out
+
+    def read(gm):
+        calls = gm.graph.find_nodes(op="call_function", target=torch.ops.tttc.block.default)
+        return [(len(n.users), len(n.args[0])) for n in (calls[0], calls[-1])]
+
+    def handing_out(joint, programs):
+        before = read(joint)
+        hand_out(joint, programs)
+        counts.append((before, read(joint)))
+
+    monkeypatch.setattr(tttc.compiler, "hand_out", handing_out)
+    check(Deep())
+    ((((shown, _), (_, given)), ((picked, _), (_, handed))),) = counts
+    assert shown == 2  # the result, and what stands for the rest
+    kept = picked - 1
+    assert kept > 4 and handed - given == kept - 1
+
+
 def test_language_model(seen):
     sizes = {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 12, "num_heads": 2}
     model = TTTLanguageModel(

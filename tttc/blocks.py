@@ -80,8 +80,30 @@ def _labels(nodes: Sequence[fx.Node]) -> str:
     return "\n".join(layers_of_scans(nodes))
 
 
+def hand_out(joint: fx.GraphModule, programs: dict[str, Program]) -> None:
+    """In AOTAutograd's graph of a forward and its backward, what blocks keep for their backwards, tensor by tensor."""
+    for call in joint.graph.find_nodes(op="call_function", target=torch.ops.tttc.block.default):
+        program = programs[call.args[2]]
+        for stands in [u for u in call.users if program.kept and u.args[1] == program.shown]:
+            made = []
+            with joint.graph.inserting_before(stands):
+                for place in range(program.shown, len(program.results)):
+                    pick = joint.graph.call_function(operator.getitem, (call, place))
+                    pick.meta = {k: v for k, v in stands.meta.items() if k != "tensor_meta"}
+                    pick.meta["val"] = program.results[place].meta["val"]
+                    made.append(pick)
+            for user in list(stands.users):  # the backwards
+                tensors: Any = user.args[0]
+                given = [x for t in tensors for x in (made if t is stands else [t])]
+                user.args = (given, *user.args[1:])
+            joint.graph.erase_node(stands)
+
+
 def put_back(gm: fx.GraphModule, programs: dict[str, Program]) -> None:
-    """Put the nodes of their programs in the place of the calls of ``tttc::block`` in an ATen graph, in place."""
+    """Put the nodes of their programs in the place of the calls of ``tttc::block`` in an ATen graph, in place.
+
+    Of ``gm`` the graph alone: nobody runs it, and making its code takes long.
+    """
     calls = gm.graph.find_nodes(op="call_function", target=torch.ops.tttc.block.default)
     for call in calls:
         tensors, sizes, key, labels = call.args
@@ -102,7 +124,6 @@ def put_back(gm: fx.GraphModule, programs: dict[str, Program]) -> None:
         gm.graph.erase_node(call)
     if calls:
         gm.graph.eliminate_dead_code()
-        gm.recompile()
 
 
 def _tell(node: fx.Node, told: dict[str, str]) -> None:
