@@ -30,26 +30,6 @@ def test_who_turned_it_off_keeps_it_off():
         gc.enable()
 
 
-def test_what_was_made_is_not_looked_at_right_afterwards():
-    kept = []
-    with not_collected():
-        kept += [[] for _ in range(10_000)]
-    assert gc.get_count()[0] < 5_000
-    assert not gc.get_freeze_count()
-    assert any(x is kept for x in gc.get_objects(generation=2))
-
-
-def test_what_somebody_froze_stays_frozen():
-    gc.freeze()
-    try:
-        frozen = gc.get_freeze_count()
-        with not_collected():
-            pass
-        assert frozen and gc.get_freeze_count()
-    finally:
-        gc.unfreeze()
-
-
 def test_only_the_first_call_of_a_model_compiles(monkeypatch):
     seen = []
     outline = tttc.compiler.outline

@@ -9,14 +9,11 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def not_collected() -> Iterator[None]:
-    """Cycles of garbage stay until afterwards, and then until Python next looks at all objects there are."""
+    """Cycles of garbage stay until afterwards."""
     enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
         if enabled:
-            if not gc.get_freeze_count():  # what is new counts as old, unlooked at
-                gc.freeze()
-                gc.unfreeze()
             gc.enable()

@@ -192,7 +192,6 @@ def _compiled_call(target: Callable[..., Any], options: Options) -> Callable[...
         "specialize_float": True,
         "recompile_limit": COMPILATIONS,
         "accumulated_recompile_limit": 8 * COMPILATIONS,
-        "run_gc_after_compile": False,  # see tttc._garbage
     }
 
     def refuse(error: NotLowerable) -> None:
