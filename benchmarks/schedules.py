@@ -32,18 +32,16 @@ import triton
 from pool import Pool
 from scans import make_case
 from tttc.codegen.candidates import shortlist
-from tttc.codegen.heuristics import default_schedule
 from tttc.codegen.kernel import write_atomically
 from tttc.codegen.loop import Loop
 from tttc.codegen.schedule import Schedule
-from tttc.codegen.stages import stages
 
 import tttc.runtime.fused_scan_backward
 from tttc.ir.errors import NotLowerable
 from tttc.runtime.ahead import Compiler, target_of, workers
 from tttc.runtime.launch import Launch
 from tttc.tuning import choose, search
-from tttc.tuning.plan import Plan, Setting
+from tttc.tuning.plan import Plan, Setting, by_rules
 
 AT_ONCE = 4  # shapes: one is timed, the kernels of the others are compiled
 SURE = 6  # rows after which is known how long one takes
@@ -139,7 +137,7 @@ def study(
             more[split.stages][k.loop.name] = new
     again = [x for x in splits if any(more[x.stages].values())]
     search._try(again, [more[x.stages] for x in again], call, timer, compiler, end)
-    rules = _by_rules(loop, setting, backward)
+    rules = by_rules(loop, setting, backward)
     model = Plan(tuple((k.loop.name, _first(k)) for k in min(splits, key=_estimate).kernels))
     for plan in (rules, model):  # whatever they spill
         _time_also(splits, plan, call, timer, end)
@@ -151,15 +149,23 @@ def study(
     row: dict[str, Any] = {
         "best": {
             "us": 1e6 * best.seconds(),
-            "plan": _words(Plan(tuple((k.loop.name, k.fastest()) for k in best.kernels))),
+            "plan": words(Plan(tuple((k.loop.name, k.fastest()) for k in best.kernels))),
         }
     }
     for name, plan in plans.items():
         known = all(key in times for key in plan.schedules)
         us = 1e6 * sum(times[key] for key in plan.schedules) if known else None
         ratio = None if us is None else us / row["best"]["us"]
-        row[name] = {"us": us, "of best": ratio, "plan": _words(plan)}
-    return row | {"timed": len(times)}
+        row[name] = {"us": us, "of best": ratio, "plan": words(plan)}
+    return row | {"timed": len(times), "times": _table(times)}
+
+
+def _table(times: dict[tuple[str, Schedule], float]) -> dict[str, dict[str, float]]:
+    """Microseconds by kernel and schedule: ``held.py`` looks what rules give later up in it."""
+    table: dict[str, dict[str, float]] = {}
+    for (name, schedule), seconds in times.items():
+        table.setdefault(name, {})[differing(schedule)] = round(1e6 * seconds, 2)
+    return table
 
 
 def _found(kernel: search._Kernel, times: dict[tuple[str, Schedule], float]) -> Schedule:
@@ -195,15 +201,6 @@ def _first(kernel: search._Kernel) -> Schedule:
     return min(kernel.ranked[:2], key=lambda s: kernel.model.estimate(s).seconds)
 
 
-def _by_rules(loop: Loop, setting: Setting, backward: bool) -> Plan:
-    def chosen(part: Loop) -> Schedule:
-        return default_schedule(part, setting.crowd, backward, setting.gluon)
-
-    common = {"stages": chosen(loop).stages, "narrow": chosen(loop).narrow}
-    parts = stages(loop, chosen(loop).stages)
-    return Plan(tuple((p.name, replace(chosen(p), **common)) for p in parts))
-
-
 def _time_also(
     splits: list[search._Split], plan: Plan, call: search.Call, timer: search.Timer, end: float
 ) -> None:
@@ -214,16 +211,18 @@ def _time_also(
     missing = {name: [] if s in timed[name] else [s] for name, s in plan.schedules}
     if any(missing.values()):
         with suppress(NotLowerable):
-            search._measure(split, missing, call, timer, end, lambda words: None)
+            search._measure(split, missing, call, timer, end, lambda what: None)
 
 
-def _words(plan: Plan) -> dict[str, str]:
-    """What differs from the plain schedule, by kernel."""
+def differing(schedule: Schedule) -> str:
+    """What differs from the plain schedule."""
     plain = Schedule().choices()
-    return {
-        name: " ".join(f"{k}={v}" for k, v in s.choices().items() if v != plain[k])
-        for name, s in plan.schedules
-    }
+    return " ".join(f"{k}={v}" for k, v in schedule.choices().items() if v != plain[k])
+
+
+def words(plan: Plan) -> dict[str, str]:
+    """What differs from the plain schedule, by kernel."""
+    return {name: differing(s) for name, s in plan.schedules}
 
 
 def quick(call: Launch) -> float:

@@ -19,6 +19,7 @@ from tttc.tuning import search
 from tttc.tuning.choose import timed_by
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+import held
 import pool
 import schedules
 
@@ -60,10 +61,12 @@ def test_picked_schedules_are_those_that_are_picked(small, direction):
     assert len(asked) == len(set(asked)) == row["timed"]
     real = search.search(*found, backward, by_schedule, None, 600.0)
     assert row["searched"]["us"] == pytest.approx(1e6 * real.seconds)
-    assert row["searched"]["plan"] == schedules._words(real.plan)
-    rules = schedules._by_rules(loop, found[2], backward)
-    assert row["rules"]["plan"] == schedules._words(rules)
+    assert row["searched"]["plan"] == schedules.words(real.plan)
+    rules = schedules.by_rules(loop, found[2], backward)
+    assert row["rules"]["plan"] == schedules.words(rules)
     assert row["rules"]["us"] > row["best"]["us"] > 0
+    assert held.microseconds(row, rules) == pytest.approx(row["rules"]["us"], abs=0.1)
+    assert sum(map(len, row["times"].values())) == row["timed"]
     for name in ("searched", "rules", "model"):
         assert row[name]["of best"] == pytest.approx(row[name]["us"] / row["best"]["us"])
         assert row[name]["of best"] >= 1
@@ -73,7 +76,7 @@ def test_picked_schedules_are_those_that_are_picked(small, direction):
 def test_what_rules_give_is_timed_though_it_spills(small):
     with timed_by(by_schedule):
         found = schedules.asked(SHAPE, "forward", "cpu")
-    (default, *_) = (s for _, s in schedules._by_rules(found[0], found[2], False).schedules)
+    (default, *_) = (s for _, s in schedules.by_rules(found[0], found[2], False).schedules)
 
     def compiler(requests, seconds, done):
         spilled = [10_000 * (r.options["num_warps"] == default.num_warps) for r in requests]
