@@ -32,7 +32,9 @@ FEW_PRODUCTS = 8
 UNIT_ROWS = 16  # of a matrix unit's tile
 NUMBERS_A_WARP = 256  # of a tile, at least, where warps are free: two tiles of a matrix unit
 HELD = 136  # registers of a thread for the state and the tiles that live beside it
-SHORT = 4  # mini-batches of a program that loads nothing ahead
+# Mini-batches that a program of a parallel kernel handles at most: one that loads nothing ahead, one of few tokens, and
+# one that copies many ahead into shared memory.
+SHORT, GROUP, LONG = 4, 8, 16
 SHARED_ROWS = 64  # from which a product reads its operands from shared memory (wgmma)
 ROOM = 40  # registers of a thread for the state, at most, where tokens are copied ahead into shared memory
 WIDE_TILE = 32  # registers of a thread for one tile: of larger ones few may wait
@@ -174,7 +176,7 @@ def parallel_schedule(loop: Loop, split: Split) -> list[Schedule]:
     full = matrices > MATRIX_REGISTERS * THREADS * (
         warps if rows >= SHARED_ROWS else MOST_WARPS // 2
     )
-    group = min(split.group(warps), SHORT) if full else split.group(warps)
+    group = split.group(warps, SHORT if full else LONG if rows >= SHARED_ROWS else GROUP)
     nan, care = "branch", (
         "nan", "a branch that is hardly ever taken costs less than a second product beside each causal one",
     )  # fmt: skip

@@ -25,6 +25,7 @@ from tttc.codegen.sizes import (
 )
 from tttc.codegen.solves import has_solves
 from tttc.codegen.stages import stages
+from tttc.codegen.work import WIDE
 
 # From an H200 (benchmarks/results/2026-11-28-h200-picked.json), rates as shares of what the device does at most.
 ALONE = 0.13  # of the matrix products of a multiprocessor, by one program on it
@@ -36,7 +37,7 @@ STORED = 32  # bytes that a program stores a cycle
 SECOND = 1e-5  # seconds of a second kernel: its launch, its first loads and its last programs
 HELD = 32768  # numbers of states and tiles that a multiprocessor holds
 TILES = 3  # that live at a time, beside the state
-MOST_EACH = 64  # mini-batches a multiprocessor: more change nothing
+MOST_EACH = 128  # mini-batches a multiprocessor: more change nothing
 GROUPS = (1, 4, 8, 16)
 
 
@@ -58,12 +59,10 @@ class Split:
     why: str
     each: int = MOST_EACH
 
-    def group(self, warps: int) -> int:
-        """Mini-batches a program of a parallel kernel handles, where one takes so many warps."""
-        share = max(
-            self.each * warps // 8, 1
-        )  # of a program, where a multiprocessor holds eight warps
-        return max(n for n in GROUPS if n <= share)
+    def group(self, warps: int, most: int) -> int:
+        """Mini-batches a program of a parallel kernel handles, where one takes so many warps; ``most`` of them."""
+        share = self.each * warps // 8  # where a multiprocessor holds eight warps
+        return next((n for n in GROUPS if n >= share), most) if share < most else most
 
 
 WHOLE = Split(1, "one kernel passes no states through memory")
@@ -76,7 +75,7 @@ class Passing:
     Attributes:
         flops, products: that the recurrence has fewer.
         parallel: FLOPs of the other kernel.
-        traffic, stored: numbers that pass through memory, and those of them that the recurrence stores.
+        traffic, stored: bytes that pass through memory, and those of them that the recurrence stores.
         held: numbers of states and tiles that one kernel holds.
         large: whether the state leaves few registers to others.
     """
@@ -84,22 +83,22 @@ class Passing:
     flops: int
     products: int
     parallel: int
-    traffic: float
-    stored: float
+    traffic: int
+    stored: int
     held: int
     large: bool
 
     @classmethod
-    def of(cls, loop: Loop) -> Passing | None:
-        """What it is for a loop; None where it is one kernel anyway."""
+    def of(cls, loop: Loop, element_size: int) -> Passing | None:
+        """What it is for a loop, ``element_size`` bytes to a number of a token; None where it is one kernel anyway."""
         parts = stages(loop, 2)
         if len(parts) == 1:
             return None
         recurrence, outputs = parts
         wanted = used(outputs)
         read = [(n, s) for n, s in outputs.sources.items() if s.kind in ("saved", "value") and n in wanted]  # fmt: skip
-        # Numbers that others than products read are twice as wide.
-        loaded = {s.name: value_elements(outputs, n) * (1 if only_products_read(outputs, n) else 2) for n, s in read}  # fmt: skip
+        sizes = {n: element_size if only_products_read(outputs, n) else WIDE for n, _ in read}
+        loaded = {s.name: value_elements(outputs, n) * sizes[n] for n, s in read}
         stored = sum(x for name, x in loaded.items() if name not in loop.save)
         return cls(
             product_flops(loop) - product_flops(recurrence),
@@ -120,9 +119,9 @@ class Passing:
         together = min(each, max(HELD / self.held, 1.0))
         alone = ALONE * (LARGE if self.large else 1.0)
         gain = (self.flops / (alone * rate) + PRODUCT * self.products) * each / together
-        memory = call.programs * call.element_size * self.traffic / (BANDWIDTH * device.bandwidth)
+        memory = call.programs * self.traffic / (BANDWIDTH * device.bandwidth)
         work = call.programs * self.parallel / (TOGETHER * rate * device.processors)
-        storing = call.element_size * self.stored * each / (STORED * device.clock)
+        storing = self.stored * each / (STORED * device.clock)
         return call.mini_batches * (gain - max(memory, work) - storing) - SECOND
 
 
@@ -139,7 +138,7 @@ def forward_split(loop: Loop, call: Call) -> Split:
             "triangular systems are solved before the state is known, for all mini-batches at once"
         )
         return Split(3, why, each)
-    passing = Passing.of(loop)
+    passing = Passing.of(loop, call.element_size)
     if passing is not None and passing.seconds(call) > 0:
         why = "what the state does not wait for takes longer in one kernel than states take through memory"
         return Split(2, why, each)
