@@ -202,6 +202,11 @@ class Tiles:
         parts = [names[d] + self.index((d,), target) for d in target if d in dims]
         return " & ".join(parts)
 
+    def zeros(self, dims: Dims) -> str:
+        """A tile of zeros."""
+        shape = ", ".join(str(self.side(d)) for d in dims)
+        return f"tl.zeros(({shape},), tl.float32)" if shape else "0.0"
+
     def cleared(self, tile: Tile, dims: Dims) -> Tile:
         """The tile with zeros beyond the sizes of ``dims``."""
         missing = tuple(d for d in tile.dims if d in dims and d not in tile.zero)
