@@ -10,9 +10,9 @@ settings: as many tokens a step at every context, and at least so many sequences
 
 Each contender is a process of its own. Those of a size compile beside each other, on models of one block, within half of
 their time; then contenders are timed in turn, a burst each, so that whatever the machine does meets all of them. The dual
-form by hand, whose steps take seconds, comes after the others, the shapes at which one step would take too long left out. A
-process that takes too long or fails loses its own rows; what is done is saved after every row. Rows of other sizes that
-OUT.json has stay. ``--quick`` runs a tiny size, on a CPU too.
+form by hand, whose steps take seconds, comes after the others; steps that would take too long are left out. A
+process that takes too long or fails loses its own rows; what is done is saved after every row. What OUT.json has of sizes or
+models that are not asked for stays, if it is of the same versions and device. ``--quick`` runs a tiny size, on a CPU too.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ ROUNDS = 15
 REPLAYS = 5
 SLOWEST = 40.0  # seconds of the slowest step worth waiting for
 GRACE = 20.0  # seconds more that an answer may take
-SLOW = 1.0  # seconds of a step that bursts need not repeat
+SLOW = 0.5  # seconds of a step that bursts need not repeat
 ENOUGH = 4.0  # seconds of such steps, one at least
 LONGEST_CAPTURED = 0.5  # seconds of a step that is captured as a CUDA graph too
 SHOWN = 30  # kernels of a profile
 RECOMPILE_LIMIT = 64  # contexts times directions, for each of what is compiled
-BY_HAND = ("hand_dual_graphs", "hand_dual")  # timed after the others
+BY_HAND = ("hand_dual_graphs", "hand_dual")  # timed one after another, after the others
 
 
 # -- in a contender's process ------------------------------------------------------------------------------
@@ -205,25 +205,30 @@ class Worker:
         self.process.join()
 
 
-def kept(out: Path, sizes: Sequence[str]) -> dict[str, Any]:
-    """What a record has of other sizes than those; empty lists where there is no record."""
+def kept(out: Path, made: dict[str, Any], sizes: Sequence[str], models: Sequence[str]) -> dict[str, Any]:  # fmt: skip
+    """What a record of the same device and versions has of other sizes and models than those."""
     old = json.loads(out.read_text()) if out.exists() else {}
-    rows = {k: [r for r in old.get(k, ()) if r["size"] not in sizes] for k in ("rows", "profiles", "failed")}  # fmt: skip
-    tables = {k: {s: x for s, x in old.get(k, {}).items() if s not in sizes} for k in ("models", "tokens", "commands")}  # fmt: skip
-    return rows | tables | {"recomputed": [s for s in old.get("recomputed", ()) if s not in sizes]}
+    if any(old.get(k) != made[k] for k in ("device", "versions")):
+        old = {}
+
+    def other(size: str, model: str) -> bool:
+        return size not in sizes or model not in models
+
+    rows = {k: [r for r in old.get(k, ()) if other(r["size"], r["model"])] for k in ("rows", "profiles", "failed")}  # fmt: skip
+    described = {s: {m: x for m, x in found.items() if other(s, m)} for s, found in old.get("models", {}).items()}  # fmt: skip
+    return rows | {"models": described, "tokens": old.get("tokens", {}), "recomputed": old.get("recomputed", [])}  # fmt: skip
 
 
 class Comparison:
     """The record, and the workers it is made with."""
 
-    def __init__(self, out: Path, sizes: Sequence[str]) -> None:
+    def __init__(self, out: Path, sizes: Sequence[str], models: Sequence[str]) -> None:
         self.out, self.until = out, time.time()
         self.made: dict[str, Any] = record() | {"dtype": "bf16" if ON_GPU else "float32"}
-        self.made |= kept(out, sizes)
-        for size in sizes:
-            self.made["commands"][size] = self.made["command"]
-            self.made["tokens"][size] = SIZES[size].tokens
-        self.made["recomputed"] += [s for s in sizes if SIZES[s].recompute]
+        self.made |= kept(out, self.made, sizes, models)
+        self.made["tokens"] |= {size: SIZES[size].tokens for size in sizes}
+        recomputed = [*self.made["recomputed"], *(s for s in sizes if SIZES[s].recompute)]
+        self.made["recomputed"] = list(dict.fromkeys(recomputed))
 
     @property
     def left(self) -> float:
@@ -256,7 +261,7 @@ class Comparison:
                 self.fail(w, "compile", why)
                 w.alive and w.end()
                 continue
-            described = {"how": MODELS[w.name][1], "compile_seconds": found["seconds"]}
+            described = {"how": MODELS[w.name][1], "compile_seconds": found["seconds"], "command": self.made["command"]}  # fmt: skip
             self.made["models"].setdefault(w.size, {})[w.name] = described
             ready.append(w)
             steps = f"{found['steps']} of {len(shapes) * len(directions)} steps"
@@ -320,8 +325,8 @@ class Comparison:
         self.save()
 
     def replayed(self, workers: Sequence[Worker]) -> None:
-        """Rows as CUDA graphs too; last, since a capture that fails may take the process with it."""
-        by_name = {w.name: w for w in workers if w.name not in BY_HAND}
+        """Rows as CUDA graphs too; after all else, since a capture that fails may take the process with it."""
+        by_name = {w.name: w for w in workers}
         for row in self.made["rows"]:
             w = by_name.get(row["model"])
             short = row["us"] <= 1e6 * LONGEST_CAPTURED and self.left > 0
@@ -390,7 +395,7 @@ def main() -> None:
     sizes = ["tiny"] if given.quick else given.sizes
     threads = max(2, (os.cpu_count() or 2) // len(given.models))
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(threads))
-    comparison, until = Comparison(given.out, sizes), time.time() + given.budget
+    comparison, until = Comparison(given.out, sizes, given.models), time.time() + given.budget
     for i, size in enumerate(sizes):
         comparison.until = time.time() + (until - time.time()) / (len(sizes) - i)
         measured(comparison, size, given)
@@ -405,20 +410,24 @@ def measured(comparison: Comparison, size: str, given: argparse.Namespace) -> No
     workers = [Worker(m, size) for m in given.models]
     try:
         ready = comparison.prepared(workers, shapes, given.directions, 0.5 * comparison.left)
-        others = [w for w in ready if w.name not in BY_HAND]
-        for group in (others, *([w] for w in ready if w.name in BY_HAND)):
-            group = comparison.built(group, shapes[0])
+
+        def rows(*names: str) -> list[Worker]:
+            group = comparison.built([w for w in ready if w.name in names], shapes[0])
             for shape in shapes:
                 for direction in given.directions:
                     if comparison.left > 0:
                         comparison.timed(group, shape, direction, 0 if given.quick else given.seconds)  # fmt: skip
-            for w in group:
-                w.name in BY_HAND and w.alive and w.end()
+            return group
+
+        graphs, loop = BY_HAND
+        others = rows(*(n for n in given.models if n not in BY_HAND))
+        rows(graphs)
         for shape in (s for s in shapes if s[1] == middle):
             if comparison.left > 0:
                 comparison.profiled(others, shape, given.directions[-1])
         if ON_GPU:
             comparison.replayed(others)
+        rows(loop)
     finally:
         for w in workers:
             w.alive and w.end()

@@ -83,9 +83,11 @@ class Graphs:
         found = cls.made.get(key) or cls.made.setdefault(key, cls(arguments))
         if torch.is_grad_enabled() and found.backward is None:
             leaves = [x.detach().requires_grad_() for x in found.inputs]
-            found.backward, found.gradients = timing.captured(
-                lambda: torch.autograd.grad(group(*leaves), leaves, found.seeds)
-            )
+            # What is saved here is not for a checkpoint around the caller to recompute.
+            with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+                found.backward, found.gradients = timing.captured(
+                    lambda: torch.autograd.grad(group(*leaves), leaves, found.seeds)
+                )
         return found
 
     @staticmethod
