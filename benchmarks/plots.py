@@ -56,12 +56,15 @@ def time_per_token(record: Record) -> Path:
         ticks = sorted({c for rows in found[size].values() for _, c in rows})
         ax.set_xticks(ticks, [f"{t // 1024}k" if t >= 1024 else str(t) for t in ticks])
         ax.yaxis.set_major_locator(matplotlib.ticker.LogLocator(2, subs=(1.0, 1.5)))
-        ax.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda v, _: f"{v:.2g}"))
+        ax.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda v, _: f"{v:.3g}"))
         least = {b for rows in found[size].values() for b, c in rows if c == ticks[-1]}
         more = f" (dashed: at least {max(least)} sequences)" if len(least) > 1 else ""
         ax.set(xlabel=f"context{more}", ylabel="µs a token", title=f"{size}, {direction}")
         ax.grid(alpha=0.3, which="both")
-    axes.flat[0].legend(frameon=False, fontsize=8)
+    lines = {
+        x.get_label(): x for ax in axes.flat for x in ax.get_lines() if x.get_label()[0] != "_"
+    }
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)  # fmt: skip
     figure.suptitle(f"{record.device}, bf16, {next(iter(record.data['tokens'].values()))} tokens a step")  # fmt: skip
     return saved(figure, record.path.with_suffix(".png"))
 
