@@ -54,6 +54,28 @@ class FeatureLayouts:
             f"block_bases=[], shape=[{self.warps}, {columns}])",
         )
 
+    def rows_of_lanes(self, columns: int) -> str:
+        """What every row of lanes has of sums along rows, spread over all threads: the rows of a column in one warp."""
+        rows = (8 * self.warps).bit_length() - 1
+        row, column = (
+            [[1 << k, 0] for k in range(rows)],
+            [[0, 1 << k] for k in range(columns.bit_length() - 1)],
+        )
+        registers, lanes = row[:2], row[2:]
+        free = 5 - len(lanes)
+        lanes += column[:free]
+        across = self.warps.bit_length() - 1
+        warps, registers = column[free : free + across], registers + column[free + across :]
+        return self._named(
+            f"ROWS_OF_LANES_{columns}",
+            f"gl.DistributedLinearLayout(reg_bases={registers}, lane_bases={lanes}, warp_bases={warps}, "
+            f"block_bases=[], shape=[{8 * self.warps}, {columns}])",
+        )
+
+    def columns_apart(self) -> str:
+        """A matrix in shared memory whose columns lie together."""
+        return self._named("COLUMNS_APART", "gl.SwizzledSharedLayout(4, 1, 8, [0, 1])")
+
     def memory(self, rows: int, columns: int, size: int) -> str:
         """Rows as memory is read and written best: 16 bytes a thread; ``size``: bytes of a number."""
         each = min(16 // size, columns)

@@ -36,11 +36,15 @@ class FeatureMemory(FeatureTiles):
 
     def _kept(self, node: fx.Node) -> Dims:
         """The axes of an argument in shared memory: as it lies in device memory."""
-        dims = dims_of(node)
-        if len(dims) < 2:
-            return dims
-        axes = self.strides[self._tensor(node)]
-        return tuple(sorted(dims, key=lambda d: axes.index(d if d in axes else "T")))
+        return self._as_stored(self._tensor(node), dims_of(node))
+
+    def _as_stored(self, tensor: str, dims: Dims) -> Dims:
+        """Axes as those of a tensor follow each other, the closest elements last; see :mod:`tttc.runtime.saved_states`."""
+        axes = self.strides[tensor]
+        dims = tuple(sorted(dims, key=lambda d: axes.index(d if d in axes else "T")))
+        if tensor.startswith("saved_"):
+            return tuple(sorted(dims, key=lambda d: -self.loop.whole_size(d)))
+        return dims
 
     def _tensor(self, node: fx.Node) -> str:
         source = self.loop.sources.get(node)
@@ -75,6 +79,9 @@ class FeatureMemory(FeatureTiles):
 
     def _under_way(self) -> None:
         """Begin with the first mini-batches, all but one of those for which there are rooms."""
+        for node in self._fetched():
+            if len(dims_of(node)) < 2:
+                self.in_float32.setdefault(self._tensor(node))
         self.write("ahead = 0")
         self.write("first_ahead = (N - 1) * {0}".format(self.loop.mini_batch_size) if self.loop.reverse else "first_ahead = 0")  # fmt: skip
         for tensor, length in self._lengths().items():
@@ -188,8 +195,7 @@ class FeatureMemory(FeatureTiles):
 
     def _store_late(self, tensor: str, pointer: str, value: str, dims: Dims) -> None:
         """Put a matrix where it is stored from a turn later."""
-        axes = self.strides[tensor]
-        memory = tuple(sorted(dims, key=lambda d: axes.index(d if d in axes else "T")))
+        memory = self._as_stored(tensor, dims)
         room = f"{tensor}_there"
         rows, columns = (self.side(d) for d in memory)
         kind = f"{self.argument(tensor)}.dtype.element_ty"

@@ -35,7 +35,8 @@ class FeatureProducts(FeatureMemory):
     def _elementwise(self, node: fx.Node) -> Tile:
         if "propagate_nan" in FUNCTIONS[str(node.args[0])]:
             raise NotLowerable(f"{node.args[0]} has no form for features over warps yet")
-        return super()._elementwise(node)
+        with self._at_home(self._home(node)):
+            return super()._elementwise(node)
 
     def _broadcast(self, node: fx.Node) -> Tile:
         tile, target = self.tile(operands_of(node)[0]), self.order(dims_of(node))
@@ -195,19 +196,34 @@ class FeatureProducts(FeatureMemory):
             self.tiles[node] = made
 
     def _sums_of_features(self, given: list[tuple[str, Dims]]) -> list[Placed]:
-        """Sums along rows: within each warp by shuffles, the warps' parts through shared memory."""
+        """Sums along rows: each warp adds up its own, the parts are added up through shared memory."""
         rooms = []
         for value, (rows, columns) in given:
-            room = self.fresh("parts")
-            width = self.side(columns)
-            self.rooms.append(f"{room}_s = gl.allocate_shared_memory(gl.float32, [{self.warps}, {width}], {self.layouts.numbers(2)})")  # fmt: skip
-            shape = f"[{self.side(rows) // (ROWS * self.warps)}, {self.warps}, {ROWS}, {width}]"
-            self.write(f"{room}_s.store(gl.sum(gl.sum(gl.reshape({value}, {shape}), 0), 1))")
-            rooms.append((f"{room}_s", columns))
+            room, width = f"{self.fresh('parts')}_s", self.side(columns)
+            blocks = self.side(rows) // (ROWS * self.warps)
+            if self._few_shuffles():
+                shape, layout = [8 * self.warps, width], self.layouts.columns_apart()
+                value = f"gl.sum(gl.sum(gl.reshape({value}, {[blocks, self.warps, 2, 8, width]}), 2), 0)"
+                value = f"gl.reshape({value}, {shape})"
+            else:
+                shape, layout = [self.warps, width], self.layouts.numbers(2)
+                value = f"gl.sum(gl.sum(gl.reshape({value}, {[blocks, self.warps, ROWS, width]}), 0), 1)"
+            self.rooms.append(f"{room} = gl.allocate_shared_memory(gl.float32, {shape}, {layout})")
+            self.write(f"{room}.store({value})")
+            rooms.append((room, columns))
         made = []
         for room, columns in rooms:
-            value = f"gl.sum({room}.load({self.layouts.parts(self.side(columns))}), 0)"
-            natural = self.natural((columns,))
+            width, natural = self.side(columns), self.natural((columns,))
+            layout = (
+                self.layouts.rows_of_lanes(width)
+                if self._few_shuffles()
+                else self.layouts.parts(width)
+            )
+            value = f"gl.sum({room}.load({layout}), 0)"
             made.append(self.let("c", f"gl.convert_layout({value}, {natural})", (columns,)))
         self._start_next()
         return made
+
+    def _few_shuffles(self) -> bool:
+        """Whether parts are those of lanes, not of warps: fewer instructions, but warps wait twice."""
+        return self.schedule.reload

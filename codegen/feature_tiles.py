@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +54,7 @@ class FeatureTiles(Renderer):
         self.products = 0  # matrix products so far
         self.rooms: list[str] = []  # in shared memory, allocated before the loop
         self.scaled = self._scaled()
+        self.home = ""  # the layout of the vector that is being made, where it is not the usual one
         self._check()
         self._choose_axes()
 
@@ -168,7 +171,7 @@ class FeatureTiles(Renderer):
     def within(self, dim: str, target: Dims) -> str:
         """The layout of a vector along ``dim`` in tiles over ``target``."""
         if len(target) == 1:
-            return self.natural(target)
+            return self.home or self.natural(target)
         return self.layouts.across() if target.index(dim) else self.layouts.down()
 
     def places(self, dim: str, target: Dims) -> str:
@@ -274,20 +277,53 @@ class FeatureTiles(Renderer):
         self, prefix: str, value: str, dims: Dims, zero: frozenset[str] = frozenset(), note: str = ""
     ) -> Placed:  # fmt: skip
         """Assign a value to a new variable, in the layout that its dimensions have."""
-        return self.placed(super().let(prefix, value, dims, zero, note))
+        made = self.placed(super().let(prefix, value, dims, zero, note))
+        made.layout = self.home if len(dims) == 1 else ""
+        return made
 
     def cleared(self, tile: Tile, dims: Dims) -> Tile:
         """The tile with zeros at tokens beyond the sequence."""
         missing = tuple(d for d in tile.dims if d in dims and d not in tile.zero and is_token(d))
         if not missing:
             return tile
-        value = self.line_up(tile, self.order(tile.dims))
-        value = f"gl.where({self.mask(missing, self.order(tile.dims))}, {value}, 0.0)"
-        return self.let("m", value, self.order(tile.dims), tile.zero | set(missing))
+        dims = self.order(tile.dims)
+        with self._at_home(self.placed(tile).layout if len(dims) == 1 else ""):
+            value = f"gl.where({self.mask(missing, dims)}, {self.line_up(tile, dims)}, 0.0)"
+            return self.let("m", value, dims, tile.zero | set(missing))
 
     def negated(self, tile: Tile) -> Tile:
         dims = self.order(tile.dims)
-        return self.let("n", f"-{self.line_up(tile, dims)}", dims, tile.zero)
+        with self._at_home(self.placed(tile).layout if len(dims) == 1 else ""):
+            return self.let("n", f"-{self.line_up(tile, dims)}", dims, tile.zero)
+
+    @contextmanager
+    def _at_home(self, layout: str) -> Iterator[None]:
+        """Vectors are made in a layout."""
+        before, self.home = self.home, layout
+        yield
+        self.home = before
+
+    def _home(self, node: fx.Node) -> str:
+        """Where a vector of tokens is made: along rows where nothing but pairs of tokens reads it so."""
+        dims = dims_of(node)
+        if len(dims) != 1 or not is_token(dims[0]):
+            return ""
+        users = [u for u in node.users if u in self.used]
+        along = [
+            all(
+                map(
+                    is_token,
+                    parse(spec_of(u)).labels if u.target is ops.contraction else dims_of(u),
+                )
+            )
+            and self.order(tuple(dict.fromkeys(d for x in u.all_input_nodes for d in dims_of(x))))[
+                :1
+            ]
+            == dims
+            and len({d for x in u.all_input_nodes for d in dims_of(x)}) == 2
+            for u in users
+        ]
+        return self.layouts.down() if users and all(along) else ""
 
     def _is_tile(self, x: Any, target: Dims) -> bool:
         return (

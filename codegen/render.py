@@ -49,6 +49,7 @@ def render(loop: Loop, schedule: Schedule) -> Kernel:
         "schedule": schedule,
         "place": bool(loop.refresh),
         "parallel": loop.parallel,
+        "float32": tuple(renderer.in_float32),
         "values": renderer.values,
         "new": {
             f"new_{n}": sizes(d)
