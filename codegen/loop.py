@@ -9,7 +9,7 @@ from torch import fx
 from tttc.passes.backward import Backward
 
 from tttc.ir import ops
-from tttc.ir.body import Body, role
+from tttc.ir.body import Body, operands_of, role
 from tttc.ir.build import ancestors, dims_of
 from tttc.ir.program import Program
 
@@ -196,6 +196,19 @@ def only_products_read(loop: Loop, node: fx.Node) -> bool:
         )
 
     return len(dims_of(node)) > 1 and all(rounds(u) for u in node.users if u in wanted)
+
+
+def forgotten(loop: Loop) -> str:
+    """A state that is no sum of the old one and something, so that it may lose what is not finite; empty for none."""
+    for node, sink in loop.sinks:
+        if sink.kind != "state":
+            continue
+        olds = [n for n, s in loop.sources.items() if s.kind == "state" and s.name == sink.name]
+        while node not in olds:
+            if node.target is not ops.elementwise or node.args[0] not in ("add", "sub"):
+                return sink.name
+            node = operands_of(node)[0]
+    return ""
 
 
 def constant_tensors(program: Program, device: torch.device) -> dict[str, torch.Tensor]:

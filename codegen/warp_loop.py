@@ -17,15 +17,13 @@ from __future__ import annotations
 
 from torch import fx
 from tttc.codegen.gluon_source import START_COPY, in_gluon
-from tttc.codegen.loop import Loop
+from tttc.codegen.loop import Loop, forgotten
 from tttc.codegen.ordering import on_demand, products_first
 from tttc.codegen.schedule import Schedule
 from tttc.codegen.triton_tiles import Tile
 from tttc.codegen.warp_operators import WarpOperators
 from tttc.codegen.warp_tiles import Share
 
-from tttc.ir import ops
-from tttc.ir.body import operands_of
 from tttc.ir.build import ancestors, dims_of
 from tttc.ir.errors import NotLowerable
 from tttc.ir.spec import Dims
@@ -211,20 +209,6 @@ def warp_renderer(loop: Loop, schedule: Schedule) -> WarpRenderer:
         NotLowerable: where the loop has no such form.
     """
     renderer = WarpRenderer(loop, schedule)
-    if schedule.nan == "again" and (name := _forgotten(renderer)):
+    if schedule.nan == "again" and (name := forgotten(loop)):
         raise NotLowerable(f"what is not finite may not show in {name} at the end")
     return renderer
-
-
-def _forgotten(renderer: WarpRenderer) -> str:
-    """A state that is no sum of the old one and something, so that it may lose what is not finite; empty for none."""
-    loop = renderer.loop
-    for node, sink in loop.sinks:
-        if sink.kind != "state":
-            continue
-        olds = [n for n, s in loop.sources.items() if s.kind == "state" and s.name == sink.name]
-        while node not in olds:
-            if node.target is not ops.elementwise or node.args[0] not in ("add", "sub"):
-                return sink.name
-            node = operands_of(node)[0]
-    return ""

@@ -98,16 +98,17 @@ def run(call: Any) -> None:
     """A launch as :func:`tttc.runtime.launch.launch` does it, products in the dtype of the launch."""
     place: list[int] = []
     gl = SimpleNamespace(
-        **{n: getattr(torch, n) for n in ("float32", "int64", "exp", "exp2", "rsqrt", "sqrt", "log", "log2", "sin", "cos", "erf", "abs", "where")},
-        constexpr=lambda x: x, program_id=lambda i: torch.tensor(place[i]), cast=lambda x, to: x,
+        **{n: getattr(torch, n) for n in ("float32", "int32", "int64", "exp", "exp2", "rsqrt", "sqrt", "log", "log2", "sin", "cos", "erf", "abs", "where")},
+        constexpr=lambda x: x, program_id=lambda i: torch.tensor(place[i]), cast=lambda x, to: int(x),
         arange=lambda start, end, layout: torch.arange(start, end), load=load, store=store,
         sum=lambda x, axis: x.sum(axis), permute=lambda x, order: x.permute(order),
         convert_layout=lambda x, layout: x, minimum=scalar(min, torch.minimum), maximum=scalar(max, torch.maximum),
         zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype), cdiv=lambda x, y: -(-x // y),
         allocate_shared_memory=allocate,
         **{n: lambda *args, **kwargs: None for n in ("NVMMADistributedLayout", "BlockedLayout", "SliceLayout", "NVMMASharedLayout",
-                                                      "DotOperandLayout", "SwizzledSharedLayout")},
+                                                      "DotOperandLayout", "SwizzledSharedLayout", "DistributedLinearLayout")},
         expand_dims=lambda x, axis: x.unsqueeze(axis), broadcast=torch.broadcast_tensors,
+        reshape=lambda x, shape: x.reshape(shape),
         full=lambda shape, value, dtype, layout: torch.full(shape, value, dtype=dtype),
     )  # fmt: skip
 
@@ -115,7 +116,7 @@ def run(call: Any) -> None:
         target.store(load(source))
 
     names = {
-        "gl": gl, "gluon": SimpleNamespace(jit=lambda f: f), "warpgroup_mma": multiply, "mma_v2": multiply_here,
+        "gl": gl, "gluon": SimpleNamespace(jit=lambda f=None, noinline=False: f or (lambda f: f)), "warpgroup_mma": multiply, "mma_v2": multiply_here,
         "fence_async_shared": lambda: None,
         "async_copy": SimpleNamespace(async_copy_global_to_shared=copy, commit_group=lambda: None,
                                       wait_group=lambda n: None),
