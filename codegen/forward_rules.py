@@ -59,11 +59,16 @@ def turned(loop: Loop) -> bool:
     return rows >= SHARED_ROWS and product_features(loop) > rows
 
 
-def _care(loop: Loop, warps: int) -> tuple[str, tuple[str, str]]:
+def _care(loop: Loop, warps: int, hopper: bool) -> tuple[str, tuple[str, str]]:
     """What keeps values that are not finite from tokens that do not see them."""
     if not any(n.target is ops.masked_contraction for n in loop.graph.nodes):
         return "product", ("nan", "no product is causal")
-    many = tile_rows(loop) >= SHARED_ROWS and tile_elements(loop) <= WIDE_TILE * THREADS * warps
+    # Of many tokens elsewhere it was not measured; Triton 3.7 compiles no such loop for sm_100.
+    many = (
+        hopper
+        and tile_rows(loop) >= SHARED_ROWS
+        and tile_elements(loop) <= WIDE_TILE * THREADS * warps
+    )
     if warps <= 2 or many:
         return "branch", (
             "nan",
@@ -91,9 +96,12 @@ def _warps(loop: Loop, crowd: int) -> int:
     return warps
 
 
-def forward_schedules(loop: Loop, crowd: int) -> list[Schedule]:
-    """Of a loop with a state that leaves registers to tiles, and what runs where that takes too much shared memory."""
-    best = _sequential(loop, crowd)
+def forward_schedules(loop: Loop, crowd: int, hopper: bool) -> list[Schedule]:
+    """Of a loop with a state that leaves registers to tiles, and what runs where that takes too much shared memory.
+
+    ``hopper``: on such a GPU.
+    """
+    best = _sequential(loop, crowd, hopper)
     if best.num_stages == 1 or tile_rows(loop) < SHARED_ROWS:
         return [best]
     kept = tuple(r for r in best.reasons if r[0] not in ("order", "late_loads", "num_stages"))
@@ -101,14 +109,14 @@ def forward_schedules(loop: Loop, crowd: int) -> list[Schedule]:
     return [best, alone]
 
 
-def _sequential(loop: Loop, crowd: int) -> Schedule:
+def _sequential(loop: Loop, crowd: int, hopper: bool) -> Schedule:
     rows, turn = tile_rows(loop), turned(loop)
     warps = MOST_WARPS if turn else _warps(loop, crowd)
     state, tile = (
         -(-x // (THREADS * warps)) for x in (state_elements(loop), max(tile_elements(loop), wide_tile(loop)))
     )  # fmt: skip
     full = "they fill the device" if crowd == 2 else "each must be fast alone"
-    nan, care = _care(loop, warps)
+    nan, care = _care(loop, warps, hopper)
     reasons = [
         (
             "num_warps",
@@ -141,7 +149,7 @@ def _sequential(loop: Loop, crowd: int) -> Schedule:
             reasons=tuple(reasons),
         )  # fmt: skip
     wide = WIDE_TILE * THREADS * warps
-    if rows >= SHARED_ROWS and tile_elements(loop) <= wide <= wide_tile(loop):
+    if hopper and rows >= SHARED_ROWS and tile_elements(loop) <= wide <= wide_tile(loop):
         reasons.append(
             (
                 "late_loads",

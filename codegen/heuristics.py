@@ -122,7 +122,7 @@ def default_schedule(
         others = [*_shared_by_warps(loop), *_warpgroups(loop)] if gluon else []
         choices = [*others, _large(loop)]
     else:
-        choices = [_small(loop, crowd)] if backward else forward_schedules(loop, crowd)
+        choices = [_small(loop, crowd)] if backward else forward_schedules(loop, crowd, gluon)
     if choices[0].renderer == "warps" and not is_recurrence(loop):
         count, why = 1, "warps share the state: one kernel passes no states through memory"
     chosen: Schedule | None = None

@@ -145,5 +145,5 @@ def test_large_tiles_have_warps_that_hold_them():
         schedules[b] = default_schedule(loop, crowd=2)
     assert schedules[16].num_warps < schedules[64].num_warps <= schedules[128].num_warps
     found = [x for b, s in schedules.items() for x in launches(TTTLinear, b, 128, schedule=s)]
-    # In two warps 64 tokens spill 10 KB, 128 tokens 15; in four 1.4 KB, most of it in a branch that is hardly ever taken.
-    assert all(x.spill_bytes < 2048 for x in measure([x.request() for x in found], "sm_90"))
+    # In two warps 64 tokens spill 10 KB, 128 tokens 15.
+    assert all(x.spill_bytes < 1024 for x in measure([x.request() for x in found], "sm_90"))
