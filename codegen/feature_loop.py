@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+
 from torch import fx
 from tttc.codegen.feature_memory import Late
 from tttc.codegen.feature_products import FeatureProducts
@@ -102,7 +103,6 @@ class FeatureRenderer(FeatureProducts):
 
     def _turns(self) -> None:
         """All mini-batches, from the states to start from."""
-        depth = self.schedule.num_stages
         self.tiles = {n: t for n, t in self.tiles.items() if n in self.invariant}
         self._under_way()
         before = len(self.lines)
@@ -128,7 +128,6 @@ class FeatureRenderer(FeatureProducts):
         self._forget()
 
     def _mini_batch(self) -> None:
-        depth = self.schedule.num_stages
         self.write(f"n = {self._number('step')}")
         self.write(f"first = n * {self.loop.mini_batch_size}")
         self.write(f"count = gl.minimum(T - first, {self.loop.mini_batch_size})")

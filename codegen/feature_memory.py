@@ -11,7 +11,6 @@ from tttc.codegen.triton_tiles import Tile
 from tttc.ir import ops
 from tttc.ir.body import operands_of
 from tttc.ir.build import dims_of
-from tttc.ir.errors import NotLowerable
 from tttc.ir.spec import Dims
 
 
@@ -83,7 +82,7 @@ class FeatureMemory(FeatureTiles):
             if len(dims_of(node)) < 2:
                 self.in_float32.setdefault(self._tensor(node))
         self.write("ahead = 0")
-        self.write("first_ahead = (N - 1) * {0}".format(self.loop.mini_batch_size) if self.loop.reverse else "first_ahead = 0")  # fmt: skip
+        self.write(f"first_ahead = (N - 1) * {self.loop.mini_batch_size}" if self.loop.reverse else "first_ahead = 0")  # fmt: skip
         for tensor, length in self._lengths().items():
             self.write(f"{tensor}_step = gl.cast({length}, gl.int64)")
             start = f" + gl.cast(N - 1, gl.int64) * {tensor}_step" if self.loop.reverse else ""
@@ -248,10 +247,15 @@ class FeatureMemory(FeatureTiles):
 
     def _save_states(self) -> None:
         """Store the states that this mini-batch starts from."""
-        if self.loop.save and self.loop.interval > 1:
-            raise NotLowerable("states saved now and then have no form for features over warps yet")
+        interval, at = self.loop.interval, "n"
+        if self.loop.save and interval > 1:
+            self.write(f"if n % {interval} == 0:")
+            self.indent += 1
+            at = f"n // {interval}"
         for name in self.loop.save:
             tensor, dims = f"saved_{name}", self._state_dims()[name]
-            at = "of" if len(dims) == 2 else "n"
-            pointer = f"{tensor}_ptr + gl.cast({at}, gl.int64) * {self.stride(tensor, 'N')}"
+            late = len(dims) == 2 and interval == 1
+            pointer = f"{tensor}_ptr + gl.cast({'of' if late else at}, gl.int64) * {self.stride(tensor, 'N')}"
             self.store(tensor, pointer, self._state_tile(name, dims), None)
+        if self.loop.save and interval > 1:
+            self.indent -= 1

@@ -53,6 +53,30 @@ class FeatureProducts(FeatureMemory):
         value = f"gl.where({earlier} {comparison} {later}, {self.line_up(tile, dims)}, 0.0)"
         return self.let("m", value, dims, tile.zero)
 
+    def _last(self, node: fx.Node) -> Tile:
+        (source,) = operands_of(node)
+        tile = self.tile(source)
+        dims, result = self.order(tile.dims), self.order(dims_of(node))
+        (gone,) = [d for d in dims if d not in result]
+        value = f"gl.where({self._is_last(gone, dims)}, {self.line_up(tile, dims)}, 0.0)"
+        return self._in_place(f"gl.sum({value}, {dims.index(gone)})", result, dims.index(gone))
+
+    def _at_last(self, node: fx.Node) -> Tile:
+        tile, target = self.tile(operands_of(node)[0]), self.order(dims_of(node))
+        (token,) = [d for d in target if d not in tile.dims]
+        value = f"gl.where({self._is_last(token, target)}, {self.line_up(tile, target)}, 0.0)"
+        return self.let("m", value, target, tile.zero | {token})
+
+    def _is_last(self, token: str, target: Dims) -> str:
+        return f"({self.places(token, target)} == count - 1)"
+
+    def _in_place(self, value: str, result: Dims, axis: int) -> Placed:
+        """A sum over an axis, where it is left."""
+        made = self.let("c", value, result)
+        if result:
+            made.layout = self.layouts.across() if axis == 0 else self.layouts.down()
+        return made
+
     # -- products -------------------------------------------------------------------------------------------
 
     def _dot(self, node: fx.Node, accumulator: Tile | None = None, negative: bool = False) -> Tile:
@@ -167,9 +191,7 @@ class FeatureProducts(FeatureMemory):
             (made,) = self._sums_of_features([(value, every)])
             return made
         axis = every.index(summed[0])
-        made = self.let("c", f"gl.sum({value}, {axis})", result)
-        made.layout = self.layouts.across() if axis == 0 else self.layouts.down()
-        return made
+        return self._in_place(f"gl.sum({value}, {axis})", result, axis)
 
     def _summand(self, node: fx.Node, tiles: list[Tile]) -> tuple[str, Dims, tuple[str, ...]]:
         """What is added up, its axes, and those that are summed over."""
@@ -201,7 +223,7 @@ class FeatureProducts(FeatureMemory):
         for value, (rows, columns) in given:
             room, width = f"{self.fresh('parts')}_s", self.side(columns)
             blocks = self.side(rows) // (ROWS * self.warps)
-            if self._few_shuffles():
+            if self.schedule.few_shuffles:
                 shape, layout = [8 * self.warps, width], self.layouts.columns_apart()
                 value = f"gl.sum(gl.sum(gl.reshape({value}, {[blocks, self.warps, 2, 8, width]}), 2), 0)"
                 value = f"gl.reshape({value}, {shape})"
@@ -216,14 +238,10 @@ class FeatureProducts(FeatureMemory):
             width, natural = self.side(columns), self.natural((columns,))
             layout = (
                 self.layouts.rows_of_lanes(width)
-                if self._few_shuffles()
+                if self.schedule.few_shuffles
                 else self.layouts.parts(width)
             )
             value = f"gl.sum({room}.load({layout}), 0)"
             made.append(self.let("c", f"gl.convert_layout({value}, {natural})", (columns,)))
         self._start_next()
         return made
-
-    def _few_shuffles(self) -> bool:
-        """Whether parts are those of lanes, not of warps: fewer instructions, but warps wait twice."""
-        return self.schedule.reload

@@ -21,7 +21,7 @@ from tttc.ir.errors import NotLowerable
 from tttc.ir.spec import Dims, parse
 
 OPERATORS = (
-    ops.elementwise, ops.contraction, ops.masked_contraction, ops.masked, ops.rename, ops.last, ops.broadcast,
+    ops.elementwise, ops.contraction, ops.masked_contraction, ops.masked, ops.rename, ops.last, ops.at_last, ops.broadcast,
 )  # fmt: skip
 LEAST_TOKENS = 16  # of a mini-batch: an operand of the matrix unit
 
@@ -86,10 +86,6 @@ class FeatureTiles(Renderer):
             if node.target not in OPERATORS:
                 raise NotLowerable(
                     f"{node.target.__name__} has no form for features over warps yet"
-                )
-            if node.target is ops.last and not self._of_last_token(node):
-                raise NotLowerable(
-                    "the last of computed tokens has no form for features over warps yet"
                 )
             if node.target is ops.rename:
                 continue

@@ -99,6 +99,7 @@ def scan_loop(
     interval: int = 1,
     continued: bool = False,
     store_state: bool = True,
+    outputs: bool = True,
 ) -> Loop:
     """The loop of a forward body.
 
@@ -107,6 +108,7 @@ def scan_loop(
         save: the state leaves whose anchors are stored for every ``interval``-th mini-batch.
         continued: one mini-batch, or part of one, from a carry that has left its anchor.
         store_state: store the states after the last mini-batch.
+        outputs: store outputs; without, states are all there is to make.
     """
     sources: dict[fx.Node, Source] = {}
     for node in body.placeholders:
@@ -122,7 +124,10 @@ def scan_loop(
     results = body.results
     carried = "anchor" if body.batched and not continued else "carry"
     sinks += [(results[i], Sink("state", f"{carried}_{i}")) for i in sorted(live)]
-    sinks += [(node, Sink("token", f"output_{k}")) for k, node in enumerate(results[body.states :])]
+    if outputs:
+        sinks += [
+            (node, Sink("token", f"output_{k}")) for k, node in enumerate(results[body.states :])
+        ]
     return Loop(
         name,
         body.gm.graph,

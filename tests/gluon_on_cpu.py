@@ -28,6 +28,9 @@ class Pointer:
     def __add__(self, steps: Any) -> Pointer:
         return Pointer(self.memory, self.offset + steps)
 
+    def __sub__(self, steps: Any) -> Pointer:
+        return self + -steps
+
 
 class Shared:
     """A tile in shared memory, not a number until something is stored."""
@@ -80,7 +83,7 @@ def store(pointer: Pointer, value: torch.Tensor, mask: Any = None) -> None:
     value = torch.as_tensor(value).broadcast_to(offset.shape)
     assert offset.numel() == offset.unique().numel(), "two elements of a tile have one address"
     if mask is not None:
-        mask = mask.broadcast_to(offset.shape)
+        mask = torch.as_tensor(mask).broadcast_to(offset.shape)
         offset, value = offset[mask], value[mask]
     pointer.memory[offset] = value.to(pointer.memory.dtype)
 

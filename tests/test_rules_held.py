@@ -23,4 +23,4 @@ def ratios():
 def test_rules_are_near_the_fastest(ratios):
     far = {shape: x for shape, x in ratios.items() if x is not None and x > FAR}
     assert not far
-    assert sum(x is not None for x in ratios.values()) > len(ratios) / 2, "rules of another time"
+    assert sum(x is not None for x in ratios.values()) > len(ratios) / 4, "rules of another time"
