@@ -115,6 +115,29 @@ def test_a_pool_compiles_once_and_lets_others_go_on(tmp_path):
     thread.join()
 
 
+@interpreted
+def test_sequences_in_segments_are_two_searches(small, monkeypatch):
+    long = ("ttt_linear_b4", 8, 1, 72)
+    with timed_by(by_schedule):
+        assert schedules.asked_in_segments(long, "cpu") == []
+        monkeypatch.setattr(schedules.triton_scan, "_wants_segments", lambda *_: True)
+        whole = schedules.asked(long, "forward", "cpu")
+        first, second = schedules.asked_in_segments(long, "cpu")
+    assert (whole[1].length, first[1].length, second[1].length) == (72, 72, 16)
+    assert second[1].batch == 4 and whole[1].batch == first[1].batch == 1
+    assert first[0].interval == 4 and not any(s.kind == "token" for _, s in first[0].sinks)
+    rows = [schedules.study(*x, False, 4, by_schedule, None, float("inf")) for x in (whole, first, second)]  # fmt: skip
+    row = schedules.joined(rows[0], rows[1:])
+    assert row["rules"]["us"] == pytest.approx(rows[1]["rules"]["us"] + rows[2]["rules"]["us"])
+    assert row["rules"]["plan"] == rows[0]["rules"]["plan"]
+    assert row["best"] == rows[0]["best"], "by this clock one kernel is faster than two"
+    assert row["rules"]["of best"] == pytest.approx(row["rules"]["us"] / row["best"]["us"])
+    assert sum(map(len, row["times"].values())) == row["timed"]
+    faster = [x | {"best": {"us": 1.0, "plan": {"scan_full": "x"}}} for x in rows[1:]]
+    row = schedules.joined(rows[0], faster)
+    assert row["best"] == {"us": 2.0, "plan": {"states scan_full": "x", "segments scan_full": "x"}}
+
+
 @pytest.fixture
 def run(monkeypatch, tmp_path):
     """Starts a run of three shapes without a GPU; ``fails`` are those whose study fails."""
@@ -125,6 +148,7 @@ def run(monkeypatch, tmp_path):
     monkeypatch.setattr(schedules, "target_of", lambda device: "sm_90")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "X1")
     monkeypatch.setattr(schedules, "asked", lambda shape, direction: (shape, None, None))
+    monkeypatch.setattr(schedules, "asked_in_segments", lambda shape: [])
 
     def start(fails=(), usable=True, seconds=60.0):
         def study(shape, *rest):
