@@ -38,7 +38,7 @@ STATE_REGISTERS = (
 )
 TILE_REGISTERS = 32  # of a thread, at most, for one tile of tokens, where warps can be added: several live at a time
 STATE_OF_WARPS = 160  # registers of a thread, at most, where warps share the state
-FEATURE_REGISTERS = 64  # of a thread, at most, where warps hold the features of a state
+FEATURE_REGISTERS = 80  # of a thread, at most, where warps hold the features of a state
 MATRIX_REGISTERS = 128  # of a thread, about, that matrices of a parallel kernel may take
 GROUP = 8  # mini-batches a program of a parallel kernel handles
 MANY_PRODUCTS = 12  # of a turn of a loop: more need the registers of more warps

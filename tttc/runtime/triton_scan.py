@@ -138,8 +138,10 @@ def _by_segments(
     Returns the new states.
     """
     b, dtype, device = program.unit, setting.dtype, setting.device
-    each = mini_batches_of(batch * heads, length // b, device_of(device).processors)
-    if not each or interval > 1 or not _wants_segments(program, states, save, setting):
+    warps = 0 if interval > 1 else _warps_of_segments(program, states, save, setting)
+    processors = device_of(device).processors
+    each = mini_batches_of(batch * heads, length // b, processors, warps) if warps else 0
+    if not each:
         return None
     count, tokens = length // (each * b), each * b
     rest = length - count * tokens
@@ -203,20 +205,21 @@ def _by_segments(
     return new
 
 
-def _wants_segments(
+def _warps_of_segments(
     program: Program, states: bool, save: tuple[int, ...], setting: Setting
-) -> bool:
-    """Whether rules ask for segments where programs are few."""
+) -> int:
+    """Warps of the kernel that handles segments, 0 where rules ask for none."""
     if "full" in program.schedules:
-        return program.schedules["full"].segments
+        chosen = program.schedules["full"]
+        return chosen.num_warps if chosen.segments else 0
     key = ("segments", states, save, setting)
     with _lock:
         if key not in program.kernels:
             loop = _loop(program, "full", states, save)
-            program.kernels[key] = default_schedule(
-                loop, setting.crowd, gluon=setting.gluon
-            ).segments
-        return bool(program.kernels[key])
+            chosen = default_schedule(loop, setting.crowd, gluon=setting.gluon)
+            program.kernels[key] = chosen.num_warps if chosen.segments else 0
+        found: int = program.kernels[key]
+        return found
 
 
 def suits_gluon(program: Program, tokens: Sequence[Tensor], dtype: torch.dtype) -> bool:
