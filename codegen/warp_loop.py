@@ -28,8 +28,6 @@ from tttc.ir.build import ancestors, dims_of
 from tttc.ir.errors import NotLowerable
 from tttc.ir.spec import Dims
 
-ARRIVED = 5  # products after which what is loaded at the start of a turn is there
-
 OF_ALL = """
 
 @gluon.jit
@@ -99,9 +97,7 @@ class WarpRenderer(WarpOperators):
                 self.tiles[node] = self._state_tile(source.name, dims_of(node))
         self._store_copies()
         self.write("first = 0")
-        self._start_matrices("0")
-        self._start_vectors()
-        self._store_vectors("0")
+        self._start_copies("0")
         before = len(self.lines)
         self.write("for n in range(0, N):")
         self.indent += 1
@@ -124,9 +120,12 @@ class WarpRenderer(WarpOperators):
             self.tiles[node] = Share(
                 f"{tensor}_row", dims, frozenset(), self.natural(dims), raw=True
             )
-        for i, node in enumerate(self._last()):
-            self.tiles[node] = self.let("x", f"last_{i}_next.to(gl.float32)", ())
         self.write("async_copy.wait_group(0)")
+        for node in self._last():
+            here = f"{self._last_tensor(node)}_last_here.index(n & 1)"
+            self.tiles[node] = self.let(
+                "x", f"gl.sum({here}.load({self.layouts.vector(1)}), 0)", ()
+            )
         for node in self._matrices():
             tensor, memory = self.loop.sources[node].name, self._memory(node)
             name = self.fresh("x")
@@ -134,23 +133,16 @@ class WarpRenderer(WarpOperators):
             self.copies[name] = f"{name}_s"
             self.tiles[node] = Share(name, memory, frozenset(), self.natural(memory), raw=True)
         self.write(f"first = gl.minimum(n + 1, N - 1) * {b}")
-        self._start_matrices("(n + 1) & 1")
-        self._start_vectors()
+        self._start_copies("(n + 1) & 1")
         self.write(f"first = n * {b}")
-        before, there = self.products, False
         for node in self._sequence():
             if node not in self.tiles and not self._deferred(node):
                 self.emit(node)
             if node in self.tiles:
                 self._keep(node)
-            if self.products >= before + ARRIVED and not there:
-                self._store_vectors("(n + 1) & 1")
-                there = True
         for node in self.results:
             if node in self.loop.sources:
                 self._keep(node)
-        if not there:
-            self._store_vectors("(n + 1) & 1")
         self._renew()
         self._store_copies()
 

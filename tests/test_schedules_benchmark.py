@@ -120,7 +120,7 @@ def test_sequences_in_segments_are_two_searches(small, monkeypatch):
     long = ("ttt_linear_b4", 8, 1, 72)
     with timed_by(by_schedule):
         assert schedules.asked_in_segments(long, "cpu") == []
-        monkeypatch.setattr(schedules.triton_scan, "_wants_segments", lambda *_: True)
+        monkeypatch.setattr(schedules.triton_scan, "_warps_of_segments", lambda *_: 4)
         whole = schedules.asked(long, "forward", "cpu")
         first, second = schedules.asked_in_segments(long, "cpu")
     assert (whole[1].length, first[1].length, second[1].length) == (72, 72, 16)

@@ -8,25 +8,34 @@ from __future__ import annotations
 
 from torch import Tensor
 
-EACH = 4  # programs a multiprocessor, about
-LEAST, MOST = 4, 64  # mini-batches of a segment
+WARPS = 8  # a multiprocessor, about, that hold a state
+LEAST, MOST = 4, 128  # mini-batches of a segment
 LEAST_SEGMENTS = 4
+# Of multiprocessors: up to how many programs it pays. On an H200 TTT-Linear (two warps a program) gains with 32 and loses
+# with 128, TTT-MLP (eight) gains with 32 and loses with 64.
+SHARE_OF_FEW_WARPS, SHARE_OF_MANY = 0.6, 0.3
 
 
-def mini_batches_of(programs: int, mini_batches: int, processors: int) -> int:
+def mini_batches_of(programs: int, mini_batches: int, processors: int, warps: int) -> int:
     """Mini-batches of a segment, 0 where sequences are better left whole.
 
     Args:
         programs: sequences times heads.
         mini_batches: of a sequence.
         processors: of the device.
+        warps: of a program.
 
-    >>> mini_batches_of(32, 128, 132), mini_batches_of(32, 2048, 132), mini_batches_of(32, 8, 132)
-    (8, 64, 0)
+    >>> [mini_batches_of(32, n, 132, 2) for n in (8, 128, 2048)]
+    [0, 8, 128]
+    >>> [mini_batches_of(n, 128, 132, 8) for n in (32, 64)]
+    [16, 0]
     """
-    wanted = programs * mini_batches // (EACH * processors)
-    size = min(max(1 << max(wanted.bit_length() - (wanted.bit_count() == 1), 0), LEAST), MOST)
-    return size if mini_batches >= LEAST_SEGMENTS * size else 0
+    at_once = max(WARPS // warps, 2)
+    share = SHARE_OF_MANY if at_once * warps > WARPS else SHARE_OF_FEW_WARPS
+    wanted = max(programs * mini_batches // (at_once * processors), 1)
+    size = min(max(1 << (wanted - 1).bit_length(), LEAST), MOST)
+    few = programs <= share * processors
+    return size if few and mini_batches >= LEAST_SEGMENTS * size else 0
 
 
 def segments(x: Tensor, count: int, length: int, copy: bool = False) -> Tensor | None:

@@ -143,8 +143,10 @@ def _by_segments(
     Returns the new states.
     """
     b, dtype, device = program.unit, setting.dtype, setting.device
-    each = mini_batches_of(batch * heads, length // b, device_of(device).processors)
-    if not each or interval > 1 or not _wants_segments(program, states, save, setting):
+    warps = 0 if interval > 1 else _warps_of_segments(program, states, save, setting)
+    processors = device_of(device).processors
+    each = mini_batches_of(batch * heads, length // b, processors, warps) if warps else 0
+    if not each:
         return None
     count, tokens = length // (each * b), each * b
     rest = length - count * tokens
@@ -208,16 +210,18 @@ def _by_segments(
     return new
 
 
-def _wants_segments(
+def _warps_of_segments(
     program: Program, states: bool, save: tuple[int, ...], setting: Setting
-) -> bool:
-    """Whether rules ask for segments where programs are few."""
+) -> int:
+    """Warps of the kernel that handles segments, 0 where rules ask for none."""
     if "full" in program.schedules:
-        return program.schedules["full"].segments
-    with _lock:
-        which = ("full", states, save, 1, True)
-        plan = _by_rules(program, which, lambda: _loop(program, "full", states, save), setting)
-    return plan.schedules[0][1].segments
+        chosen = program.schedules["full"]
+    else:
+        with _lock:
+            which = ("full", states, save, 1, True)
+            plan = _by_rules(program, which, lambda: _loop(program, "full", states, save), setting)
+        chosen = plan.schedules[0][1]
+    return chosen.num_warps if chosen.segments else 0
 
 
 def suits_gluon(program: Program, tokens: Sequence[Tensor], dtype: torch.dtype) -> bool:
