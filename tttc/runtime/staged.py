@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,7 @@ from tttc.runtime.saved_states import empty_states
 
 Tensor = torch.Tensor
 Launcher = Callable[[Launch], None]
+PASSED = 1 << 30  # bytes between kernels that are there at a time, about
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,31 @@ def staged(loop: Loop, count: int, schedule: Callable[[Loop], Schedule]) -> Stag
         if s.kind == "saved" and s.name not in given
     }
     return Staged(kernels, frozenset(read - wide), shapes)
+
+
+def mini_batches_at_once(
+    made: Staged | Chunked,
+    given: Collection[str],
+    heads: int,
+    mini_batches: int,
+    dtype: torch.dtype,
+) -> int:
+    """The mini-batches of ``heads`` sequences that kernels run together: as many as pass about :data:`PASSED` bytes.
+
+    ``given``: the tensors that are there for all mini-batches.
+    """
+    if isinstance(made, Chunked):
+        return mini_batches
+    passed = dict(made.saved)
+    for kernel in made.kernels:
+        passed |= kernel.config["values"]
+    each = sum(
+        math.prod(shape) * (dtype if name in made.narrow else torch.float32).itemsize
+        for name, shape in passed.items()
+        if name not in given
+    )
+    pieces = max(round(heads * mini_batches * each / PASSED), 1)
+    return -(-mini_batches // pieces)
 
 
 def in_float32(x: Tensor) -> Tensor:

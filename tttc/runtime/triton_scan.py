@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 
 from tttc.codegen.devices import device_of
-from tttc.codegen.heuristics import default_schedule, hopper
+from tttc.codegen.heuristics import hopper
 from tttc.codegen.loop import Loop, constant_tensors, scan_loop
 from tttc.codegen.schedule import Schedule
 from tttc.codegen.torch_scan import run_program, squeeze_features
@@ -18,9 +19,9 @@ from tttc.passes.prune_state import live_states
 from tttc.runtime.chunked import Chunked, chunked, is_tall, programs_a_tile
 from tttc.runtime.launch import launch
 from tttc.runtime.segments import mini_batches_of, segments
-from tttc.runtime.staged import Launcher, Staged, run_staged, staged
+from tttc.runtime.staged import Launcher, Staged, mini_batches_at_once, run_staged, staged
 from tttc.tuning.choose import plan_for
-from tttc.tuning.plan import Setting, setting_of
+from tttc.tuning.plan import Plan, Setting, by_rules, setting_of
 from tttc.tuning.search import Call
 
 Tensor = torch.Tensor
@@ -70,27 +71,31 @@ def scan_kernels(
                 program.kernels[tall] = chunked(loop(), split)
             if program.kernels[tall] is not None:
                 return program.kernels[tall]
-        plan = plan_for(program, which, loop, setting, call=call) if schedule is None else None
-        key = (*which, schedule or plan or (setting.crowd, setting.gluon))
+        plan = None
+        if schedule is None:
+            plan = plan_for(program, which, loop, setting, call=call)
+            plan = plan or _by_rules(program, which, loop, setting)
+        key = (*which, schedule or plan)
         if key not in program.kernels:
             whole = loop()
-
-            def chosen(part: Loop) -> Schedule:
-                if schedule is not None:
-                    return schedule
-                if plan:
-                    return plan.schedule(part)
-                return default_schedule(part, setting.crowd, gluon=setting.gluon)
-
-            first = chosen(whole)
+            first = plan.schedules[0][1] if plan else schedule
+            assert first is not None
             if (
                 first.renderer == "warps"
             ):  # a sum of what they share is an exchange: added up once, not sooner
                 whole = loop(settled=False)
             # Outputs made in parallel need the state of every mini-batch.
-            wanted = plan.stages if plan else first.stages
-            program.kernels[key] = staged(whole, 1 if interval > 1 else wanted, chosen)
+            count = 1 if interval > 1 else first.stages
+            program.kernels[key] = staged(whole, count, plan.schedule if plan else lambda _: first)
         return program.kernels[key]
+
+
+def _by_rules(program: Program, which: tuple, loop: Callable[[], Loop], setting: Setting) -> Plan:
+    """The plan that rules give a loop of a program, made once for every size class."""
+    known = (which, setting)
+    if known not in program.rules:
+        program.rules[known] = by_rules(loop(), setting)
+    return program.rules[known]
 
 
 def _loop(
@@ -211,15 +216,12 @@ def _warps_of_segments(
     """Warps of the kernel that handles segments, 0 where rules ask for none."""
     if "full" in program.schedules:
         chosen = program.schedules["full"]
-        return chosen.num_warps if chosen.segments else 0
-    key = ("segments", states, save, setting)
-    with _lock:
-        if key not in program.kernels:
-            loop = _loop(program, "full", states, save)
-            chosen = default_schedule(loop, setting.crowd, gluon=setting.gluon)
-            program.kernels[key] = chosen.num_warps if chosen.segments else 0
-        found: int = program.kernels[key]
-        return found
+    else:
+        with _lock:
+            which = ("full", states, save, 1, True)
+            plan = _by_rules(program, which, lambda: _loop(program, "full", states, save), setting)
+        chosen = plan.schedules[0][1]
+    return chosen.num_warps if chosen.segments else 0
 
 
 def suits_gluon(program: Program, tokens: Sequence[Tensor], dtype: torch.dtype) -> bool:
@@ -302,39 +304,64 @@ def run_kernels(
         for x, y in zip(results, z, strict=True):
             x[:, :, start : start + count] = squeeze_features(y, 3)
 
-    def run(part: str, start: int, count: int, place: int, states: bool) -> None:
-        nonlocal now_anchor, now_carry
-        stored = tuple(save or ()) if part in ("full", "tokens") else ()
-        given = named | saved
+    def arguments(start: int, count: int) -> dict[str, Tensor]:
+        given = dict(named)
         given |= {f"token_{i}": x[:, :, start : start + count] for i, x in enumerate(rows)}
         given |= {f"output_{i}": x[:, :, start : start + count] for i, x in enumerate(results)}
         given |= {f"anchor_{i}": x for i, x in enumerate(now_anchor)}
         given |= {f"carry_{i}": x for i, x in enumerate(now_carry)}
+        return given
+
+    def run(part: str, start: int, count: int, place: int, states: bool) -> None:
+        """A part of the sequence, in pieces where too much would pass between kernels."""
+        nonlocal now_anchor, now_carry
+        given = arguments(start, count) | saved
         searched = tune and part != "continued" and launcher is launch
         call = Call(given, batch, heads, count, place, output_dtype) if searched else None
+        stored = tuple(save or ()) if part in ("full", "tokens") else ()
         if part == "full":
             made = _by_segments(program, given, batch, heads, count, setting, states, stored, interval, call, launcher)  # fmt: skip
             if made is not None:
                 now_carry = [made.get(f"new_anchor_{i}", x) for i, x in enumerate(now_carry)]
                 now_anchor = now_carry
                 return
-        kernels = scan_kernels(
+        kernels_of = partial(
+            scan_kernels,
             program,
             part,
-            states,
             save=stored,
             setting=setting,
             interval=interval,
-            call=call,
             split=split,
         )
-        try:
-            made = run_staged(kernels, given, batch, heads, count, place, output_dtype, launcher)
-        except KernelTooLarge:
-            if part != "continued":
-                raise
-            by_operations(start, count, place)
+        kernels = kernels_of(states=states, call=call)
+        if part == "continued":
+            try:
+                run_piece(kernels, part, given, count, place, states)
+            except KernelTooLarge:
+                by_operations(start, count, place)
             return
+        b = program.unit if part == "full" else 1
+        size = b * mini_batches_at_once(kernels, given, batch * heads, -(-count // b), output_dtype)
+        if size < count:
+            states = True  # the next piece starts from them
+            kernels = kernels_of(states=states)
+        for first in range(0, count, size):
+            piece = min(size, count - first)
+            given = arguments(start + first, piece)
+            given |= {name: x[:, :, first // (b * interval) :] for name, x in saved.items()}
+            run_piece(kernels, part, given, piece, place + first, states)
+
+    def run_piece(
+        kernels: Staged | Chunked,
+        part: str,
+        given: dict[str, Tensor],
+        count: int,
+        place: int,
+        states: bool,
+    ) -> None:
+        nonlocal now_anchor, now_carry
+        made = run_staged(kernels, given, batch, heads, count, place, output_dtype, launcher)
         if not states:
             return
         new = "new_anchor_" if part == "full" else "new_carry_"
