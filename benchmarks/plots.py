@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-from tables import MODELS, NAMES, Record, records
+from tables import MODELS, NAMES, Record, by_model, records
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -27,7 +27,8 @@ COLOURS = {
     "ttt_mlp": "#7a3e9d",
     "transformer": "#c2571a",
     "mamba": "#2b8a3e",
-    "hand_dual": "#777777",
+    "hand_dual_graphs": "#777777",
+    "hand_dual": "#b0b0b0",
 }
 MARKERS = "osD^v"
 HIGHEST = 1e15  # operations a second, of the axis
@@ -35,29 +36,35 @@ HEADS, D = 32, 64  # of the scans
 
 
 def time_per_token(record: Record) -> Path:
-    """A panel for each size and direction."""
-    rows = record.data["rows"]
-    panels = list(dict.fromkeys((r["size"], r["direction"]) for r in rows))
+    """A panel for each size and direction; solid as many tokens a step at every context, dashed more sequences."""
+    found = by_model(record)
+    panels = list(dict.fromkeys((size, d) for size, rows in found.items() for d, _ in rows))
     columns = min(2, len(panels))
     figure, axes = pyplot.subplots(
         -(-len(panels) // columns), columns, figsize=(5.5 * columns, 3.6 * -(-len(panels) // columns)),
         layout="constrained", squeeze=False,
     )  # fmt: skip
     for ax, (size, direction) in zip(axes.flat, panels, strict=False):
-        for model in dict.fromkeys(r["model"] for r in rows):
-            found = [
-                r for r in rows if (r["size"], r["direction"], r["model"]) == (size, direction, model)
-            ]  # fmt: skip
-            x = [r["context"] for r in found]
-            y = [1e6 / r["tokens_per_second"] for r in found]
-            ax.loglog(x, y, "o-", color=COLOURS.get(model), label=MODELS.get(model, model), base=2)
-        ticks = sorted({r["context"] for r in rows})
+        for (of, model), rows in found[size].items():
+            if of != direction:
+                continue
+            for which, style, label in ((min, "o-", MODELS.get(model, model)), (max, "o--", None)):
+                line = {c: which(b for b, context in rows if context == c) for _, c in rows}
+                x = sorted(line)
+                y = [rows[line[c], c]["us"] / (line[c] * c) for c in x]
+                ax.loglog(x, y, style, color=COLOURS.get(model), label=label, base=2, markersize=4)
+        ticks = sorted({c for rows in found[size].values() for _, c in rows})
         ax.set_xticks(ticks, [f"{t // 1024}k" if t >= 1024 else str(t) for t in ticks])
         ax.yaxis.set_major_locator(matplotlib.ticker.LogLocator(2, subs=(1.0, 1.5)))
-        ax.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda v, _: f"{v:.2g}"))
-        ax.set(xlabel="context", ylabel="µs a token", title=f"{size}, {direction}")
+        ax.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda v, _: f"{v:.3g}"))
+        least = {b for rows in found[size].values() for b, c in rows if c == ticks[-1]}
+        more = f" (dashed: at least {max(least)} sequences)" if len(least) > 1 else ""
+        ax.set(xlabel=f"context{more}", ylabel="µs a token", title=f"{size}, {direction}")
         ax.grid(alpha=0.3, which="both")
-    axes.flat[0].legend(frameon=False)
+    lines = {
+        x.get_label(): x for ax in axes.flat for x in ax.get_lines() if x.get_label()[0] != "_"
+    }
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)  # fmt: skip
     figure.suptitle(f"{record.device}, bf16, {next(iter(record.data['tokens'].values()))} tokens a step")  # fmt: skip
     return saved(figure, record.path.with_suffix(".png"))
 

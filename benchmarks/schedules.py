@@ -20,6 +20,7 @@ import json
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -32,18 +33,17 @@ import triton
 from pool import Pool
 from scans import make_case
 from tttc.codegen.candidates import shortlist
-from tttc.codegen.heuristics import default_schedule
 from tttc.codegen.kernel import write_atomically
 from tttc.codegen.loop import Loop
 from tttc.codegen.schedule import Schedule
-from tttc.codegen.stages import stages
 
 import tttc.runtime.fused_scan_backward
 from tttc.ir.errors import NotLowerable
+from tttc.runtime import triton_scan
 from tttc.runtime.ahead import Compiler, target_of, workers
 from tttc.runtime.launch import Launch
 from tttc.tuning import choose, search
-from tttc.tuning.plan import Plan, Setting
+from tttc.tuning.plan import Plan, Setting, by_rules
 
 AT_ONCE = 4  # shapes: one is timed, the kernels of the others are compiled
 SURE = 6  # rows after which is known how long one takes
@@ -69,8 +69,49 @@ class _Asked(Exception):
     """Raised in the place of a search, with what it was asked for."""
 
 
-def asked(shape: Shape, direction: str, device: str = "cuda") -> tuple[Loop, search.Call, Setting]:
-    """The search that a call of a shape asks for: its loop, arguments and size class."""
+Searched = tuple[Loop, search.Call, Setting]
+
+
+def asked(shape: Shape, direction: str, device: str = "cuda") -> Searched:
+    """The search that a call of a shape asks for: its loop, arguments and size class; no sequence is in segments."""
+
+    def instead(
+        loop: Loop, call: search.Call, setting: Setting, its: bool, *means: Any
+    ) -> search.Found | None:
+        if its == (direction == "backward"):
+            raise _Asked(loop, call, setting)
+        return None
+
+    with mock.patch.object(triton_scan, "_by_segments", lambda *_: None):
+        try:
+            _call(shape, direction, device, instead)
+        except _Asked as found:
+            loop, arguments, setting = found.args
+            return loop, arguments, setting
+    raise RuntimeError("nothing was searched for")
+
+
+def asked_in_segments(shape: Shape, device: str = "cuda") -> list[Searched]:
+    """The searches of a forward whose sequences are in segments: states first, then segments; empty where they are not."""
+    found: list[Searched] = []
+
+    def instead(
+        loop: Loop, call: search.Call, setting: Setting, its: bool, *means: Any
+    ) -> search.Found | None:
+        found.append((loop, call, setting))
+        return None
+
+    with mock.patch.object(triton_scan, "run_staged", lambda *_: {}):  # nothing needs to run
+        _call(shape, "forward", device, instead)
+    for _, call, _ in found[1:]:  # states that no kernel has made
+        for name, x in call.tensors.items():
+            if name.startswith("anchor_"):
+                x.zero_()
+    return found if len(found) > 1 else []
+
+
+def _call(shape: Shape, direction: str, device: str, instead: Callable[..., Any]) -> None:
+    """A call of a shape that asks ``instead`` of a search for its schedules."""
     name, d, batch, length = shape
     case = make_case(name, batch, length, WIDTH // d, d, device=device)
     call, program = case.flat(), case.program()
@@ -87,27 +128,14 @@ def asked(shape: Shape, direction: str, device: str = "cuda") -> tuple[Loop, sea
         [x.detach().requires_grad_(backward and x.is_floating_point()) for x in g]
         for g in (call.anchor, [], call.tokens, call.shared)
     ]
-
-    def instead(
-        loop: Loop, call: search.Call, setting: Setting, its: bool, *means: Any
-    ) -> search.Found | None:
-        if its == backward:
-            raise _Asked(loop, call, setting)
-        return None
-
     # What is remembered must not stand in for what is measured.
     with mock.patch.multiple(choose, search=instead, recall=lambda *_: None):
-        try:
-            interval = 0
-            if backward:
-                interval = tttc.runtime.fused_scan.saving_interval(*groups, call.key, case.mini_batch_size, "triton")  # fmt: skip
-            z = torch.ops.tttc.fused_scan(*groups, call.key, case.mini_batch_size, 0, "triton", False, interval, "", True)[0]  # fmt: skip
-            if backward:
-                z.backward(torch.randn_like(z))
-        except _Asked as found:
-            loop, arguments, setting = found.args
-            return loop, arguments, setting
-    raise RuntimeError("nothing was searched for")
+        interval = 0
+        if backward:
+            interval = tttc.runtime.fused_scan.saving_interval(*groups, call.key, case.mini_batch_size, "triton")  # fmt: skip
+        z = torch.ops.tttc.fused_scan(*groups, call.key, case.mini_batch_size, 0, "triton", False, interval, "", True)[0]  # fmt: skip
+        if backward:
+            z.backward(torch.randn_like(z))
 
 
 def study(
@@ -139,7 +167,7 @@ def study(
             more[split.stages][k.loop.name] = new
     again = [x for x in splits if any(more[x.stages].values())]
     search._try(again, [more[x.stages] for x in again], call, timer, compiler, end)
-    rules = _by_rules(loop, setting, backward)
+    rules = by_rules(loop, setting, backward)
     model = Plan(tuple((k.loop.name, _first(k)) for k in min(splits, key=_estimate).kernels))
     for plan in (rules, model):  # whatever they spill
         _time_also(splits, plan, call, timer, end)
@@ -151,15 +179,46 @@ def study(
     row: dict[str, Any] = {
         "best": {
             "us": 1e6 * best.seconds(),
-            "plan": _words(Plan(tuple((k.loop.name, k.fastest()) for k in best.kernels))),
+            "plan": words(Plan(tuple((k.loop.name, k.fastest()) for k in best.kernels))),
         }
     }
     for name, plan in plans.items():
         known = all(key in times for key in plan.schedules)
         us = 1e6 * sum(times[key] for key in plan.schedules) if known else None
         ratio = None if us is None else us / row["best"]["us"]
-        row[name] = {"us": us, "of best": ratio, "plan": _words(plan)}
-    return row | {"timed": len(times)}
+        row[name] = {"us": us, "of best": ratio, "plan": words(plan)}
+    return row | {"timed": len(times), "times": _table(times)}
+
+
+def joined(row: dict[str, Any], parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """The row of a scan in segments: of the whole sequences, and of what makes and handles segments one after another."""
+    found = dict(row)
+    names = ("states", "segments", "rest")
+    for name in ("best", "searched", "rules", "model"):
+        times = [part[name]["us"] for part in parts]
+        plan = {
+            f"{of} {kernel}": its
+            for of, part in zip(names, parts, strict=False)
+            for kernel, its in part[name]["plan"].items()
+        }
+        found[name] = {"us": None if None in times else sum(times), "plan": plan}
+    found["rules"]["plan"] = row["rules"]["plan"]  # which says that there are segments
+    found["best"] = min(found["best"], row["best"], key=lambda x: x["us"])
+    for name in ("searched", "rules", "model"):
+        us = found[name]["us"]
+        found[name]["of best"] = None if us is None else us / found["best"]["us"]
+    found["timed"] += sum(part["timed"] for part in parts)
+    for of, part in zip(names, parts, strict=False):
+        found["times"] = found["times"] | {f"{of} {k}": x for k, x in part["times"].items()}
+    return found
+
+
+def _table(times: dict[tuple[str, Schedule], float]) -> dict[str, dict[str, float]]:
+    """Microseconds by kernel and schedule: ``held.py`` looks what rules give later up in it."""
+    table: dict[str, dict[str, float]] = {}
+    for (name, schedule), seconds in times.items():
+        table.setdefault(name, {})[differing(schedule)] = round(1e6 * seconds, 2)
+    return table
 
 
 def _found(kernel: search._Kernel, times: dict[tuple[str, Schedule], float]) -> Schedule:
@@ -195,15 +254,6 @@ def _first(kernel: search._Kernel) -> Schedule:
     return min(kernel.ranked[:2], key=lambda s: kernel.model.estimate(s).seconds)
 
 
-def _by_rules(loop: Loop, setting: Setting, backward: bool) -> Plan:
-    def chosen(part: Loop) -> Schedule:
-        return default_schedule(part, setting.crowd, backward, setting.gluon)
-
-    common = {"stages": chosen(loop).stages, "narrow": chosen(loop).narrow}
-    parts = stages(loop, chosen(loop).stages)
-    return Plan(tuple((p.name, replace(chosen(p), **common)) for p in parts))
-
-
 def _time_also(
     splits: list[search._Split], plan: Plan, call: search.Call, timer: search.Timer, end: float
 ) -> None:
@@ -214,16 +264,18 @@ def _time_also(
     missing = {name: [] if s in timed[name] else [s] for name, s in plan.schedules}
     if any(missing.values()):
         with suppress(NotLowerable):
-            search._measure(split, missing, call, timer, end, lambda words: None)
+            search._measure(split, missing, call, timer, end, lambda what: None)
 
 
-def _words(plan: Plan) -> dict[str, str]:
-    """What differs from the plain schedule, by kernel."""
+def differing(schedule: Schedule) -> str:
+    """What differs from the plain schedule."""
     plain = Schedule().choices()
-    return {
-        name: " ".join(f"{k}={v}" for k, v in s.choices().items() if v != plain[k])
-        for name, s in plan.schedules
-    }
+    return " ".join(f"{k}={v}" for k, v in schedule.choices().items() if v != plain[k])
+
+
+def words(plan: Plan) -> dict[str, str]:
+    """What differs from the plain schedule, by kernel."""
+    return {name: differing(s) for name, s in plan.schedules}
 
 
 def quick(call: Launch) -> float:
@@ -285,10 +337,10 @@ class Run:
             self.began = self.began or start
             row: dict[str, Any] = {"shape": name, "direction": direction, "candidates": self.candidates()}  # fmt: skip
             try:
-                found = asked(shape, direction)
-                row |= study(
-                    *found, direction == "backward", row["candidates"], quick, self.pool.compiler(place), self.end
-                )  # fmt: skip
+                rest = (direction == "backward", row["candidates"], quick, self.pool.compiler(place), self.end)  # fmt: skip
+                row |= study(*asked(shape, direction), *rest)
+                if direction == "forward" and (parts := asked_in_segments(shape)):
+                    row = joined(row, [study(*x, *rest) for x in parts])
                 if time.monotonic() > self.end:
                     row["partial"] = True
                 ratios = [f"{k} {row[k]['of best'] or 0:.2f}" for k in ("searched", "rules", "model")]  # fmt: skip

@@ -40,6 +40,7 @@ MODELS = {
     "ttt_mlp": "TTT-MLP, tttc",
     "transformer": "Transformer",
     "mamba": "Mamba, mamba-ssm",
+    "hand_dual_graphs": "TTT-Linear by hand, torch.compile, CUDA graphs",
     "hand_dual": "TTT-Linear by hand, torch.compile",
 }
 RIVALS = {"ttt_linear_b16": ("fla chunk_ttt_linear", "fla fused_chunk_ttt_linear")}
@@ -259,55 +260,88 @@ def memory_words(record: Record) -> str:
 # -- whole models -----------------------------------------------------------------------------------------
 
 
-def rates(record: Record, time: str = "us") -> dict[tuple[str, str], dict[str, dict[int, float]]]:
-    """Tokens a second by size and direction, model, and context, in the order of MODELS."""
-    found: dict[tuple[str, str], dict[str, dict[int, float]]] = {}
-    for r in sorted(record.data["rows"], key=lambda r: list(MODELS).index(r["model"])):
-        if time in r:
-            models = found.setdefault((r["size"], r["direction"]), {})
-            rate = 1e6 * r["batch"] * r["context"] / r[time]
-            models.setdefault(r["model"], {})[r["context"]] = rate
+PEERS = ("transformer", "mamba", "hand_dual_graphs", "hand_dual")
+Shape = tuple[int, int]  # sequences, and tokens of each
+
+
+def by_model(record: Record, time: str = "us") -> dict[str, dict[tuple[str, str], dict[Shape, dict[str, Any]]]]:  # fmt: skip
+    """Rows by size, model and direction (in the order of MODELS), and shape; those that have that time."""
+    found: dict[str, dict[tuple[str, str], dict[Shape, dict[str, Any]]]] = {}
+    order = list(MODELS)
+    directions = list(dict.fromkeys(r["direction"] for r in record.data["rows"]))
+    for r in sorted(record.data["rows"], key=lambda r: (directions.index(r["direction"]), order.index(r["model"]))):  # fmt: skip
+        if r.get(time):
+            rows = found.setdefault(r["size"], {}).setdefault((r["direction"], r["model"]), {})
+            rows[r["batch"], r["context"]] = r
     return found
 
 
+def shapes_in(rows: dict[Any, dict[Shape, Any]]) -> list[Shape]:
+    """Those of the fewest tokens first, contexts in order."""
+    return sorted({s for each in rows.values() for s in each}, key=lambda s: (s[0] * s[1], s[1]))
+
+
+def of_shapes(shapes: Sequence[Shape]) -> list[str]:
+    """The head of their columns."""
+    return [f"{batch} × {context}" for batch, context in shapes]
+
+
 def tokens_a_second(record: Record, time: str = "us") -> str:
-    """A row a model, size and direction, a column a context; the fastest of each is bold."""
-    contexts = sorted({r["context"] for r in record.data["rows"]})
-    rows = []
-    for (size, direction), models in rates(record, time).items():
-        for model, each in models.items():
-            cells = [size, direction, MODELS[model]]
-            for context in contexts:
-                shown = f"{each[context] / 1e3:.{1 if each[context] < 1e5 else 0}f}" if context in each else ""  # fmt: skip
-                best = max(m.get(context, 0.0) for m in models.values())
-                cells.append(f"**{shown}**" if each.get(context) == best else shown)
-            rows.append(cells)
-    return table(["size", "", "thousand tokens a second", *(f"context {c}" for c in contexts)], rows)  # fmt: skip
+    """A table a size: a row a model and direction, a column a shape; the fastest of each is bold."""
+    parts = []
+    for size, rows in by_model(record, time).items():
+        shapes, cells = shapes_in(rows), []
+        rates = {k: {s: 1e3 * s[0] * s[1] / r[time] for s, r in each.items()} for k, each in rows.items()}  # fmt: skip
+        for (direction, model), each in rates.items():
+            best = {s: max(x.get(s, 0.0) for (d, _), x in rates.items() if d == direction) for s in shapes}  # fmt: skip
+            shown = {s: f"{x:.{1 if x < 100 else 0}f}" for s, x in each.items()}
+            of = [f"**{shown[s]}**" if each.get(s) == best[s] else shown.get(s, "") for s in shapes]
+            cells.append([direction, MODELS[model], *of])
+        parts.append(table([size, "thousand tokens a second", *of_shapes(shapes)], cells))
+    return "\n".join(parts)
 
 
 def models_verdict(record: Record) -> str:
-    """How many times as fast TTT-Linear is as each peer."""
-    contexts = sorted({r["context"] for r in record.data["rows"]})
-    rows = []
-    for (size, direction), models in rates(record).items():
-        ours = models.get("ttt_linear", {})
-        for peer in ("transformer", "mamba"):
-            each = models.get(peer, {})
-            ratios = [f"{ours[c] / each[c]:.2f}" if c in ours and c in each else "" for c in contexts]  # fmt: skip
-            if any(ratios):
-                rows.append([f"{size} {direction}", MODELS[peer], *ratios])
-    return table(["TTT-Linear is, times as fast", "as", *(f"context {c}" for c in contexts)], rows)
+    """A table a size: how many times as fast TTT-Linear is as each peer."""
+    parts = []
+    for size, rows in by_model(record).items():
+        shapes, cells = shapes_in(rows), []
+        for (direction, model), each in rows.items():
+            ours = rows.get((direction, "ttt_linear"), {})
+            ratios = [f"{each[s]['us'] / ours[s]['us']:.2f}" if s in each and s in ours else "" for s in shapes]  # fmt: skip
+            if model in PEERS and any(ratios):
+                cells.append([direction, MODELS[model], *ratios])
+        parts.append(table([size, "TTT-Linear is times as fast as", *of_shapes(shapes)], cells))
+    return "\n".join(parts)
 
 
 def models_memory(record: Record) -> str:
-    """Peak memory of training steps."""
-    rows = [r for r in record.data["rows"] if r["direction"] == "training" and r["peak_bytes"]]
-    contexts = sorted({r["context"] for r in rows})
-    cells = []
-    for size, model in dict.fromkeys((r["size"], r["model"]) for r in rows):
-        peaks = {r["context"]: r["peak_bytes"] for r in rows if (r["size"], r["model"]) == (size, model)}  # fmt: skip
-        cells.append([size, MODELS[model], *(f"{peaks[c] / 2**30:.1f}" if c in peaks else "" for c in contexts)])  # fmt: skip
-    return table(["size", "peak of a training step, GiB", *(f"context {c}" for c in contexts)], cells)  # fmt: skip
+    """A table a size: peak memory of training steps."""
+    parts = []
+    for size, all_rows in by_model(record, "peak_bytes").items():
+        rows = {model: each for (direction, model), each in all_rows.items() if direction == "training"}  # fmt: skip
+        shapes = shapes_in(rows)
+        cells = [
+            [MODELS[m], *(f"{each[s]['peak_bytes'] / 2**30:.1f}" if s in each else "" for s in shapes)]
+            for m, each in rows.items()
+        ]  # fmt: skip
+        parts.append(table([f"{size}: peak of a training step, GiB", *of_shapes(shapes)], cells))
+    return "\n".join(parts)
+
+
+def models_missing(record: Record) -> str:
+    """What there is no row of, and why."""
+    said = [
+        f"{f['size']} {MODELS[f['model']]}, {f['what'].replace(' x ', ' × ')}: {first_line(f['why'])}"
+        for f in record.data.get("failed", ())
+        if not f["what"].startswith(("graph", "profile"))
+    ]
+    return f"Not measured: {'; '.join(said)}." if said else ""
+
+
+def first_line(text: str) -> str:
+    """Of what a process said when it failed."""
+    return text.strip().partition("\n")[0][:120].rstrip(".")
 
 
 # -- schedules --------------------------------------------------------------------------------------------
@@ -431,6 +465,7 @@ BLOCKS: dict[str, Callable[[str], str]] = {
     "models-graphs": of_newest("models", lambda r: tokens_a_second(r, "graph_us")),
     "models-verdict": of_newest("models", models_verdict),
     "models-memory": of_newest("models", models_memory),
+    "models-missing": of_newest("models", models_missing),
     "picked": with_link("picked", lambda r: f"Schedules: {heading(r)}"),
     "picked-verdict": of_newest("picked", picked_verdict),
     "picked-table": of_newest("picked", picked),

@@ -46,6 +46,19 @@ def once(run: Callable[[], Any], calls: int = 1) -> float:
     return begin.elapsed_time(end) / calls / 1e3
 
 
+def captured(run: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """A call as a CUDA graph, and what it returned: tensors that every replay writes anew."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        made = run()
+    return graph, made
+
+
 def interleaved(
     contenders: Mapping[str, Callable[[], Any]], seconds: float = 3.0, sample: float = SAMPLE
 ) -> dict[str, dict[str, float]]:

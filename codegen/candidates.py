@@ -14,17 +14,19 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from tttc.codegen.heuristics import default_schedule, tile_rows
+from tttc.codegen.feature_rules import feature_candidates
+from tttc.codegen.heuristics import default_schedule
 from tttc.codegen.loop import Loop, used
 from tttc.codegen.ordering import products_first
 from tttc.codegen.schedule import Schedule
+from tttc.codegen.sizes import tile_rows
+from tttc.codegen.staging import GROUPS, WHOLE, Split
 
 from tttc.ir import ops
 from tttc.ir.body import is_token
 from tttc.ir.build import dims_of
 
 WARPS = (1, 2, 4, 8, 16)
-GROUPS = (1, 4, 8, 16)
 NUMBERS_A_WARP = 64  # of the largest tile, at least: other warps would have nothing to do
 PLENTY = (
     3 * 32 * 255
@@ -98,32 +100,41 @@ CHOICES: tuple[Choice, ...] = (_warps, _orientations, _loads, _orders, _nan, _ve
 
 
 def candidates(
-    loop: Loop, crowd: int, backward: bool = False, gluon: bool = False
+    loop: Loop,
+    crowd: int,
+    backward: bool = False,
+    gluon: bool = False,
+    split: Split = WHOLE,
 ) -> list[Schedule]:
-    """The schedules worth a look for one kernel, the default first; of Gluon kernels that one alone.
+    """The schedules worth a look for one kernel, the default first; of Gluon kernels that one, and of features over warps a few like it.
 
     Args:
         loop: of one kernel (a stage, as :func:`tttc.codegen.stages.stages` makes them).
         crowd: of :func:`tttc.codegen.heuristics.crowding`.
         backward: the loop of a VJP.
         gluon: kernels for warpgroups may run.
+        split: how the loop of a forward is split.
     """
     first, exact = (
-        replace(default_schedule(loop, crowd, backward, may), reasons=(), origin="candidate")
+        replace(default_schedule(loop, crowd, backward, may, split), reasons=(), origin="candidate")
         for may in (gluon, False)
     )
     made = [first, exact]
+    if first.renderer == "features":
+        made += feature_candidates(loop, first)
     for parts in itertools.product(*(choice(loop, exact) for choice in CHOICES)):
         made.append(replace(exact, **{k: v for part in parts for k, v in part.items()}))
     return list(dict.fromkeys(made))
 
 
-def plans(loop: Loop, crowd: int, backward: bool = False) -> Iterator[dict[str, Any]]:
+def plans(
+    loop: Loop, crowd: int, backward: bool = False, split: Split = WHOLE
+) -> Iterator[dict[str, Any]]:
     """What all kernels of a loop have in common: how many there are, and how they pass values on.
 
     The default's comes first.
     """
-    exact = default_schedule(loop, crowd, backward)
+    exact = default_schedule(loop, crowd, backward, split=split)
     tiles = loop.tokens or tile_rows(loop) > 1
     alone = loop.once or loop.refresh or not tiles or loop.interval > 1
     counts = (1,) if alone else (1, 2, 3)

@@ -7,102 +7,55 @@ reason for it (:attr:`Schedule.reasons`), which ``tttc.explain`` shows.
 from __future__ import annotations
 
 import logging
-import math
 from dataclasses import replace
 
 import torch
-from torch import fx
 from tttc.codegen.devices import device_of
+from tttc.codegen.feature_rules import feature_schedules
+from tttc.codegen.forward_rules import (
+    FEW_PRODUCTS,
+    MANY_PRODUCTS,
+    MATRIX_REGISTERS,
+    forward_schedules,
+    is_recurrence,
+    parallel_schedule,
+)
 from tttc.codegen.gluon_loop import gluon_renderer
-from tttc.codegen.loop import Loop, used
+from tttc.codegen.loop import Loop
 from tttc.codegen.pieces import divided
 from tttc.codegen.schedule import Schedule
+from tttc.codegen.sizes import (
+    MOST_WARPS,
+    STATE_REGISTERS,
+    THREADS,
+    fits,
+    matrix_elements,
+    products,
+    state_elements,
+    tile_elements,
+    tile_rows,
+    value_elements,
+)
 from tttc.codegen.solves import has_solves
+from tttc.codegen.staging import WHOLE, Split
 from tttc.codegen.warp_loop import warp_renderer
 from tttc.codegen.work import through_memory
 
-from tttc.ir import ops
-from tttc.ir.body import EARLIER, TOKEN, is_token
-from tttc.ir.build import dims_of
-from tttc.ir.cost import element_count
 from tttc.ir.errors import NotLowerable
 
 log = logging.getLogger("tttc.schedule")
 
 Reasons = tuple[tuple[str, str], ...]
 
-THREADS = 32  # of a warp
-STATE_REGISTERS = (
-    80  # of a thread, at most, where warps can be added: tiles and operands need the others
-)
 TILE_REGISTERS = 32  # of a thread, at most, for one tile of tokens, where warps can be added: several live at a time
 STATE_OF_WARPS = 160  # registers of a thread, at most, where warps share the state
-MATRIX_REGISTERS = 128  # of a thread, about, that matrices of a parallel kernel may take
 GROUP = 8  # mini-batches a program of a parallel kernel handles
-MANY_PRODUCTS = 12  # of a turn of a loop: more need the registers of more warps
-# Beside a triangular system, in two warps: on an H200 DeltaNet's 32 tokens took 490 us in two against 550 in four, and
-# the kernel of its backward with more products twice as long.
-FEW_PRODUCTS = 8
 LEAST_MINI_BATCHES = 8  # from which stages pay
 # Of Gluon kernels, the best first: those that load more than they store, and the others.
 READING: tuple[dict[str, bool], ...] = ({"early": True}, {"early": True, "reload": True})
 WRITING: tuple[dict[str, bool], ...] = ({"prefetch": True, "reload": True}, {"reload": True})
 GROUP_OF_WARPGROUPS = 4  # as GROUP
 WIDEST = 128  # rows of a tile of warpgroups
-MOST_WARPS = 8  # with 16, matrix products of 64 rows are made more than once
-
-
-def state_elements(loop: Loop) -> int:
-    """Numbers of the state that one program keeps in registers: those it makes, and those it starts from."""
-    wanted = used(loop)
-    made = {sink.name for _, sink in loop.sinks if sink.kind == "state"}
-    counted = {
-        source.name: element_count(dims_of(node), loop.sizes)
-        for node, source in loop.sources.items()
-        if source.kind == "state" and (source.name in made or node in wanted)
-    }
-    return sum(counted.values())
-
-
-def matrix_elements(loop: Loop) -> int:
-    """Numbers of the matrices without tokens that a parallel loop reads for a mini-batch or adds up."""
-    read = {n for n, s in loop.sources.items() if s.kind in ("saved", "value") and n in used(loop)}
-    nodes = read | {n for n, s in loop.sinks if s.kind == "sum"}
-    matrices = [dims_of(n) for n in nodes if len(dims_of(n)) > 1]
-    return sum(element_count(d, loop.sizes) for d in matrices if not {TOKEN, EARLIER} & set(d))
-
-
-def value_elements(loop: Loop, node: fx.Node) -> int:
-    """Numbers of a value of one mini-batch."""
-    return math.prod(loop.mini_batch_size if is_token(d) else loop.sizes[d] for d in dims_of(node))
-
-
-def tile_elements(loop: Loop) -> int:
-    """Numbers of the largest tile that has tokens of a mini-batch in it."""
-    return max(
-        (value_elements(loop, n) for n in used(loop) if any(map(is_token, dims_of(n)))), default=0
-    )
-
-
-def tile_rows(loop: Loop) -> int:
-    """Tokens that one turn of the loop handles: of a mini-batch, or of a token that is a tile."""
-    if loop.tokens:
-        return loop.mini_batch_size
-    passing = ("token", "value")
-    kept = {
-        d
-        for node, source in loop.sources.items()
-        if source.kind not in passing
-        for d in dims_of(node)
-    }
-    own = [
-        loop.sizes[d]
-        for node, source in loop.sources.items()
-        if source.kind == "token"
-        for d in dims_of(node)
-        if d not in kept
-    ]
-    return max(own, default=1)
 
 
 def crowding(programs: int, mini_batches: int, device: torch.device) -> int:
@@ -114,37 +67,22 @@ def crowding(programs: int, mini_batches: int, device: torch.device) -> int:
     return 1 if each == 0 and mini_batches < LEAST_MINI_BATCHES else each
 
 
-def products(loop: Loop) -> int:
-    """Products of two operands in a turn of the loop."""
-    kinds = (ops.contraction, ops.masked_contraction)
-    return sum(n.target in kinds and len(n.all_input_nodes) == 2 for n in used(loop))
-
-
-def fits(loop: Loop, warps: int) -> bool:
-    """Whether the state of a program, or two of its largest tiles where it has none, leave registers to others."""
-    elements = state_elements(loop)
-    if loop.parallel:
-        known = loop.sizes | {TOKEN: loop.mini_batch_size, EARLIER: loop.mini_batch_size}
-        tiles = [dims_of(n) for n in used(loop)]
-        elements = 2 * max(math.prod(known.get(d, 1) for d in dims) for dims in tiles)
-    return elements <= STATE_REGISTERS * THREADS * warps
-
-
-def default_stages(loop: Loop, crowd: int, backward: bool) -> tuple[int, str]:
-    """How many kernels a loop is made of, and why."""
+def backward_stages(loop: Loop, crowd: int) -> tuple[int, str]:
+    """How many kernels the loop of a VJP is made of, and why."""
     tiles = loop.tokens or tile_rows(loop) > 1
     if loop.once or loop.refresh or not tiles:
         return 1, "one mini-batch, or tokens one after another: nothing runs beside them"
-    if backward and not fits(loop, MOST_WARPS):
+    if not fits(loop, MOST_WARPS):
         return 3, "the state takes most registers: what does not need it is made by other kernels"
-    if has_solves(loop) and fits(loop, MOST_WARPS):
+    if has_solves(loop):
         return (
             3,
             "triangular systems are solved before the state is known, for all mini-batches at once",
         )
-    if crowd == 0 and fits(loop, MOST_WARPS):
-        return 3 if backward else 2, (
-            "some multiprocessors have no program: what the state does not wait for runs in parallel"
+    if crowd == 0:
+        return (
+            3,
+            "some multiprocessors have no program: what the state does not wait for runs in parallel",
         )
     return 1, "the programs fill the device: one kernel passes nothing through memory"
 
@@ -155,16 +93,20 @@ def hopper(device: torch.device) -> bool:
 
 
 def default_schedule(
-    loop: Loop, crowd: int, backward: bool = False, gluon: bool = False
+    loop: Loop,
+    crowd: int,
+    backward: bool = False,
+    gluon: bool = False,
+    split: Split = WHOLE,
 ) -> Schedule:
     """The schedule of a loop or of one of its stages, with its reasons; ``crowd``: of :func:`crowding`.
 
-    ``gluon``: kernels for warpgroups may be chosen, see :func:`hopper`.
+    ``gluon``: kernels for warpgroups may be chosen, see :func:`hopper`. ``split``: how the loop of a forward is split.
 
     ``backward``: the loop of a VJP. What is not finite makes the loss so: it is not traced token by token through
     cotangents.
     """
-    count, why = default_stages(loop, crowd, backward)
+    count, why = backward_stages(loop, crowd) if backward else (split.stages, split.why)
     vectors = (
         "repeat_vectors",
         "vector states stay vectors: a row for every token takes registers",
@@ -175,9 +117,18 @@ def default_schedule(
         "rates would show that it was rounded",
     )
     large = not fits(loop, MOST_WARPS)
-    choices = [_large(loop) if large else _small(loop, crowd, backward)]
-    if gluon and large:
-        choices = [*_shared_by_warps(loop), *_warpgroups(loop), *choices]
+    if loop.parallel and not backward:
+        choices = parallel_schedule(loop, split)
+    elif large:
+        others = [*_shared_by_warps(loop), *_warpgroups(loop)] if gluon else []
+        choices = [*others, _large(loop)]
+    else:
+        others = feature_schedules(loop, crowd, backward) if gluon else []
+        plain = [_small(loop, crowd)] if backward else forward_schedules(loop, crowd, gluon)
+        choices = [*others, *plain]
+    whole = not is_recurrence(loop)
+    if choices[0].segments and whole:
+        count, why = 1, "warps share the state: one kernel passes no states through memory"
     chosen: Schedule | None = None
     for choice in reversed(choices):
         reasons = (("stages", why), vectors, *choice.reasons)
@@ -190,9 +141,13 @@ def default_schedule(
             if not choice.narrow:
                 reasons = (*reasons, wide)
             choice = replace(choice, nan="ignored")
+        else:  # products alone read states and values, or they stay as they are
+            reasons = tuple(r for r in reasons if r[0] != "narrow")
+            choice = replace(choice, narrow=False)
         chosen = replace(
             choice,
             stages=count,
+            segments=choice.segments and crowd == 0 and whole and not backward,
             repeat_vectors=False,
             reasons=reasons,
             origin="rules, without a measurement",
@@ -226,8 +181,8 @@ def phase_schedule(loop: Loop, group: int) -> Schedule:
     )  # fmt: skip
 
 
-def _small(loop: Loop, crowd: int, backward: bool) -> Schedule:
-    """Where the state leaves registers to other tiles."""
+def _small(loop: Loop, crowd: int) -> Schedule:
+    """Of a VJP, where the state leaves registers to other tiles."""
     heavy = products(loop) > MANY_PRODUCTS
     order = (
         "order",
@@ -279,21 +234,18 @@ def _small(loop: Loop, crowd: int, backward: bool) -> Schedule:
         f"{elements} numbers, {taken} registers of each thread, a tile of tokens up to {-(-tile // (THREADS * warps))}, "
         f"and {products(loop)} products share the others"
     )
-    recurrence = not any(sink.kind == "token" for _, sink in loop.sinks)
-    if recurrence:
+    if is_recurrence(loop):
         ahead = ("prefetch", "every load is on the way to the next state: it is made a turn before")
         return Schedule(
             num_warps=warps, num_stages=1, prefetch=True, order="products_first",
             nan="branch" if warps == 2 else "product",
             reasons=(("num_warps", warps_why), order, branch if warps == 2 else beside, ahead),
         )  # fmt: skip
-    # On sm_80 the forward spills so, and not with products first.
-    tight = heavy and backward
     return Schedule(
         num_warps=warps,
-        order="least_live" if tight else "products_first",
+        order="least_live" if heavy else "products_first",
         nan="branch" if warps == 2 else "product",
-        reasons=(("num_warps", warps_why), least if tight else order, branch if warps == 2 else beside),
+        reasons=(("num_warps", warps_why), least if heavy else order, branch if warps == 2 else beside),
     )  # fmt: skip
 
 
@@ -357,7 +309,7 @@ def _shared_by_warps(loop: Loop) -> list[Schedule]:
     )  # fmt: skip
     schedule = Schedule(
         num_warps=MOST_WARPS, num_stages=1, prefetch=True, order="on_demand", renderer="warps", nan="again",
-        reasons=reasons,
+        segments=True, reasons=reasons,
     )  # fmt: skip
     if state_elements(loop) > STATE_OF_WARPS * THREADS * MOST_WARPS:
         return []

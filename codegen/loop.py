@@ -9,7 +9,7 @@ from torch import fx
 from tttc.passes.backward import Backward
 
 from tttc.ir import ops
-from tttc.ir.body import Body, role
+from tttc.ir.body import Body, operands_of, role
 from tttc.ir.build import ancestors, dims_of
 from tttc.ir.program import Program
 
@@ -99,6 +99,7 @@ def scan_loop(
     interval: int = 1,
     continued: bool = False,
     store_state: bool = True,
+    outputs: bool = True,
 ) -> Loop:
     """The loop of a forward body.
 
@@ -107,6 +108,7 @@ def scan_loop(
         save: the state leaves whose anchors are stored for every ``interval``-th mini-batch.
         continued: one mini-batch, or part of one, from a carry that has left its anchor.
         store_state: store the states after the last mini-batch.
+        outputs: store outputs; without, states are all there is to make.
     """
     sources: dict[fx.Node, Source] = {}
     for node in body.placeholders:
@@ -122,7 +124,10 @@ def scan_loop(
     results = body.results
     carried = "anchor" if body.batched and not continued else "carry"
     sinks += [(results[i], Sink("state", f"{carried}_{i}")) for i in sorted(live)]
-    sinks += [(node, Sink("token", f"output_{k}")) for k, node in enumerate(results[body.states :])]
+    if outputs:
+        sinks += [
+            (node, Sink("token", f"output_{k}")) for k, node in enumerate(results[body.states :])
+        ]
     return Loop(
         name,
         body.gm.graph,
@@ -196,6 +201,19 @@ def only_products_read(loop: Loop, node: fx.Node) -> bool:
         )
 
     return len(dims_of(node)) > 1 and all(rounds(u) for u in node.users if u in wanted)
+
+
+def forgotten(loop: Loop) -> str:
+    """A state that is no sum of the old one and something, so that it may lose what is not finite; empty for none."""
+    for node, sink in loop.sinks:
+        if sink.kind != "state":
+            continue
+        olds = [n for n, s in loop.sources.items() if s.kind == "state" and s.name == sink.name]
+        while node not in olds:
+            if node.target is not ops.elementwise or node.args[0] not in ("add", "sub"):
+                return sink.name
+            node = operands_of(node)[0]
+    return ""
 
 
 def constant_tensors(program: Program, device: torch.device) -> dict[str, torch.Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from functools import cache, partial
 
+from tttc.codegen.feature_loop import feature_renderer
 from tttc.codegen.gluon_loop import gluon_renderer
 from tttc.codegen.kernel import Kernel
 from tttc.codegen.loop import Loop
@@ -29,7 +30,11 @@ def render(loop: Loop, schedule: Schedule) -> Kernel:
     instead = schedule.instead
     other = None if instead is None else cache(partial(render, loop, instead))
     loop = divided(loop, schedule.widest) if schedule.widest else loop
-    make = {"gluon": gluon_renderer, "warps": warp_renderer}.get(schedule.renderer, Renderer)
+    make = {
+        "features": feature_renderer,
+        "gluon": gluon_renderer,
+        "warps": warp_renderer,
+    }.get(schedule.renderer, Renderer)
     renderer: Renderer = make(loop, schedule)
     source = renderer.render()
 
@@ -44,6 +49,8 @@ def render(loop: Loop, schedule: Schedule) -> Kernel:
         "schedule": schedule,
         "place": bool(loop.refresh),
         "parallel": loop.parallel,
+        "float32": tuple(renderer.in_float32),
+        "whole": "WHOLE" in renderer.constants,
         "values": renderer.values,
         "new": {
             f"new_{n}": sizes(d)

@@ -30,8 +30,12 @@ class Schedule:
             products beside causal ones, where the state at the end is not finite), or not at all ("ignored": for
             measuring what exactness costs).
         group: mini-batches a program of a parallel kernel handles.
-        renderer: "triton"; "gluon": state in the accumulators of warpgroups, operands in shared memory (sm_90); or
-            "warps": each warp has a piece of the widest dimension, of the state too, in its accumulators.
+        renderer: "triton"; "gluon": state in the accumulators of warpgroups, operands in shared memory (sm_90);
+            "warps": each warp has a piece of the widest dimension, of the state too, in its accumulators; or
+            "features": each warp has some features of every value, rows of tiles whose columns are tokens.
+        segments: where programs are few, another kernel makes the states of every so many mini-batches first, and this
+            one then handles segments of a sequence beside each other.
+        few_shuffles: sums along rows pass through shared memory twice instead of from lane to lane.
         reload: large arguments are loaded again where they are read again, not kept in shared memory.
         early: matrices are on their way into shared memory from a product before they are read.
         widest: feature dimensions wider than this are divided into pieces, None for no such limit.
@@ -54,6 +58,8 @@ class Schedule:
     nan: str = "product"
     group: int = 1
     renderer: str = "triton"
+    segments: bool = False
+    few_shuffles: bool = False
     reload: bool = False
     early: bool = False
     widest: int | None = None

@@ -77,13 +77,17 @@ class Renderer(Operators):
         self.write("@triton.jit")
         self.write(f"def {loop.name}(")
         for name in self.arguments:
-            axes = range(0 if name in self.values else len(self.strides[name]))
-            strides = ", ".join(f"{name}_s{i}" for i in axes)
-            self.write(f"    {name}, {strides}," if strides else f"    {name},")
+            self.write(f"    {', '.join([name, *self._strides_of(name)])},")
         extra = ["T", "H"] + (["place"] if loop.refresh else [])
         self.write(f"    {', '.join(extra)},")
-        self.write("    DOT: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,")
+        self.write("    " + " ".join(f"{name}: tl.constexpr," for name in self.constants))
         self.write("):")
+
+    def _strides_of(self, name: str) -> list[str]:
+        """The arguments that are strides of a tensor."""
+        return [
+            f"{name}_s{i}" for i in range(0 if name in self.values else len(self.strides[name]))
+        ]
 
     def _pointer(self, tensor: str, *axes: tuple[str, str]) -> None:
         terms = " + ".join(f"{value} * {self.stride(tensor, axis)}" for value, axis in axes)
@@ -139,9 +143,7 @@ class Renderer(Operators):
                 self.tiles[node] = Tile(source.name + "_v", dims, zero)
         for node, sink in self.loop.sinks:
             if sink.kind == "sum":
-                shape = ", ".join(str(self.side(d)) for d in self.order(dims_of(node)))
-                zeros = f"tl.zeros(({shape},), tl.float32)" if shape else "0.0"
-                self.write(f"{sink.name}_v = {zeros}")
+                self.write(f"{sink.name}_v = {self.zeros(self.order(dims_of(node)))}")
         self.invariant = set(self.tiles)
         for node in self.loop.graph.nodes:
             if node.op != "call_function" or node not in self.used or self._deferred(node):

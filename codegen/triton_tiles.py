@@ -40,6 +40,8 @@ def base(dim: str) -> str:
 class Tiles:
     """What is known of the values of a loop before they are made, and how lines are written."""
 
+    constants: tuple[str, ...] = ("DOT", "PRECISION", "FAST")  # arguments that are compiled in
+
     def __init__(self, loop: Loop, schedule: Schedule) -> None:
         self.loop = loop
         self.schedule = schedule
@@ -49,6 +51,7 @@ class Tiles:
         self.loaded: set[str] = set()  # tiles as they lie in memory
         self.counter = 0
         self.arguments: list[str] = []
+        self.in_float32: dict[str, None] = {}  # arguments that are to come so
         self.strides: dict[str, list[str]] = {}
         # Of triangular systems, by system and relation: as given, and the inverse.
         self.inverses: dict[Any, tuple[Tile, Tile]] = {}
@@ -201,6 +204,11 @@ class Tiles:
         names = {d: "in_" + (base(d) if base(d) in (TOKEN, EARLIER) else d) for d in dims}
         parts = [names[d] + self.index((d,), target) for d in target if d in dims]
         return " & ".join(parts)
+
+    def zeros(self, dims: Dims) -> str:
+        """A tile of zeros."""
+        shape = ", ".join(str(self.side(d)) for d in dims)
+        return f"tl.zeros(({shape},), tl.float32)" if shape else "0.0"
 
     def cleared(self, tile: Tile, dims: Dims) -> Tile:
         """The tile with zeros beyond the sizes of ``dims``."""

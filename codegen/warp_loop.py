@@ -17,20 +17,16 @@ from __future__ import annotations
 
 from torch import fx
 from tttc.codegen.gluon_source import START_COPY, in_gluon
-from tttc.codegen.loop import Loop
+from tttc.codegen.loop import Loop, forgotten
 from tttc.codegen.ordering import on_demand, products_first
 from tttc.codegen.schedule import Schedule
 from tttc.codegen.triton_tiles import Tile
 from tttc.codegen.warp_operators import WarpOperators
 from tttc.codegen.warp_tiles import Share
 
-from tttc.ir import ops
-from tttc.ir.body import operands_of
 from tttc.ir.build import ancestors, dims_of
 from tttc.ir.errors import NotLowerable
 from tttc.ir.spec import Dims
-
-ARRIVED = 5  # products after which what is loaded at the start of a turn is there
 
 OF_ALL = """
 
@@ -101,9 +97,7 @@ class WarpRenderer(WarpOperators):
                 self.tiles[node] = self._state_tile(source.name, dims_of(node))
         self._store_copies()
         self.write("first = 0")
-        self._start_matrices("0")
-        self._start_vectors()
-        self._store_vectors("0")
+        self._start_copies("0")
         before = len(self.lines)
         self.write("for n in range(0, N):")
         self.indent += 1
@@ -126,9 +120,12 @@ class WarpRenderer(WarpOperators):
             self.tiles[node] = Share(
                 f"{tensor}_row", dims, frozenset(), self.natural(dims), raw=True
             )
-        for i, node in enumerate(self._last()):
-            self.tiles[node] = self.let("x", f"last_{i}_next.to(gl.float32)", ())
         self.write("async_copy.wait_group(0)")
+        for node in self._last():
+            here = f"{self._last_tensor(node)}_last_here.index(n & 1)"
+            self.tiles[node] = self.let(
+                "x", f"gl.sum({here}.load({self.layouts.vector(1)}), 0)", ()
+            )
         for node in self._matrices():
             tensor, memory = self.loop.sources[node].name, self._memory(node)
             name = self.fresh("x")
@@ -136,23 +133,16 @@ class WarpRenderer(WarpOperators):
             self.copies[name] = f"{name}_s"
             self.tiles[node] = Share(name, memory, frozenset(), self.natural(memory), raw=True)
         self.write(f"first = gl.minimum(n + 1, N - 1) * {b}")
-        self._start_matrices("(n + 1) & 1")
-        self._start_vectors()
+        self._start_copies("(n + 1) & 1")
         self.write(f"first = n * {b}")
-        before, there = self.products, False
         for node in self._sequence():
             if node not in self.tiles and not self._deferred(node):
                 self.emit(node)
             if node in self.tiles:
                 self._keep(node)
-            if self.products >= before + ARRIVED and not there:
-                self._store_vectors("(n + 1) & 1")
-                there = True
         for node in self.results:
             if node in self.loop.sources:
                 self._keep(node)
-        if not there:
-            self._store_vectors("(n + 1) & 1")
         self._renew()
         self._store_copies()
 
@@ -211,20 +201,6 @@ def warp_renderer(loop: Loop, schedule: Schedule) -> WarpRenderer:
         NotLowerable: where the loop has no such form.
     """
     renderer = WarpRenderer(loop, schedule)
-    if schedule.nan == "again" and (name := _forgotten(renderer)):
+    if schedule.nan == "again" and (name := forgotten(loop)):
         raise NotLowerable(f"what is not finite may not show in {name} at the end")
     return renderer
-
-
-def _forgotten(renderer: WarpRenderer) -> str:
-    """A state that is no sum of the old one and something, so that it may lose what is not finite; empty for none."""
-    loop = renderer.loop
-    for node, sink in loop.sinks:
-        if sink.kind != "state":
-            continue
-        olds = [n for n, s in loop.sources.items() if s.kind == "state" and s.name == sink.name]
-        while node not in olds:
-            if node.target is not ops.elementwise or node.args[0] not in ("add", "sub"):
-                return sink.name
-            node = operands_of(node)[0]
-    return ""

@@ -102,6 +102,15 @@ class WarpMemory(WarpTiles):
             self.write(
                 f"{self._room(node)} = gl.allocate_shared_memory(gl.float32, [2, {size}], {numbers})"
             )
+            self.in_float32.setdefault(
+                self.loop.sources[node].name
+            )  # so that numbers can be copied
+        for node in self._last():
+            tensor, numbers = self._last_tensor(node), self.layouts.numbers()
+            self.write(
+                f"{tensor}_last_here = gl.allocate_shared_memory(gl.float32, [2, 1], {numbers})"
+            )
+            self.in_float32.setdefault(tensor)
         self.copied = {}
         for node, source in self.loop.sources.items():
             if source.kind != "state":
@@ -140,33 +149,27 @@ class WarpMemory(WarpTiles):
             self.write(f"{copy}.store({name}_v.to(DOT))")
             self.copies[f"{name}_v"] = copy
 
-    def _start_matrices(self, slot: str) -> None:
-        """Begin to copy the matrices of the mini-batch from token ``first`` on into shared memory."""
+    def _start_copies(self, slot: str) -> None:
+        """Begin to copy what the mini-batch from token ``first`` on reads into shared memory."""
         for node in self._matrices():
             tensor, memory = self.loop.sources[node].name, self._memory(node)
             layout = self.layouts.read(*(self.side(d) for d in memory))
             address = f"{tensor}_ptr + {self._place_in(tensor, memory, 'first', layout)}"
             self.write(f"start_copy({self._room(node)}.index({slot}), {address})")
-        self.write("async_copy.commit_group()")
-
-    def _start_vectors(self) -> None:
-        """Load the vectors of the mini-batch from token ``first`` on, and numbers of its last token."""
         for node in self._vectors():
             tensor, dims = self.loop.sources[node].name, dims_of(node)
             layout = self.layouts.vector(self.side(dims[0]))
-            self.write(
-                f"{tensor}_next = gl.load({tensor}_ptr + {self._place_in(tensor, dims, 'first', layout)})"
-            )
-        for i, node in enumerate(self._last()):
-            (token,) = operands_of(node)
-            tensor = self.loop.sources[token].name
+            address = f"{tensor}_ptr + {self._place_in(tensor, dims, 'first', layout)}"
+            self.write(f"start_copy({self._room(node)}.index({slot}), {address})")
+        for node in self._last():
+            tensor = self._last_tensor(node)
             at = f"gl.minimum(first + {self.loop.mini_batch_size}, T) - 1"
-            self.write(
-                f"last_{i}_next = gl.load({tensor}_ptr + gl.cast({at}, gl.int64) * {self.stride(tensor, 'T')})"
-            )
+            address = f"{tensor}_ptr + gl.cast({at}, gl.int64) * {self.stride(tensor, 'T')}"
+            address += f" + gl.arange(0, 1, layout={self.layouts.vector(1)})"
+            self.write(f"start_copy({tensor}_last_here.index({slot}), {address})")
+        self.write("async_copy.commit_group()")
 
-    def _store_vectors(self, slot: str) -> None:
-        """Put the vectors of the next mini-batch, which are there by now, into shared memory: registers are few."""
-        for node in self._vectors():
-            name = self.loop.sources[node].name
-            self.write(f"{self._room(node)}.index({slot}).store({name}_next.to(gl.float32))")
+    def _last_tensor(self, node: fx.Node) -> str:
+        """The argument whose last token a node is."""
+        (token,) = operands_of(node)
+        return self.loop.sources[token].name

@@ -28,6 +28,9 @@ class Pointer:
     def __add__(self, steps: Any) -> Pointer:
         return Pointer(self.memory, self.offset + steps)
 
+    def __sub__(self, steps: Any) -> Pointer:
+        return self + -steps
+
 
 class Shared:
     """A tile in shared memory, not a number until something is stored."""
@@ -80,7 +83,7 @@ def store(pointer: Pointer, value: torch.Tensor, mask: Any = None) -> None:
     value = torch.as_tensor(value).broadcast_to(offset.shape)
     assert offset.numel() == offset.unique().numel(), "two elements of a tile have one address"
     if mask is not None:
-        mask = mask.broadcast_to(offset.shape)
+        mask = torch.as_tensor(mask).broadcast_to(offset.shape)
         offset, value = offset[mask], value[mask]
     pointer.memory[offset] = value.to(pointer.memory.dtype)
 
@@ -98,16 +101,17 @@ def run(call: Any) -> None:
     """A launch as :func:`tttc.runtime.launch.launch` does it, products in the dtype of the launch."""
     place: list[int] = []
     gl = SimpleNamespace(
-        **{n: getattr(torch, n) for n in ("float32", "int64", "exp", "exp2", "rsqrt", "sqrt", "log", "log2", "sin", "cos", "erf", "abs", "where")},
-        constexpr=lambda x: x, program_id=lambda i: torch.tensor(place[i]), cast=lambda x, to: x,
+        **{n: getattr(torch, n) for n in ("float32", "int32", "int64", "exp", "exp2", "rsqrt", "sqrt", "log", "log2", "sin", "cos", "erf", "abs", "where")},
+        constexpr=lambda x: x, program_id=lambda i: torch.tensor(place[i]), cast=lambda x, to: int(x),
         arange=lambda start, end, layout: torch.arange(start, end), load=load, store=store,
         sum=lambda x, axis: x.sum(axis), permute=lambda x, order: x.permute(order),
         convert_layout=lambda x, layout: x, minimum=scalar(min, torch.minimum), maximum=scalar(max, torch.maximum),
         zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype), cdiv=lambda x, y: -(-x // y),
         allocate_shared_memory=allocate,
         **{n: lambda *args, **kwargs: None for n in ("NVMMADistributedLayout", "BlockedLayout", "SliceLayout", "NVMMASharedLayout",
-                                                      "DotOperandLayout", "SwizzledSharedLayout")},
+                                                      "DotOperandLayout", "SwizzledSharedLayout", "DistributedLinearLayout")},
         expand_dims=lambda x, axis: x.unsqueeze(axis), broadcast=torch.broadcast_tensors,
+        reshape=lambda x, shape: x.reshape(shape),
         full=lambda shape, value, dtype, layout: torch.full(shape, value, dtype=dtype),
     )  # fmt: skip
 
@@ -115,7 +119,7 @@ def run(call: Any) -> None:
         target.store(load(source))
 
     names = {
-        "gl": gl, "gluon": SimpleNamespace(jit=lambda f: f), "warpgroup_mma": multiply, "mma_v2": multiply_here,
+        "gl": gl, "gluon": SimpleNamespace(jit=lambda f=None, noinline=False: f or (lambda f: f)), "warpgroup_mma": multiply, "mma_v2": multiply_here,
         "fence_async_shared": lambda: None,
         "async_copy": SimpleNamespace(async_copy_global_to_shared=copy, commit_group=lambda: None,
                                       wait_group=lambda n: None),
@@ -129,5 +133,5 @@ def run(call: Any) -> None:
         arguments += [Pointer.to(x), *x.stride()[:rank]]
     for place[:] in product(*(range(n) for n in call.grid)):
         names[call.kernel.name](
-            *arguments, *call.sizes.values(), DOT=call.dtype, PRECISION="ieee", FAST=False
+            *arguments, *call.sizes.values(), **call.constants(False) | {"DOT": call.dtype}
         )

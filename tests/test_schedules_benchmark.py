@@ -19,6 +19,7 @@ from tttc.tuning import search
 from tttc.tuning.choose import timed_by
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+import held
 import pool
 import schedules
 
@@ -60,10 +61,12 @@ def test_picked_schedules_are_those_that_are_picked(small, direction):
     assert len(asked) == len(set(asked)) == row["timed"]
     real = search.search(*found, backward, by_schedule, None, 600.0)
     assert row["searched"]["us"] == pytest.approx(1e6 * real.seconds)
-    assert row["searched"]["plan"] == schedules._words(real.plan)
-    rules = schedules._by_rules(loop, found[2], backward)
-    assert row["rules"]["plan"] == schedules._words(rules)
+    assert row["searched"]["plan"] == schedules.words(real.plan)
+    rules = schedules.by_rules(loop, found[2], backward)
+    assert row["rules"]["plan"] == schedules.words(rules)
     assert row["rules"]["us"] > row["best"]["us"] > 0
+    assert held.microseconds(row, rules) == pytest.approx(row["rules"]["us"], abs=0.1)
+    assert sum(map(len, row["times"].values())) == row["timed"]
     for name in ("searched", "rules", "model"):
         assert row[name]["of best"] == pytest.approx(row[name]["us"] / row["best"]["us"])
         assert row[name]["of best"] >= 1
@@ -73,7 +76,7 @@ def test_picked_schedules_are_those_that_are_picked(small, direction):
 def test_what_rules_give_is_timed_though_it_spills(small):
     with timed_by(by_schedule):
         found = schedules.asked(SHAPE, "forward", "cpu")
-    (default, *_) = (s for _, s in schedules._by_rules(found[0], found[2], False).schedules)
+    (default, *_) = (s for _, s in schedules.by_rules(found[0], found[2], False).schedules)
 
     def compiler(requests, seconds, done):
         spilled = [10_000 * (r.options["num_warps"] == default.num_warps) for r in requests]
@@ -112,6 +115,29 @@ def test_a_pool_compiles_once_and_lets_others_go_on(tmp_path):
     thread.join()
 
 
+@interpreted
+def test_sequences_in_segments_are_two_searches(small, monkeypatch):
+    long = ("ttt_linear_b4", 8, 1, 72)
+    with timed_by(by_schedule):
+        assert schedules.asked_in_segments(long, "cpu") == []
+        monkeypatch.setattr(schedules.triton_scan, "_warps_of_segments", lambda *_: 4)
+        whole = schedules.asked(long, "forward", "cpu")
+        first, second = schedules.asked_in_segments(long, "cpu")
+    assert (whole[1].length, first[1].length, second[1].length) == (72, 72, 16)
+    assert second[1].batch == 4 and whole[1].batch == first[1].batch == 1
+    assert first[0].interval == 4 and not any(s.kind == "token" for _, s in first[0].sinks)
+    rows = [schedules.study(*x, False, 4, by_schedule, None, float("inf")) for x in (whole, first, second)]  # fmt: skip
+    row = schedules.joined(rows[0], rows[1:])
+    assert row["rules"]["us"] == pytest.approx(rows[1]["rules"]["us"] + rows[2]["rules"]["us"])
+    assert row["rules"]["plan"] == rows[0]["rules"]["plan"]
+    assert row["best"] == rows[0]["best"], "by this clock one kernel is faster than two"
+    assert row["rules"]["of best"] == pytest.approx(row["rules"]["us"] / row["best"]["us"])
+    assert sum(map(len, row["times"].values())) == row["timed"]
+    faster = [x | {"best": {"us": 1.0, "plan": {"scan_full": "x"}}} for x in rows[1:]]
+    row = schedules.joined(rows[0], faster)
+    assert row["best"] == {"us": 2.0, "plan": {"states scan_full": "x", "segments scan_full": "x"}}
+
+
 @pytest.fixture
 def run(monkeypatch, tmp_path):
     """Starts a run of three shapes without a GPU; ``fails`` are those whose study fails."""
@@ -122,6 +148,7 @@ def run(monkeypatch, tmp_path):
     monkeypatch.setattr(schedules, "target_of", lambda device: "sm_90")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "X1")
     monkeypatch.setattr(schedules, "asked", lambda shape, direction: (shape, None, None))
+    monkeypatch.setattr(schedules, "asked_in_segments", lambda shape: [])
 
     def start(fails=(), usable=True, seconds=60.0):
         def study(shape, *rest):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from functools import partial
+from pathlib import Path
+
 import pytest
 import torch
 from marks import interpreted
@@ -16,8 +20,12 @@ from tttc._checks import check_scan_inputs
 from tttc._scan_op import interned
 from tttc.nn import TTTMLP, TTTLinear
 from tttc.pipeline import build_program
-from tttc.runtime import triton_scan, triton_scan_backward
+from tttc.runtime import replay, staged, triton_scan, triton_scan_backward
+from tttc.runtime.launch import launch
 from tttc.scan import _flatten
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+from scans import make_case
 
 pytestmark = interpreted
 
@@ -64,6 +72,43 @@ def test_any_number_of_kernels(cls, interval, prefetch):
                 assert float((x.double() - y).norm()) <= 1e-5 * float(y.norm()) + 1e-12
     program.schedules.clear()
     program.kernels.clear()
+
+
+def chunks():
+    """A scan of a rule whose tokens are tiles."""
+    case = make_case("ttt_mlp_chunk16", 1, 80, 2, 16, device="cpu", dtype=torch.float32)
+    return case.flat(), case.program(), 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("interval", [0, 1])
+@pytest.mark.parametrize("made", [partial(call_of, TTTLinear), partial(call_of, TTTMLP), chunks])
+def test_a_forward_in_pieces(made, interval, monkeypatch):
+    """Where states between kernels would take much memory, few mini-batches run at a time."""
+    call, program, b = made()
+
+    def run(backend, dtype):
+        groups = [[x.to(dtype) for x in g] for g in (call.anchor, [], call.tokens, call.shared)]
+        return torch.ops.tttc.fused_scan(*groups, call.key, b, 0, backend, bool(interval), interval)
+
+    exact = run("torch", torch.float64)
+    launched = []
+    monkeypatch.setattr(replay, "launch", lambda x: (launched.append(x.kernel.name), launch(x)))
+    counts = []
+    for stages, passed in ((1, 1), (2, 1 << 30), (2, 1)):
+        monkeypatch.setattr(staged, "PASSED", passed)
+        program.kernels.clear()
+        for part in ("full", "tokens"):
+            program.schedules[part] = Schedule(stages=stages, group=2, repeat_vectors=False)
+        launched.clear()
+        for x, y in zip(run("triton", torch.float32), exact, strict=True):
+            assert float((x.double() - y).norm()) <= 1e-5 * float(y.norm()) + 1e-12
+        counts.append(len(launched))
+    assert program.no_kernels is None
+    program.schedules.clear()
+    program.kernels.clear()
+    one, two, pieces = counts
+    assert one + 1 == two < pieces
 
 
 def test_few_mini_batches_together(monkeypatch):

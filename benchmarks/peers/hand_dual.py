@@ -1,13 +1,16 @@
 """TTT-Linear in its dual form as people write it by hand: a mini-batch at a time, its body under torch.compile.
 
 Source: arXiv 2407.04620, appendix A, and test-time-training/ttt-lm-pytorch (``TTTLinear.ttt``): gradients by hand, the
-loop over mini-batches in Python, groups of mini-batches recomputed in the backward.
+loop over mini-batches in Python, groups of mini-batches recomputed in the backward. With GRAPHS the host launches groups
+in the place of kernels.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
+import timing
 import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -46,16 +49,77 @@ def mini_batch(
 
 
 BODY = mini_batch  # what runs it: torch.compile(mini_batch), say
+GRAPHS = False  # a group as one CUDA graph, and its gradients as another
 
 
 def group(W: Tensor, b: Tensor, gain: Tensor, bias: Tensor, q: Tensor, k: Tensor, v: Tensor,
           rates: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Mini-batches one after another; q, k, v ``[B, H, n, b, d]``, rates ``[B, H, n, b, b]``."""
     out = []
-    for i in range(q.shape[2]):
-        W, b, z = BODY(W, b, gain, bias, *(x[:, :, i] for x in (q, k, v, rates)))
-        out.append(z)
+    # A graph is captured, and a backward computed, outside of whatever autocast there was: it is a group's own.
+    with torch.autocast(q.device.type, torch.bfloat16, q.dtype == torch.bfloat16, cache_enabled=False):  # fmt: skip
+        for i in range(q.shape[2]):
+            W, b, z = BODY(W, b, gain, bias, *(x[:, :, i] for x in (q, k, v, rates)))
+            out.append(z)
     return W, b, torch.stack(out, 2)
+
+
+class Graphs:
+    """A group, and its gradients recomputed from its arguments, as CUDA graphs into which arguments are copied."""
+
+    made: ClassVar[dict[Any, Graphs]] = {}
+
+    def __init__(self, arguments: tuple[Tensor, ...]) -> None:
+        self.inputs = [x.detach().clone() for x in arguments]
+        with torch.no_grad():
+            self.forward, self.results = timing.captured(lambda: group(*self.inputs))
+        self.seeds = [torch.zeros_like(x) for x in self.results]
+        self.backward: Any = None
+
+    @classmethod
+    def of(cls, arguments: tuple[Tensor, ...]) -> Graphs:
+        """Those for arguments of these shapes, with their gradients where the gradient mode says so."""
+        key = tuple(x.shape for x in arguments)
+        found = cls.made.get(key) or cls.made.setdefault(key, cls(arguments))
+        if torch.is_grad_enabled() and found.backward is None:
+            leaves = [x.detach().requires_grad_() for x in found.inputs]
+            # What is saved here is not for a checkpoint around the caller to recompute.
+            with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+                found.backward, found.gradients = timing.captured(
+                    lambda: torch.autograd.grad(group(*leaves), leaves, found.seeds)
+                )
+        return found
+
+    @staticmethod
+    def run(graph: Any, to: Sequence[Tensor], given: Sequence[Tensor], made: Sequence[Tensor]) -> tuple[Tensor, ...]:  # fmt: skip
+        """Copy in, replay, copy out."""
+        for x, y in zip(to, given, strict=True):
+            x.copy_(y)
+        graph.replay()
+        return tuple(x.clone() for x in made)
+
+
+class Replayed(torch.autograd.Function):
+    """:func:`group` by its graphs; nothing but its arguments is kept for the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, graphs: Graphs, *arguments: Tensor) -> tuple[Tensor, ...]:
+        ctx.graphs = graphs
+        ctx.save_for_backward(*arguments)
+        return graphs.run(graphs.forward, graphs.inputs, arguments, graphs.results)
+
+    @staticmethod
+    def backward(ctx: Any, *seeds: Tensor) -> Any:
+        g = ctx.graphs
+        given = (*ctx.saved_tensors, *seeds)
+        return None, *g.run(g.backward, [*g.inputs, *g.seeds], given, g.gradients)
+
+
+def recomputed(*arguments: Tensor) -> tuple[Tensor, ...]:
+    """:func:`group`, recomputed in the backward."""
+    if GRAPHS:
+        return Replayed.apply(Graphs.of(arguments), *arguments)
+    return checkpoint(group, *arguments, use_reentrant=False) if torch.is_grad_enabled() else group(*arguments)  # fmt: skip
 
 
 class HandDual(TTTLinear):
@@ -88,18 +152,13 @@ class HandDual(TTTLinear):
     def over_mini_batches(self, q: Tensor, k: Tensor, v: Tensor, rates: Tensor) -> Tensor:
         """The loop; outputs ``[B, H, n, b, d]``."""
         wide = torch.promote_types(q.dtype, torch.float32)
-        W = self.W1.to(wide).expand(q.shape[0], *self.W1.shape)
-        b = self.b1.to(wide)[:, None].expand(q.shape[0], -1, -1, -1)
+        W = self.W1.to(wide).expand(q.shape[0], *self.W1.shape).contiguous()
+        b = self.b1.to(wide)[:, None].expand(q.shape[0], -1, -1, -1).contiguous()
         gain, bias = self.norm_weight.to(wide)[:, None], self.norm_bias.to(wide)[:, None]
         out = []
-        with torch.autocast(q.device.type, torch.bfloat16, q.dtype == torch.bfloat16):
-            for parts in zip(*(x.split(GROUP, 2) for x in (q, k, v, rates)), strict=True):
-                arguments = (W, b, gain, bias, *parts)
-                if torch.is_grad_enabled():
-                    W, b, z = checkpoint(group, *arguments, use_reentrant=False)
-                else:
-                    W, b, z = group(*arguments)
-                out.append(z)
+        for parts in zip(*(x.split(GROUP, 2) for x in (q, k, v, rates)), strict=True):
+            W, b, z = recomputed(W, b, gain, bias, *(x.contiguous() for x in parts))
+            out.append(z)
         return torch.cat(out, 2)
 
     def after(self, z: Tensor) -> Tensor:

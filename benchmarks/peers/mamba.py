@@ -38,5 +38,14 @@ class Mamba(nn.Module):
         """Its layers."""
         return self.model.backbone.layers
 
+    @property
+    def head(self) -> torch.Tensor:
+        """The embedding."""
+        return self.model.lm_head.weight
+
+    def hidden(self, ids: torch.Tensor) -> torch.Tensor:
+        """What the head sees ``[B, T, hidden_size]``."""
+        return self.model.backbone(ids)
+
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         return self.model(ids).logits

@@ -69,7 +69,13 @@ class Transformer(nn.Module):
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps, **options)
         nn.init.normal_(self.embedding.weight, std=INIT_STD)
 
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+    @property
+    def head(self) -> torch.Tensor:
+        """The embedding."""
+        return self.embedding.weight
+
+    def hidden(self, ids: torch.Tensor) -> torch.Tensor:
+        """What the head sees ``[B, T, hidden_size]``."""
         config = self.config
         x = self.embedding(ids)
         cos, sin = angles(
@@ -77,4 +83,7 @@ class Transformer(nn.Module):
         )
         for block in self.blocks:
             x = block(x, cos, sin)
-        return F.linear(self.norm(x), self.embedding.weight)
+        return self.norm(x)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return F.linear(self.hidden(ids), self.head)

@@ -35,6 +35,7 @@ class Program:
     splits: dict = field(default_factory=dict)  # the full body split for the torch backend
     schedules: dict = field(default_factory=dict)  # of the parts, where one was chosen
     plans: dict = field(default_factory=dict)  # of loops, where measuring has found one
+    rules: dict = field(default_factory=dict)  # plans of loops, where none has been measured
     searched: set = field(default_factory=set)  # what plans were searched for in this process
     kernels: dict = field(default_factory=dict)
     calls: dict = field(default_factory=dict)  # what was done for arguments laid out in one way

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,7 @@ from tttc.runtime.saved_states import empty_states
 
 Tensor = torch.Tensor
 Launcher = Callable[[Launch], None]
+PASSED = 1 << 30  # bytes between kernels that are there at a time, about
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,40 @@ def staged(loop: Loop, count: int, schedule: Callable[[Loop], Schedule]) -> Stag
     return Staged(kernels, frozenset(read - wide), shapes)
 
 
+def mini_batches_at_once(
+    made: Staged | Chunked,
+    given: Collection[str],
+    heads: int,
+    mini_batches: int,
+    dtype: torch.dtype,
+) -> int:
+    """The mini-batches of ``heads`` sequences that kernels run together: as many as pass about :data:`PASSED` bytes.
+
+    ``given``: the tensors that are there for all mini-batches.
+    """
+    if isinstance(made, Chunked):
+        return mini_batches
+    passed = dict(made.saved)
+    for kernel in made.kernels:
+        passed |= kernel.config["values"]
+    each = sum(
+        math.prod(shape) * (dtype if name in made.narrow else torch.float32).itemsize
+        for name, shape in passed.items()
+        if name not in given
+    )
+    pieces = max(round(heads * mini_batches * each / PASSED), 1)
+    return -(-mini_batches // pieces)
+
+
+def in_float32(x: Tensor) -> Tensor:
+    """The tensor in float32; what is repeated in it is computed once."""
+    once = x
+    for axis, (size, stride) in enumerate(zip(x.shape, x.stride(), strict=True)):
+        if stride == 0 and size > 1:
+            once = once.narrow(axis, 0, 1)
+    return once.to(torch.float32).expand(x.shape)
+
+
 def run_staged(
     made: Staged | Chunked,
     tensors: Mapping[str, Tensor],
@@ -107,6 +143,7 @@ def run_staged(
     mini_batches = -(-length // made.kernels[0].config["mini_batch_size"])
     results: dict[str, Tensor] = {}
     launches: list[Launch] = []
+    wide: dict[str, Tensor] = {}
 
     def kind(name: str, *, wide: bool = False) -> torch.dtype:
         return dtype if name in made.narrow and not wide else torch.float32
@@ -128,8 +165,12 @@ def run_staged(
         for name, shape in config["sums"].items():
             lead = (batch, heads, programs) if config["parallel"] else (batch, heads)
             results[name] = have[name] = empty(name, (*lead, *shape), wide=True)
+        for name in config["float32"]:
+            if have[name].dtype != torch.float32 and name not in wide:
+                wide[name] = in_float32(have[name])
+        given = have if not config["float32"] else {**have, **{n: wide.get(n, have[n]) for n in config["float32"]}}  # fmt: skip
         grid = (batch * heads, programs)
-        launches.append(Launch(kernel, have, grid, length, heads, place, dtype))
+        launches.append(Launch(kernel, given, grid, length, heads, place, dtype))
     if device.type == "cuda" and launcher is launch and not made.kernels[-1].compiled:
         compile_ahead(launches, device)
     for call in launches:

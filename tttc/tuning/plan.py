@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import fx
 
-from tttc.codegen.heuristics import crowding
+from tttc.codegen.devices import device_of
+from tttc.codegen.heuristics import crowding, default_schedule
 from tttc.codegen.loop import Loop
 from tttc.codegen.schedule import Schedule
 from tttc.codegen.stages import stages
+from tttc.codegen.staging import WHOLE, Call, Split, forward_split
 from tttc.ir.build import dims_of
 
 CPU = torch.device("cpu")
@@ -49,6 +51,28 @@ def setting_of(
     """The setting of a call of so many sequences times heads, and mini-batches."""
     crowd = crowding(programs, mini_batches, device)
     return Setting(crowd, programs.bit_length(), mini_batches.bit_length(), dtype, device, gluon)
+
+
+def split_of(loop: Loop, setting: Setting, backward: bool = False) -> Split:
+    """How rules split a loop; of the size class the smallest call counts."""
+    if backward:
+        return WHOLE  # as :func:`tttc.codegen.heuristics.backward_stages` says
+    programs, mini_batches = (max(1 << n >> 1, 1) for n in (setting.programs, setting.mini_batches))
+    call = Call(programs, mini_batches, device_of(setting.device), setting.dtype.itemsize)
+    return forward_split(loop, call)
+
+
+def by_rules(loop: Loop, setting: Setting, backward: bool = False) -> Plan:
+    """The plan of a loop that no search has found one for."""
+    split = split_of(loop, setting, backward)
+
+    def chosen(part: Loop) -> Schedule:
+        return default_schedule(part, setting.crowd, backward, setting.gluon, split)
+
+    whole = chosen(loop)
+    common = {"stages": whole.stages, "narrow": whole.narrow}
+    parts = stages(loop, whole.stages)
+    return Plan(tuple((part.name, replace(chosen(part), **common)) for part in parts))
 
 
 @dataclass(frozen=True)

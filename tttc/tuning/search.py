@@ -29,7 +29,7 @@ from tttc.progress import counting, phase
 from tttc.runtime.ahead import Compiler, fast
 from tttc.runtime.launch import Launch, launch, prepared
 from tttc.runtime.staged import run_staged, staged
-from tttc.tuning.plan import Plan, Setting
+from tttc.tuning.plan import Plan, Setting, split_of
 
 Tensor = torch.Tensor
 Timer = Callable[[Launch], float]  # runs a launch, and says how many seconds it takes
@@ -170,10 +170,11 @@ def _splits(loop: Loop, call: Call, setting: Setting, backward: bool, worse: flo
     sizes = (call.batch, call.heads, call.length)
     found: list[tuple[float, dict[str, Any], list[tuple[Loop, CostModel]]]] = []
     seen: dict[tuple[str, ...], int] = {}
-    for common in plans(loop, setting.crowd, backward):
+    how = split_of(loop, setting, backward)
+    for common in plans(loop, setting.crowd, backward, how):
         parts = stages(loop, common["stages"])
         models = [(p, CostModel(p, sizes, device, call.dtype.itemsize)) for p in parts]
-        first = [candidates(p, setting.crowd, backward, setting.gluon)[0] for p in parts]
+        first = [candidates(p, setting.crowd, backward, setting.gluon, how)[0] for p in parts]
         estimate = sum(
             m.estimate(replace(s, **common)).seconds
             for (_, m), s in zip(models, first, strict=True)
@@ -192,7 +193,7 @@ def _splits(loop: Loop, call: Call, setting: Setting, backward: bool, worse: flo
         for part, model in models:
             all_ = [
                 replace(s, **common)
-                for s in candidates(part, setting.crowd, backward, setting.gluon)
+                for s in candidates(part, setting.crowd, backward, setting.gluon, how)
             ]
             ranked = [s for s, _ in model.rank(all_)]
             kernels.append(_Kernel(part, model, list(dict.fromkeys([all_[0], *ranked]))))

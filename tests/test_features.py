@@ -1,0 +1,129 @@
+"""Kernels whose warps each hold some features: what they compute, and what they take."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import gluon_on_cpu
+import pytest
+import torch
+from marks import interpreted
+from test_gluon import assert_close, backward, exact, forward
+from tttc.codegen.schedule import Schedule
+
+from tttc.runtime import launch, triton_scan
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+from scans import make_case
+
+FEATURES = Schedule(
+    num_warps=2, num_stages=4, feature_major=True, order="on_demand", renderer="features", nan="again",
+    repeat_vectors=False,
+)  # fmt: skip
+
+
+def case_of(T=64, dtype=torch.float32, name="ttt_linear_b16", d=32):
+    return make_case(name, 1, T, heads=2, d=d, device="cpu", dtype=dtype)
+
+
+def run(call):
+    """Kernels of features as Python; what continues a mini-batch in the interpreter."""
+    features = call.kernel.config["schedule"].renderer == "features"
+    (gluon_on_cpu.run if features else launch.launch)(call)
+
+
+def loop_of(case):
+    return triton_scan._loop(case.program(), "full", False)
+
+
+@interpreted
+@pytest.mark.parametrize("nan", ["ignored", "product", "again"])
+@pytest.mark.parametrize("T", [64, 57])
+def test_forward_computes_what_the_program_says(T, nan):
+    case = case_of(T)
+    assert_close(forward(case, replace(FEATURES, nan=nan), run), exact(case), 1e-5)
+
+
+@interpreted
+@pytest.mark.parametrize("warps, d, b", [(1, 32, 16), (4, 64, 16), (2, 64, 32)])
+def test_other_pieces(warps, d, b):
+    case = case_of(name=f"ttt_linear_b{b}", d=d)
+    for few in (False, True):
+        schedule = replace(FEATURES, num_warps=warps, few_shuffles=few)
+        assert_close(forward(case, schedule, run), exact(case), 1e-5)
+
+
+def test_operands_of_products_have_the_dtype_of_tokens():
+    case = case_of(dtype=torch.bfloat16)
+    launches = []
+
+    def note(call):
+        launches.append(call)
+        run(call)
+
+    assert_close(forward(case, FEATURES, note), exact(case), 1e-2)
+    (call,) = launches
+    assert call.kernel.config["float32"] == ("token_3", "token_4")  # copied number by number
+    assert call.tensors["token_3"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("argument", ["q", "k", "v", "eta"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_after_its_token(argument, value):
+    case = case_of()
+    getattr(case.tokens, argument)[0, 1, 22] = value
+    careless = forward(case, replace(FEATURES, nan="ignored"), run)
+    (z,), _ = forward(case, FEATURES, run)
+    (wanted,), _ = exact(case)
+    assert torch.equal(z.isnan(), wanted.isnan())
+    assert wanted.isnan().any() and not wanted[:, :, :22].isnan().any()
+    seen = argument in ("k", "v")  # by sums over tokens, also those before
+    assert bool(careless[0][0][0, 1, 16:22].isnan().any()) == seen
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "batch, T, kernels",
+    [
+        (1, 256, ["full_states", "full"]),
+        (2, 256, ["full_states", "full"]),
+        (1, 263, ["full_states", "full", "continued"]),
+        (1, 288, ["full_states", "full", "full"]),
+        (2, 288, ["full"]),  # segments of two sequences do not follow each other alike
+    ],
+)
+def test_segments_beside_each_other(batch, T, kernels, monkeypatch):
+    monkeypatch.setattr(triton_scan, "mini_batches_of", lambda *_: 4)
+    case = make_case("ttt_linear_b16", batch, T, heads=2, d=32, device="cpu", dtype=torch.float32)
+    launches = []
+
+    def note(call):
+        launches.append(call.kernel.name)
+        run(call)
+
+    assert_close(forward(case, replace(FEATURES, segments=True), note), exact(case), 1e-5)
+    assert launches == [f"scan_{name}" for name in kernels]
+
+
+@interpreted
+@pytest.mark.parametrize("choice", [{}, {"few_shuffles": True}, {"order": "least_live"}], ids=str)
+@pytest.mark.parametrize("stages", [1, 3])
+@pytest.mark.parametrize("T", [64, 57])
+def test_backward_computes_what_the_program_says(T, stages, choice):
+    case = case_of(T)
+    schedule = replace(FEATURES, nan="ignored", stages=stages, **choice)
+    plain = Schedule(num_warps=4, num_stages=1, repeat_vectors=False, nan="ignored", stages=stages)
+    own = {"scan_full_backward_recurrence": schedule}
+    renderers = []
+
+    def note(call):
+        renderers.append(call.kernel.config["schedule"].renderer)
+        run(call)
+
+    whole = plain if stages == 3 else schedule
+    got, wanted = backward(case, whole, note, before=replace(FEATURES), of_stages=own)
+    for x, y in zip(got, wanted, strict=True):
+        assert_close([x], [y], 1e-4)
+    assert renderers.count("features") == 2
