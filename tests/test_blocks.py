@@ -386,6 +386,27 @@ def test_dropout_draws_what_it_drew(monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("writes", [False, True])
+def test_the_same_block_on_the_same_values_draws_anew(writes, seen):
+    """Equal calls are not one: where a graph writes into a tensor PyTorch looks for them, else we do."""
+
+    class Several(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = Block()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            if writes:
+                self.calls.add_(1)
+            return torch.stack([F.dropout(self.block(x), 0.5) for _ in range(DEPTH)])
+
+    x = torch.randn(2, 5, WIDTH, dtype=torch.float64, requires_grad=True)
+    drawn = tttc.compile(Several(), backend="torch")(x)
+    assert seen[0] == [DEPTH]
+    assert len({tuple(t.flatten().tolist()) for t in drawn.detach()}) == DEPTH
+
+
 def test_autocast_inside_and_outside(seen):
     class Cast(Deep):
         def forward(self, x):

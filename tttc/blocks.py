@@ -58,12 +58,12 @@ def _replace(graph: fx.Graph, block: Block, repeat: Repeat, now: dict[fx.Node, f
     def run_block(tensors: Any, sizes: Any, labels: Any) -> Any:
         return block(tensors, sizes, labels)
 
-    for nodes, operands in zip(repeat.blocks, repeat.operands, strict=True):
+    for number, (nodes, operands) in enumerate(zip(repeat.blocks, repeat.operands, strict=True)):
         given = [now.get(n, n) for n in operands]
         sizes = [n for n in given if isinstance(n.meta["example_value"], torch.SymInt)]
         tensors = [n for n in given if n not in sizes]
         with graph.inserting_after(nodes[-1]):
-            at = call = graph.call_function(run_block, (tensors, sizes, _labels(nodes)))
+            at = call = graph.call_function(run_block, (tensors, sizes, _labels(nodes, number)))
         call.meta = {k: v for k, v in nodes[-1].meta.items() if k != "example_value"}
         for i, place in enumerate(repeat.results):
             with graph.inserting_after(at):
@@ -75,9 +75,9 @@ def _replace(graph: fx.Graph, block: Block, repeat: Repeat, now: dict[fx.Node, f
             graph.erase_node(node)
 
 
-def _labels(nodes: Sequence[fx.Node]) -> str:
-    """The layers of the scans among nodes, one a line."""
-    return "\n".join(layers_of_scans(nodes))
+def _labels(nodes: Sequence[fx.Node], number: int) -> str:
+    """The layers of the scans among nodes, one a line; and a number, since a block of random numbers is no other's equal."""
+    return "\n".join([*layers_of_scans(nodes), str(number)])
 
 
 def hand_out(joint: fx.GraphModule, programs: dict[str, Program]) -> None:

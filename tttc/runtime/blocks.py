@@ -70,7 +70,10 @@ class Block:
 
 @torch.library.custom_op("tttc::block", mutates_args=())
 def block(tensors: list[Tensor], sizes: list[int], key: str, labels: str) -> list[Tensor]:
-    """Stands for the nodes of a program until these take its place again; ``labels``, one a line, are told to its scans."""
+    """Stands for the nodes of a program until these take its place again; ``labels``, one a line, are told to its scans.
+
+    After them comes a number, that of the block: two calls that draw random numbers are not the same.
+    """
     raise RuntimeError(
         "tttc: a block was not put back into the graph it was taken from; please report this"
     )
