@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from tttc.codegen.feature_rules import feature_candidates
 from tttc.codegen.heuristics import default_schedule
 from tttc.codegen.loop import Loop, used
 from tttc.codegen.ordering import products_first
@@ -105,7 +106,7 @@ def candidates(
     gluon: bool = False,
     split: Split = WHOLE,
 ) -> list[Schedule]:
-    """The schedules worth a look for one kernel, the default first; of Gluon kernels that one alone.
+    """The schedules worth a look for one kernel, the default first; of Gluon kernels that one, and of features over warps a few like it.
 
     Args:
         loop: of one kernel (a stage, as :func:`tttc.codegen.stages.stages` makes them).
@@ -119,6 +120,8 @@ def candidates(
         for may in (gluon, False)
     )
     made = [first, exact]
+    if first.renderer == "features":
+        made += feature_candidates(loop, first)
     for parts in itertools.product(*(choice(loop, exact) for choice in CHOICES)):
         made.append(replace(exact, **{k: v for part in parts for k, v in part.items()}))
     return list(dict.fromkeys(made))

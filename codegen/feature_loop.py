@@ -62,7 +62,7 @@ class FeatureRenderer(FeatureProducts):
         total = " + ".join(self._total(name, dims) for name, dims in self._state_dims().items())
         names = [x for name in self.arguments for x in (name, *self._strides_of(name))]
         self.write(f"if {total} != 0.0:")
-        self.write(f"    carefully({', '.join(names)}, T, H, DOT, PRECISION, FAST)")
+        self.write(f"    carefully({', '.join(names)}, T, H, {', '.join(self.constants)})")
         careful = FeatureRenderer(self.loop, replace(self.schedule, nan="product"))
         careful.render()
         start = next(
@@ -95,12 +95,6 @@ class FeatureRenderer(FeatureProducts):
         self.write(f"N = gl.cdiv(T, {self.loop.mini_batch_size})")
         self._pointers()
 
-    def _number(self, step: str) -> str:
-        """The mini-batch of a turn of the loop; beyond the last turn it is the last one again."""
-        if self.loop.reverse:
-            return f"gl.maximum(N - 1 - ({step}), 0)"
-        return f"gl.minimum({step}, N - 1)"
-
     def _turns(self) -> None:
         """All mini-batches, from the states to start from."""
         self.tiles = {n: t for n, t in self.tiles.items() if n in self.invariant}
@@ -113,22 +107,23 @@ class FeatureRenderer(FeatureProducts):
         self._forget()
         start = len(self.lines)
         self._mini_batch()
-        waiting = self._store_those_late(self.late, self._number("step - 1"), "(step > 0)")
+        waiting = self._store_those_late(after=False)
         arrived = (
             next(i for i in range(start, len(self.lines)) if "wait_group" in self.lines[i]) + 1
         )
         self.lines[arrived:arrived] = waiting
         self.indent -= 1
         self.indent_of_turn = -1
-        self.lines += self._store_those_late(self.late, self._number("N - 1"), "")
+        self.lines += self._store_those_late(after=True)
         self.lines[before:before] = [
-            "    " * self.indent + line for line in dict.fromkeys(self.rooms)
+            *("    " * self.indent + line for line in dict.fromkeys(self.rooms)),
+            *self._late_from(),
         ]
         self.rooms.clear()
         self._forget()
 
     def _mini_batch(self) -> None:
-        self.write(f"n = {self._number('step')}")
+        self.write("n = N - 1 - step" if self.loop.reverse else "n = step")
         self.write(f"first = n * {self.loop.mini_batch_size}")
         self.write(f"count = gl.minimum(T - first, {self.loop.mini_batch_size})")
         self._arrived()

@@ -19,7 +19,6 @@ class Late:
     """A matrix that waits in shared memory to be stored: other warps have parts of its rows."""
 
     tensor: str
-    pointer: str  # by ``of``, the mini-batch it is of, and ``first``, its first token
     room: str
     dims: Dims  # as they lie in memory
 
@@ -124,7 +123,8 @@ class FeatureMemory(FeatureTiles):
             self._places_in(tensor, kept, layout, "most") or f"gl.arange(0, 1, layout={layout})"
         )
         if node.target is ops.last:
-            last = f"gl.minimum({self.loop.mini_batch_size - 1}, most)"
+            end = self.loop.mini_batch_size - 1
+            last = f"({end} if WHOLE else gl.minimum({end}, most))"
             places = f"{last} * {self.stride(tensor, 'T')} + {places}"
         return f"{tensor}_from + {places}"
 
@@ -139,7 +139,7 @@ class FeatureMemory(FeatureTiles):
             place = f"gl.arange(0, {self.side(d)}, layout={part})"
             stride = self.stride(tensor, d if d in self.strides[tensor] else "T")
             if is_token(d) and d not in self.strides[tensor]:
-                place = f"gl.minimum({place}, {most})" if most else place
+                place = f"({place} if WHOLE else gl.minimum({place}, {most}))" if most else place
             parts.append(f"{place}{self.index((d,), dims)} * {stride}")
         return " + ".join(parts)
 
@@ -179,7 +179,7 @@ class FeatureMemory(FeatureTiles):
         dims = self.order(tile.dims)
         value = f"{self.line_up(tile, dims)}.to({self.argument(tensor)}.dtype.element_ty)"
         if len(dims) == 2 and not all(map(is_token, dims)) and self.indent_of_turn == self.indent:
-            self._store_late(tensor, pointer, value, dims)
+            self._store_late(tensor, value, dims)
             return
         parts = []
         for d in dims:
@@ -189,10 +189,10 @@ class FeatureMemory(FeatureTiles):
                 place = f"(first + {place}).to(gl.int64)"
             parts.append(f"{place} * {stride}")
         tokens = tuple(d for d in dims if is_token(d) and rows is not None)
-        condition = f", mask={self.mask(tokens, dims)}" if tokens else ""
+        condition = f", mask=None if WHOLE else {self.mask(tokens, dims)}" if tokens else ""
         self.write(f"gl.store({' + '.join([pointer, *parts])}, {value}{condition})")
 
-    def _store_late(self, tensor: str, pointer: str, value: str, dims: Dims) -> None:
+    def _store_late(self, tensor: str, value: str, dims: Dims) -> None:
         """Put a matrix where it is stored from a turn later."""
         memory = self._as_stored(tensor, dims)
         room = f"{tensor}_there"
@@ -201,29 +201,43 @@ class FeatureMemory(FeatureTiles):
         self.rooms.append(f"{room} = gl.allocate_shared_memory({kind}, [{rows}, {columns}], {self.layouts.shared(columns, 2)})")  # fmt: skip
         turned = "" if memory == dims else ".permute((1, 0))"
         self.write(f"{room}{turned}.store({value})")
-        self.late.append(Late(tensor, pointer, room, memory))
+        self.late.append(Late(tensor, room, memory))
 
-    def _store_those_late(self, late: list[Late], n: str, condition: str) -> list[str]:
-        """The lines that store what the turn of mini-batch ``n`` has made."""
-        if not late:
+    def _late_from(self) -> list[str]:
+        """The lines that say where late stores begin."""
+        made = []
+        for x in self.late:
+            has_tokens = any(is_token(d) and d not in self.strides[x.tensor] for d in x.dims)
+            length = f"{self.stride(x.tensor, 'T')} * {self.loop.mini_batch_size}" if has_tokens else self.stride(x.tensor, "N")  # fmt: skip
+            made.append(f"{x.tensor}_length = gl.cast({length}, gl.int64)")
+            start = f" + gl.cast(N - 1, gl.int64) * {x.tensor}_length" if self.loop.reverse else ""
+            made.append(f"{x.tensor}_to = {x.tensor}_ptr{start}")
+        return ["    " * self.indent + line for line in made]
+
+    def _store_those_late(self, after: bool) -> list[str]:
+        """The lines that store what the turn before has made; ``after``: those after the last turn.
+
+        The first turn stores what the next one overwrites, in the same threads.
+        """
+        if not self.late:
             return []
         before, self.lines = self.lines, []
-        self.write(f"of = {n}")
-        self.write(f"first_of = of * {self.loop.mini_batch_size}")
-        for x in late:
+        b = self.loop.mini_batch_size
+        of = "N - 1" if after else "gl.maximum(step - 1, 0)"
+        self.write(f"left = T - {f'(N - 1 - ({of}))' if self.loop.reverse else f'({of})'} * {b}")
+        for x in self.late:
             layout = self.layouts.memory(*(self.side(d) for d in x.dims), 2)
             offset, tokens = self._places_in(x.tensor, x.dims, layout), []
             for i, d in enumerate(x.dims):
                 if is_token(d) and d not in self.strides[x.tensor]:
-                    offset += f" + gl.cast(first_of, gl.int64) * {self.stride(x.tensor, 'T')}"
                     part = self.layouts.slice(layout, 1 - i)
-                    tokens.append(
-                        f"(gl.arange(0, {self.side(d)}, layout={part}) < T - first_of){self.index((d,), x.dims)}"
-                    )
-            mask = " & ".join([*([condition] if condition else []), *tokens])
-            self.write(
-                f"gl.store({x.pointer} + {offset}, {x.room}.load({layout}){f', mask={mask}' if mask else ''})"
-            )
+                    places = f"gl.arange(0, {self.side(d)}, layout={part})"
+                    tokens.append(f"({places} < left){self.index((d,), x.dims)}")
+            mask = f", mask=None if WHOLE else {' & '.join(tokens)}" if tokens else ""
+            self.write(f"gl.store({x.tensor}_to + {offset}, {x.room}.load({layout}){mask})")
+            if not after:
+                sign = "-" if self.loop.reverse else "+"
+                self.write(f"{x.tensor}_to {sign}= gl.cast(step > 0, gl.int64) * {x.tensor}_length")
         made, self.lines = self.lines, before
         return made
 
@@ -236,11 +250,9 @@ class FeatureMemory(FeatureTiles):
             if sink.kind == "sum":
                 self.write(f"{sink.name}_v += {self.line_up(tile, self.order(tile.dims))}")
                 continue
-            late = len(tile.dims) == 2 and not all(map(is_token, tile.dims))
-            at = "of" if late else "n"
             pointer, rows = f"{sink.name}_ptr", None
             if sink.kind == "value":
-                pointer += f" + gl.cast({at}, gl.int64) * {self.stride(sink.name, 'N')}"
+                pointer += f" + gl.cast(n, gl.int64) * {self.stride(sink.name, 'N')}"
             else:
                 rows = "rows"
             self.store(sink.name, pointer, tile, rows)
@@ -254,8 +266,7 @@ class FeatureMemory(FeatureTiles):
             at = f"n // {interval}"
         for name in self.loop.save:
             tensor, dims = f"saved_{name}", self._state_dims()[name]
-            late = len(dims) == 2 and interval == 1
-            pointer = f"{tensor}_ptr + gl.cast({'of' if late else at}, gl.int64) * {self.stride(tensor, 'N')}"
+            pointer = f"{tensor}_ptr + gl.cast({at}, gl.int64) * {self.stride(tensor, 'N')}"
             self.store(tensor, pointer, self._state_tile(name, dims), None)
         if self.loop.save and interval > 1:
             self.indent -= 1

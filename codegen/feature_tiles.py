@@ -44,6 +44,7 @@ class FeatureTiles(Renderer):
 
     lines: list[str]
     tiles: dict[fx.Node, Tile]
+    constants = (*Renderer.constants, "WHOLE")  # whether all mini-batches are whole
 
     def __init__(self, loop: Loop, schedule: Schedule) -> None:
         self.layouts = FeatureLayouts(schedule.num_warps)
@@ -284,7 +285,8 @@ class FeatureTiles(Renderer):
             return tile
         dims = self.order(tile.dims)
         with self._at_home(self.placed(tile).layout if len(dims) == 1 else ""):
-            value = f"gl.where({self.mask(missing, dims)}, {self.line_up(tile, dims)}, 0.0)"
+            value = self.line_up(tile, dims)
+            value = f"{value} if WHOLE else gl.where({self.mask(missing, dims)}, {value}, 0.0)"
             return self.let("m", value, dims, tile.zero | set(missing))
 
     def negated(self, tile: Tile) -> Tile:

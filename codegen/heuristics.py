@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import torch
 from tttc.codegen.devices import device_of
-from tttc.codegen.feature_loop import feature_renderer
+from tttc.codegen.feature_rules import feature_schedules
 from tttc.codegen.forward_rules import (
     FEW_PRODUCTS,
     MANY_PRODUCTS,
@@ -49,7 +49,6 @@ Reasons = tuple[tuple[str, str], ...]
 
 TILE_REGISTERS = 32  # of a thread, at most, for one tile of tokens, where warps can be added: several live at a time
 STATE_OF_WARPS = 160  # registers of a thread, at most, where warps share the state
-FEATURE_REGISTERS = 80  # of a thread, at most, where warps hold the features of a state
 GROUP = 8  # mini-batches a program of a parallel kernel handles
 LEAST_MINI_BATCHES = 8  # from which stages pay
 # Of Gluon kernels, the best first: those that load more than they store, and the others.
@@ -124,7 +123,7 @@ def default_schedule(
         others = [*_shared_by_warps(loop), *_warpgroups(loop)] if gluon else []
         choices = [*others, _large(loop)]
     else:
-        others = _features_over_warps(loop, crowd, backward) if gluon else []
+        others = feature_schedules(loop, crowd, backward) if gluon else []
         plain = [_small(loop, crowd)] if backward else forward_schedules(loop, crowd, gluon)
         choices = [*others, *plain]
     whole = not is_recurrence(loop)
@@ -320,54 +319,6 @@ def _shared_by_warps(loop: Loop) -> list[Schedule]:
         log.info("%s: no kernel whose warps share the state: %s", loop.name, problem)
         return []
     return [schedule]
-
-
-def _features_over_warps(loop: Loop, crowd: int, backward: bool) -> list[Schedule]:
-    """Where each warp holds some features of every value; empty where the loop has no such kernel.
-
-    On an H200 the forward of TTT-Linear takes 263 us so at B16 T2048, and 659 at B8 T8192, where plain Triton takes 341
-    and 1012; four warps take 479 and 928, since each has the products of pairs of tokens for itself. Of its backward, the
-    recurrence of B1 T2048 takes 233 us where it took 265, in four warps; a backward in one kernel 1250 at B16 T2048
-    where it takes 1205 in plain Triton.
-    """
-    if loop.parallel or not loop.tokens or (backward and crowd > 0):
-        return []
-    warps = 1
-    while state_elements(loop) > FEATURE_REGISTERS * THREADS * warps:
-        warps *= 2
-    if backward:
-        warps = max(warps, 4)
-    elif warps > 2:
-        return []  # see above: four were slower than plain Triton
-    if tile_elements(loop) > TILE_REGISTERS * THREADS * warps:
-        return []
-    reasons: Reasons = (
-        (
-            "renderer",
-            "few tokens and a state that few warps hold: each has some features of every value, so that products follow "
-            "each other in registers",
-        ),
-        ("num_stages", "tokens are copied three mini-batches ahead: memory takes longer than one"),
-    )  # fmt: skip
-    schedule = Schedule(
-        num_warps=warps, num_stages=4, feature_major=True, renderer="features",
-        order="on_demand" if backward else "products_first", nan="ignored" if backward else "again",
-        segments=not backward, reasons=reasons,
-    )  # fmt: skip
-    if not backward:
-        reasons += (
-            ("nan", "where the state is not finite at the end, everything is computed once more with care"),
-        )  # fmt: skip
-    if crowd == 0 and not backward:
-        reasons += (
-            ("segments", "some multiprocessors have no program: states come first, then segments beside each other"),
-        )  # fmt: skip
-    try:
-        feature_renderer(loop, replace(schedule, repeat_vectors=False)).render()
-    except NotLowerable as problem:
-        log.info("%s: no kernel of features over warps: %s", loop.name, problem)
-        return []
-    return [replace(schedule, reasons=reasons)]
 
 
 def _ways(loop: Loop) -> tuple[dict[str, bool], ...]:

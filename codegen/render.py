@@ -50,6 +50,7 @@ def render(loop: Loop, schedule: Schedule) -> Kernel:
         "place": bool(loop.refresh),
         "parallel": loop.parallel,
         "float32": tuple(renderer.in_float32),
+        "whole": "WHOLE" in renderer.constants,
         "values": renderer.values,
         "new": {
             f"new_{n}": sizes(d)

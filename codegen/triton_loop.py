@@ -80,7 +80,7 @@ class Renderer(Operators):
             self.write(f"    {', '.join([name, *self._strides_of(name)])},")
         extra = ["T", "H"] + (["place"] if loop.refresh else [])
         self.write(f"    {', '.join(extra)},")
-        self.write("    DOT: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,")
+        self.write("    " + " ".join(f"{name}: tl.constexpr," for name in self.constants))
         self.write("):")
 
     def _strides_of(self, name: str) -> list[str]:

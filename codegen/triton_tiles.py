@@ -40,6 +40,8 @@ def base(dim: str) -> str:
 class Tiles:
     """What is known of the values of a loop before they are made, and how lines are written."""
 
+    constants: tuple[str, ...] = ("DOT", "PRECISION", "FAST")  # arguments that are compiled in
+
     def __init__(self, loop: Loop, schedule: Schedule) -> None:
         self.loop = loop
         self.schedule = schedule

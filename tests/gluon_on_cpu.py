@@ -133,5 +133,5 @@ def run(call: Any) -> None:
         arguments += [Pointer.to(x), *x.stride()[:rank]]
     for place[:] in product(*(range(n) for n in call.grid)):
         names[call.kernel.name](
-            *arguments, *call.sizes.values(), DOT=call.dtype, PRECISION="ieee", FAST=False
+            *arguments, *call.sizes.values(), **call.constants(False) | {"DOT": call.dtype}
         )

@@ -52,7 +52,10 @@ class Launch:
 
     def constants(self, fast: bool) -> dict[str, Any]:
         """The arguments that are compiled in; ``fast``: NVIDIA's own instructions where there are such."""
-        return {"DOT": dot_dtype(self.dtype), "PRECISION": precision(), "FAST": fast}
+        constants = {"DOT": dot_dtype(self.dtype), "PRECISION": precision(), "FAST": fast}
+        if self.kernel.config["whole"]:  # whether the last mini-batch is
+            constants["WHOLE"] = self.length % self.kernel.config["mini_batch_size"] == 0
+        return constants
 
     def request(self, fast: bool = False) -> Request:
         """What to compile to know the launch's resources, its integers specialised as a launch does."""

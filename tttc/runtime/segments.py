@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-WARPS = 8  # a multiprocessor, about, that hold a state
+EACH = 2  # programs a multiprocessor
 LEAST, MOST = 4, 128  # mini-batches of a segment
 LEAST_SEGMENTS = 4
-# Of multiprocessors: up to how many programs it pays. On an H200 TTT-Linear (two warps a program) gains with 32 and loses
-# with 128, TTT-MLP (eight) gains with 32 and loses with 64.
-SHARE_OF_FEW_WARPS, SHARE_OF_MANY = 0.6, 0.3
+# Of multiprocessors: up to how many programs it pays. On an H200 TTT-Linear (two warps a program, several of which share a
+# multiprocessor) gains with 32 and loses with 128, TTT-MLP (eight, which have it to themselves) gains with 32 and loses
+# with 64.
+MANY_WARPS = 8
+SHARE, SHARE_OF_MANY_WARPS = 0.6, 0.3
 
 
 def mini_batches_of(programs: int, mini_batches: int, processors: int, warps: int) -> int:
@@ -26,13 +28,12 @@ def mini_batches_of(programs: int, mini_batches: int, processors: int, warps: in
         warps: of a program.
 
     >>> [mini_batches_of(32, n, 132, 2) for n in (8, 128, 2048)]
-    [0, 8, 128]
+    [0, 16, 128]
     >>> [mini_batches_of(n, 128, 132, 8) for n in (32, 64)]
     [16, 0]
     """
-    at_once = max(WARPS // warps, 2)
-    share = SHARE_OF_MANY if at_once * warps > WARPS else SHARE_OF_FEW_WARPS
-    wanted = max(programs * mini_batches // (at_once * processors), 1)
+    share = SHARE_OF_MANY_WARPS if warps >= MANY_WARPS else SHARE
+    wanted = max(programs * mini_batches // (EACH * processors), 1)
     size = min(max(1 << (wanted - 1).bit_length(), LEAST), MOST)
     few = programs <= share * processors
     return size if few and mini_batches >= LEAST_SEGMENTS * size else 0
