@@ -35,7 +35,7 @@ def _features(loop: Loop) -> int:
 def _warps(loop: Loop, crowd: int, backward: bool) -> int:
     alone = crowd < 2 and tile_rows(loop) > FEW_TOKENS
     rows = ROWS if backward or alone else ROWS_OF_A_WARP
-    warps = max(_features(loop) // rows, 1)
+    warps = max(_features(loop) // rows, 2 if crowd == 0 else 1)
     while state_elements(loop) > STATE * THREADS * warps:
         warps *= 2
     return warps
@@ -56,7 +56,8 @@ def feature_schedules(loop: Loop, crowd: int, backward: bool) -> list[Schedule]:
     On an H200 (microseconds, against plain Triton): TTT-Linear with 64 features in two warps takes 262 at B16 T2048 (340)
     and 652 at B8 T8192 (1010), in four 467 and 916; with 128 features in four warps 336 (696) and 945 (1378), in eight
     559 and 1107. Of 32 tokens a program that is alone on its multiprocessor takes 941 in four warps (B4 T16384, plain
-    Triton 1388) and 1330 in two, where several share one 356 and 303. Sums through shared memory are slower in two
+    Triton 1388) and 1330 in two, where several share one 356 and 303; values made late and given up early then gain 5 to
+    13 %. Sums through shared memory are slower in two
     warps (704 for 652), faster in four (941 for 1056). Of 64 tokens plain Triton is faster (453 for 517). The recurrence of a
     backward takes 233 in four warps and 410 in two (265), a backward in one kernel 1250 (1205).
     """
@@ -75,6 +76,7 @@ def feature_schedules(loop: Loop, crowd: int, backward: bool) -> list[Schedule]:
         ("num_stages", "tokens are copied three mini-batches ahead: memory takes longer than one"),
     ]  # fmt: skip
     few = warps >= MANY and not backward
+    order = "least_live" if tile_rows(loop) > FEW_TOKENS else "products_first"
     if few:
         reasons.append(
             ("few_shuffles", "many warps wait for the unit that passes numbers from lane to lane")
@@ -89,7 +91,7 @@ def feature_schedules(loop: Loop, crowd: int, backward: bool) -> list[Schedule]:
         )  # fmt: skip
     schedule = Schedule(
         num_warps=warps, num_stages=4, feature_major=True, renderer="features", few_shuffles=few,
-        order="on_demand" if backward else "products_first", nan="ignored" if backward else "again",
+        order="on_demand" if backward else order, nan="ignored" if backward else "again",
         segments=not backward, repeat_vectors=False, reasons=tuple(reasons),
     )  # fmt: skip
     return [schedule] if _lowerable(loop, schedule) else []

@@ -8,7 +8,7 @@ second kernel has the whole device; where programs fill the device nothing is id
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from tttc.codegen.devices import Device
 from tttc.codegen.loop import Loop, only_products_read, used
@@ -131,8 +131,7 @@ def forward_split(loop: Loop, call: Call) -> Split:
     each = 1 << min(max(round(math.log2(max(total, 1))), 0), MOST_EACH.bit_length() - 1)
     tiles = loop.tokens or tile_rows(loop) > 1
     if loop.once or loop.refresh or loop.interval > 1 or not tiles:
-        why = "one mini-batch, or tokens one after another: nothing runs beside them"
-        return Split(1, why, each)
+        return Split(1, "one mini-batch, or tokens one after another: nothing runs beside them")
     if has_solves(loop) and fits(loop, MOST_WARPS):
         why = (
             "triangular systems are solved before the state is known, for all mini-batches at once"
@@ -142,4 +141,4 @@ def forward_split(loop: Loop, call: Call) -> Split:
     if passing is not None and passing.seconds(call) > 0:
         why = "what the state does not wait for takes longer in one kernel than states take through memory"
         return Split(2, why, each)
-    return replace(WHOLE, each=each)
+    return WHOLE

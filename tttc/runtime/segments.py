@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 EACH = 2  # programs a multiprocessor
-LEAST, MOST = 4, 128  # mini-batches of a segment
+LEAST, MOST = 8, 128  # mini-batches of a segment
 LEAST_SEGMENTS = 4
 # Of multiprocessors: up to how many programs it pays. On an H200 TTT-Linear (two warps a program, several of which share a
 # multiprocessor) gains with 32 and loses with 128, TTT-MLP (eight, which have it to themselves) gains with 32 and loses

@@ -21,7 +21,7 @@ from tttc.runtime.launch import launch
 from tttc.runtime.segments import mini_batches_of, segments
 from tttc.runtime.staged import Launcher, Staged, mini_batches_at_once, run_staged, staged
 from tttc.tuning.choose import plan_for
-from tttc.tuning.plan import Plan, Setting, by_rules, setting_of
+from tttc.tuning.plan import Plan, Setting, by_rules, setting_of, split_of
 from tttc.tuning.search import Call
 
 Tensor = torch.Tensor
@@ -91,11 +91,16 @@ def scan_kernels(
 
 
 def _by_rules(program: Program, which: tuple, loop: Callable[[], Loop], setting: Setting) -> Plan:
-    """The plan that rules give a loop of a program, made once for every size class."""
-    known = (which, setting)
-    if known not in program.rules:
-        program.rules[known] = by_rules(loop(), setting)
-    return program.rules[known]
+    """The plan that rules give a loop of a program; size classes that are split alike share it."""
+    sized = (which, setting)
+    if sized not in program.rules:
+        whole = loop()
+        split = split_of(whole, setting)
+        known = (which, setting.crowd, setting.gluon, split)
+        if known not in program.rules:
+            program.rules[known] = by_rules(whole, setting, split=split)
+        program.rules[sized] = program.rules[known]
+    return program.rules[sized]
 
 
 def _loop(

@@ -62,17 +62,21 @@ def split_of(loop: Loop, setting: Setting, backward: bool = False) -> Split:
     return forward_split(loop, call)
 
 
-def by_rules(loop: Loop, setting: Setting, backward: bool = False) -> Plan:
-    """The plan of a loop that no search has found one for."""
-    split = split_of(loop, setting, backward)
+def by_rules(
+    loop: Loop, setting: Setting, backward: bool = False, split: Split | None = None
+) -> Plan:
+    """The plan of a loop that no search has found one for; ``split``: of :func:`split_of`, where that is known."""
+    how = split_of(loop, setting, backward) if split is None else split
 
     def chosen(part: Loop) -> Schedule:
-        return default_schedule(part, setting.crowd, backward, setting.gluon, split)
+        return default_schedule(part, setting.crowd, backward, setting.gluon, how)
 
     whole = chosen(loop)
     common = {"stages": whole.stages, "narrow": whole.narrow}
-    parts = stages(loop, whole.stages)
-    return Plan(tuple((part.name, replace(chosen(part), **common)) for part in parts))
+    chosen_of = [
+        (part.name, whole if part is loop else chosen(part)) for part in stages(loop, whole.stages)
+    ]
+    return Plan(tuple((name, replace(its, **common)) for name, its in chosen_of))
 
 
 @dataclass(frozen=True)
