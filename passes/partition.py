@@ -114,7 +114,8 @@ class Partition:
             for source, _ in self.memory.sources[node]:
                 self._order(self.group_of[source], self.group_of[node])
         self._order_mutations(kept)
-        self.below: dict[int, int] = {}  # bits of the nodes that a group leads to
+        # Bits of nodes that a group leads to: some of each group that it leads to.
+        self.below: dict[int, int] = {}
         for i in reversed(range(len(kept))):
             reach = 0
             for s in self.after[i]:
@@ -221,10 +222,11 @@ class Partition:
         for group in after:
             self.before[group] -= {a, b}
             self.before[group].add(into)
-        reach = self.mask[into] | self.below[into]
+        mask, reach = self.mask[into], self.below[into]
         stack = list(before)
         while stack:  # up to those that led to all of it already: so did what leads to them
             group = stack.pop()
-            if reach & ~self.below[group]:
-                self.below[group] |= reach
+            below = self.below[group]
+            if reach & ~below or not mask & below:
+                self.below[group] = below | reach | mask
                 stack.extend(self.before[group])

@@ -140,6 +140,27 @@ def test_what_is_free_to_make_again_is_not_saved(monkeypatch):
     assert all(not x.is_leaf or x.grad is not None for x in model.parameters())
 
 
+def test_what_is_kept_for_a_backward_is_one_tensor_to_autograd(monkeypatch):
+    counts = []
+    hand_out = tttc.compiler.hand_out
+
+    def read(gm):
+        calls = gm.graph.find_nodes(op="call_function", target=torch.ops.tttc.block.default)
+        return [(len(n.users), len(n.args[0])) for n in (calls[0], calls[-1])]
+
+    def handing_out(joint, programs):
+        before = read(joint)
+        hand_out(joint, programs)
+        counts.append((before, read(joint)))
+
+    monkeypatch.setattr(tttc.compiler, "hand_out", handing_out)
+    check(Deep())
+    ((((shown, _), (_, given)), ((picked, _), (_, handed))),) = counts
+    assert shown == 2  # the result, and what stands for the rest
+    kept = picked - 1
+    assert kept > 4 and handed - given == kept - 1
+
+
 def test_language_model(seen):
     sizes = {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 12, "num_heads": 2}
     model = TTTLanguageModel(
@@ -363,6 +384,27 @@ def test_dropout_draws_what_it_drew(monkeypatch):
         drawn.append(run(tttc.compile(model, backend="torch"), x))
     for a, b in zip(*drawn, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("writes", [False, True])
+def test_the_same_block_on_the_same_values_draws_anew(writes, seen):
+    """Equal calls are not one: where a graph writes into a tensor PyTorch looks for them, else we do."""
+
+    class Several(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = Block()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            if writes:
+                self.calls.add_(1)
+            return torch.stack([F.dropout(self.block(x), 0.5) for _ in range(DEPTH)])
+
+    x = torch.randn(2, 5, WIDTH, dtype=torch.float64, requires_grad=True)
+    drawn = tttc.compile(Several(), backend="torch")(x)
+    assert seen[0] == [DEPTH]
+    assert len({tuple(t.flatten().tolist()) for t in drawn.detach()}) == DEPTH
 
 
 def test_autocast_inside_and_outside(seen):

@@ -58,12 +58,12 @@ def _replace(graph: fx.Graph, block: Block, repeat: Repeat, now: dict[fx.Node, f
     def run_block(tensors: Any, sizes: Any, labels: Any) -> Any:
         return block(tensors, sizes, labels)
 
-    for nodes, operands in zip(repeat.blocks, repeat.operands, strict=True):
+    for number, (nodes, operands) in enumerate(zip(repeat.blocks, repeat.operands, strict=True)):
         given = [now.get(n, n) for n in operands]
         sizes = [n for n in given if isinstance(n.meta["example_value"], torch.SymInt)]
         tensors = [n for n in given if n not in sizes]
         with graph.inserting_after(nodes[-1]):
-            at = call = graph.call_function(run_block, (tensors, sizes, _labels(nodes)))
+            at = call = graph.call_function(run_block, (tensors, sizes, _labels(nodes, number)))
         call.meta = {k: v for k, v in nodes[-1].meta.items() if k != "example_value"}
         for i, place in enumerate(repeat.results):
             with graph.inserting_after(at):
@@ -75,13 +75,35 @@ def _replace(graph: fx.Graph, block: Block, repeat: Repeat, now: dict[fx.Node, f
             graph.erase_node(node)
 
 
-def _labels(nodes: Sequence[fx.Node]) -> str:
-    """The layers of the scans among nodes, one a line."""
-    return "\n".join(layers_of_scans(nodes))
+def _labels(nodes: Sequence[fx.Node], number: int) -> str:
+    """The layers of the scans among nodes, one a line; and a number, since a block of random numbers is no other's equal."""
+    return "\n".join([*layers_of_scans(nodes), str(number)])
+
+
+def hand_out(joint: fx.GraphModule, programs: dict[str, Program]) -> None:
+    """In AOTAutograd's graph of a forward and its backward, what blocks keep for their backwards, tensor by tensor."""
+    for call in joint.graph.find_nodes(op="call_function", target=torch.ops.tttc.block.default):
+        program = programs[call.args[2]]
+        for stands in [u for u in call.users if program.kept and u.args[1] == program.shown]:
+            made = []
+            with joint.graph.inserting_before(stands):
+                for place in range(program.shown, len(program.results)):
+                    pick = joint.graph.call_function(operator.getitem, (call, place))
+                    pick.meta = {k: v for k, v in stands.meta.items() if k != "tensor_meta"}
+                    pick.meta["val"] = program.results[place].meta["val"]
+                    made.append(pick)
+            for user in list(stands.users):  # the backwards
+                tensors: Any = user.args[0]
+                given = [x for t in tensors for x in (made if t is stands else [t])]
+                user.args = (given, *user.args[1:])
+            joint.graph.erase_node(stands)
 
 
 def put_back(gm: fx.GraphModule, programs: dict[str, Program]) -> None:
-    """Put the nodes of their programs in the place of the calls of ``tttc::block`` in an ATen graph, in place."""
+    """Put the nodes of their programs in the place of the calls of ``tttc::block`` in an ATen graph, in place.
+
+    Of ``gm`` the graph alone: nobody runs it, and making its code takes long.
+    """
     calls = gm.graph.find_nodes(op="call_function", target=torch.ops.tttc.block.default)
     for call in calls:
         tensors, sizes, key, labels = call.args
@@ -102,7 +124,6 @@ def put_back(gm: fx.GraphModule, programs: dict[str, Program]) -> None:
         gm.graph.erase_node(call)
     if calls:
         gm.graph.eliminate_dead_code()
-        gm.recompile()
 
 
 def _tell(node: fx.Node, told: dict[str, str]) -> None:

@@ -9,14 +9,14 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from functorch.compile import make_boxed_func
 from torch import fx, nn
-from torch._dynamo.backends.common import aot_autograd
 
 import tttc.runtime.fused_scan_backward  # noqa: F401  (registers the operators)
 from tttc import _recorder, _tracing
 from tttc._garbage import not_collected
-from tttc.blocks import outline, put_back
+from tttc.aot import cut, through_autograd
+from tttc.blocks import hand_out, outline, put_back
 from tttc.capture import regions
 from tttc.capture.loops import Loops
 from tttc.capture.torch_scan import capturing
@@ -54,6 +54,14 @@ def _compile_graph(
     return run if graphs is None else graphs.replayed(run, gm, direction)
 
 
+def _partition(
+    joint: fx.GraphModule, inputs: Any, *, blocks: dict[str, Program], **options: Any
+) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """AOTAutograd's graph of a forward and its backward, cut with all that blocks keep in sight."""
+    hand_out(joint, blocks)
+    return cut(joint, inputs, **options)
+
+
 def _keep_saved_tensors() -> None:
     """Backward graphs write over nothing they are given, so they may run twice (``retain_graph=True``)."""
     context = torch._guards.TracingContext.try_get()
@@ -82,16 +90,19 @@ def compile_graph(
         stage = _recorder.graph("captured", gm)
         lower_torch_scans(gm, options)
         lower_scans(gm, options)
+        blocks = outline(gm)
         compiler = functools.partial(
-            _compile_graph, options=options, blocks=outline(gm), graphs=_cuda_graphs(options)
+            _compile_graph, options=options, blocks=blocks, graphs=_cuda_graphs(options)
         )
-        run = aot_autograd(
+        run = through_autograd(
+            gm,
+            example_inputs,
             fw_compiler=functools.partial(compiler, direction="forward"),
             bw_compiler=functools.partial(compiler, direction="backward"),
             inference_compiler=functools.partial(compiler, direction="inference"),
             decompositions=decompositions(),
-            partition_fn=min_cut_rematerialization_partition,
-        )(gm, example_inputs)
+            partition_fn=functools.partial(_partition, blocks=blocks),
+        )
         return _recorder.watched(stage, run)
 
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import sympy
 import torch
-from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from functorch.compile import make_boxed_func
 from torch import fx, nn
-from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import OutputType
 from torch._guards import TracingContext, detect_fake_mode, tracing
 
 from tttc import _recorder
+from tttc.aot import cut, through_autograd
 from tttc.ir.index_maps import as_expr, shape_of
 from tttc.ir.row_space import FREE
 from tttc.passes.decompositions import decompositions
@@ -51,7 +51,7 @@ def _through_autograd(
     graphs: list[fx.Graph] = []
 
     def partition(joint: fx.GraphModule, inputs: Any, **options: Any) -> Any:
-        parts = min_cut_rematerialization_partition(joint, inputs, **options)
+        parts = cut(joint, inputs, **options)
         graphs.extend(part.graph for part in parts)
         return parts
 
@@ -63,12 +63,14 @@ def _through_autograd(
 
     # A context of its own: what AOTAutograd finds out about a block is not about the model.
     with tracing(TracingContext(detect_fake_mode(values))):
-        aot_autograd(
+        through_autograd(
+            module,
+            [_leaf(v) for v in values],
             fw_compiler=compiler,
             bw_compiler=lambda gm, inputs: make_boxed_func(gm.forward),
             decompositions=decompositions(),
             partition_fn=partition,
-        )(module, [_leaf(v) for v in values])
+        )
     forward, *backward = graphs
     return forward, backward[0] if backward else None
 
@@ -135,10 +137,11 @@ class _Cut:
         outputs: Any = forward.output_node().args[0]
         saved = [n for n in outputs[results:] if not _is_size(n) and not self._is_free(n)]
         made = outputs[:results]
-        self.made = [*made, *dict.fromkeys(n for n in saved if n not in made)]
+        self.kept = list(dict.fromkeys(n for n in saved if n not in made))
+        self.made = [*made, *self.kept]
         graph = fx.Graph()
         env = _placeholders(graph, [*self.sizes, *self.tensors])
-        self.block = Block(_program(forward, graph, env, self.made, labels), results)
+        self.block = Block(_program(forward, graph, env, self.made, labels, len(self.kept)))
         if backward is not None:
             self._cut_backward(backward, labels)
 
@@ -162,14 +165,16 @@ class _Cut:
         block.gradients = [n.meta["val"] for n in tangents]
         saved = {n: named[n.name] for n in placeholders if n not in tangents}
         tensors = [n for n in saved.values() if not _is_size(n)]
-        kept = list(dict.fromkeys(t for n in tensors for t in self._read(n)))
+        read = dict.fromkeys(t for n in tensors for t in self._read(n))
+        others = [n for n in read if n not in self.kept]
         block.saved = [
             (True, self.tensors.index(n)) if n in self.tensors else (False, self.made.index(n))
-            for n in kept
+            for n in others
         ]
+        given = [*others, *self.kept, *tangents]
         graph = fx.Graph()
-        env = _placeholders(graph, [*self.sizes, *kept, *tangents])
-        known = {n: env[n] for n in (*kept, *tangents)}
+        env = _placeholders(graph, [*self.sizes, *given])
+        known = {n: env[n] for n in given}
 
         def again(node: fx.Node) -> fx.Node:
             if node in env:
@@ -219,6 +224,7 @@ def _program(
     env: dict[fx.Node, fx.Node],
     results: Sequence[fx.Node],
     labels: list[str],
+    kept: int = 0,
 ) -> Program:
     """The operations of ``source`` that lead to results, in ``graph``, which has the placeholders."""
     for node in source.nodes:
@@ -228,4 +234,4 @@ def _program(
             env[node] = graph.node_copy(node, env.__getitem__)
     graph.output(tuple(env[n] for n in results))
     graph.eliminate_dead_code()
-    return Program(graph, labels)
+    return Program(graph, labels, kept)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch._decomp import core_aten_decompositions, get_decompositions
+from torch._decomp import _core_aten_decompositions_post_autograd, get_decompositions
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -93,9 +93,13 @@ def _broadcast_in_dim(x: torch.Tensor, shape: Sequence[int], dims: Sequence[int]
 
 @functools.cache
 def decomposition_table() -> dict[Any, Callable[..., Any]]:
-    """What is taken apart while user code is traced."""
+    """What is taken apart while user code is traced.
+
+    Of PyTorch's table the part that tracing asks for: operators that are others by definition never come to it, and
+    to list them takes long.
+    """
     return {
-        **core_aten_decompositions(),
+        **_core_aten_decompositions_post_autograd(),
         **get_decompositions(_FURTHER),
         **ACTIVATIONS,
         aten.select.int: _select,

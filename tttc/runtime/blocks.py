@@ -16,17 +16,24 @@ _counter = itertools.count()
 
 @dataclass
 class Program:
-    """An ATen graph that takes sizes and then tensors, and returns a tuple of tensors."""
+    """An ATen graph that takes sizes and then tensors, and returns a tuple of tensors.
+
+    Args:
+        graph: the graph.
+        labels: layers that scans in it are told they are in; each call of the block says others.
+        kept: how many of the last results nobody but a backward reads. The operator returns one tensor for all of
+            them, until :func:`tttc.blocks.hand_out`: AOTAutograd takes time for each tensor that it sees.
+    """
 
     graph: fx.Graph
-    labels: list[
-        str
-    ]  # layers that scans in it are told they are in; each call of the block says others
+    labels: list[str]
+    kept: int = 0
     key: str = field(default_factory=lambda: f"block#{next(_counter)}")
 
     def __post_init__(self) -> None:
         (results,) = self.graph.output_node().args
         self.results: list[fx.Node] = list(results)  # type: ignore[arg-type]
+        self.shown = len(self.results) - self.kept
         _programs[self.key] = self
 
 
@@ -38,17 +45,16 @@ class Block:
     """A block that was traced once: its forward, and the backward of it if gradients are needed.
 
     Args:
-        forward: its first results are those of the block, the rest is what the backward asks for.
-        results: how many results the block has.
-        backward: takes the sizes, what was saved and the gradients.
+        forward: its first results are those of the block, the rest, which it keeps, is what the backward asks for.
+        backward: takes the sizes, what was saved, what the forward keeps and the gradients.
         differentiable: for each result, whether its gradient is an argument of the backward.
         gradients: these gradients, as they were when the backward was traced.
-        saved: of each saved tensor, ``(True, i)`` for tensor i among the arguments, ``(False, i)`` for result i.
+        saved: of each tensor that is saved and not kept, ``(True, i)`` for tensor i among the arguments, ``(False, i)``
+            for result i.
         wanted: for each tensor among the arguments, whether the backward returns its gradient.
     """
 
     forward: Program
-    results: int
     backward: Program | None = None
     differentiable: list[bool] = field(default_factory=list)
     gradients: list[Tensor] = field(default_factory=list)
@@ -59,12 +65,15 @@ class Block:
         """The results, as a tuple."""
         if self.backward is None:
             return tuple(torch.ops.tttc.block(tensors, sizes, self.forward.key, labels))
-        return _Differentiable.apply(self, sizes, labels, *tensors)[: self.results]
+        return _Differentiable.apply(self, sizes, labels, *tensors)[: self.forward.shown]
 
 
 @torch.library.custom_op("tttc::block", mutates_args=())
 def block(tensors: list[Tensor], sizes: list[int], key: str, labels: str) -> list[Tensor]:
-    """Stands for the nodes of a program until these take its place again; ``labels``, one a line, are told to its scans."""
+    """Stands for the nodes of a program until these take its place again; ``labels``, one a line, are told to its scans.
+
+    After them comes a number, that of the block: two calls that draw random numbers are not the same.
+    """
     raise RuntimeError(
         "tttc: a block was not put back into the graph it was taken from; please report this"
     )
@@ -72,11 +81,13 @@ def block(tensors: list[Tensor], sizes: list[int], key: str, labels: str) -> lis
 
 @block.register_fake
 def _fake(tensors, sizes, key, labels):
-    values = [node.meta["val"] for node in _programs[key].results]
-    return [
+    program = _programs[key]
+    values = [node.meta["val"] for node in program.results[: program.shown]]
+    made = [
         tensors[0].new_empty_strided(v.shape, v.stride(), dtype=v.dtype, device=v.device)
         for v in values
     ]
+    return [*made, tensors[0].new_empty(1, dtype=torch.uint8)] if program.kept else made
 
 
 class _Differentiable(torch.autograd.Function):
@@ -88,9 +99,10 @@ class _Differentiable(torch.autograd.Function):
         ctx.block, ctx.sizes, ctx.labels = block, sizes, labels
         ctx.mark_non_differentiable(
             *(x for x, d in zip(output, block.differentiable, strict=False) if not d),
-            *output[block.results :],
+            *output[block.forward.shown :],
         )
-        ctx.save_for_backward(*((tensors if given else output)[i] for given, i in block.saved))
+        saved = ((tensors if given else output)[i] for given, i in block.saved)
+        ctx.save_for_backward(*saved, *output[block.forward.shown :])
         return tuple(output)
 
     @staticmethod
