@@ -49,10 +49,12 @@ def rules_now(shape: str) -> Plan:
 def microseconds(row: Row, plan: Plan) -> float | None:
     """What the kernels of a plan took together; None where not all were timed."""
     given = words(plan)
+    if row["rules"]["plan"] == given:  # the same plan in segments, where it was so
+        return row["rules"]["us"]
     times = [row.get("times", {}).get(name, {}).get(its) for name, its in given.items()]
     if None not in times:
         return sum(times)
-    kept = (row[k] for k in ("best", "searched", "rules", "model"))
+    kept = (row[k] for k in ("best", "searched", "model"))
     return next((x["us"] for x in kept if x["plan"] == given), None)
 
 

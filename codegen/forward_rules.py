@@ -160,8 +160,10 @@ def _sequential(loop: Loop, crowd: int, hopper: bool) -> Schedule:
             feature_major=turn, num_warps=warps, num_stages=2, late_loads=True, nan=nan,
             reasons=tuple(reasons),
         )  # fmt: skip
+    pairs = tile_elements(loop) > WIDE_TILE * THREADS * warps  # of tokens, more than features
     return Schedule(
-        feature_major=turn, num_warps=warps, order="products_first", nan=nan, reasons=(*reasons, ORDER)
+        feature_major=turn, num_warps=warps, order="least_live" if pairs else "products_first", nan=nan,
+        reasons=(*reasons, LEAST if pairs else ORDER),
     )  # fmt: skip
 
 
