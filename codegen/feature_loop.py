@@ -114,6 +114,7 @@ class FeatureRenderer(FeatureProducts):
         self.lines[arrived:arrived] = waiting
         self.indent -= 1
         self.indent_of_turn = -1
+        self.write("async_copy.wait_group(0)  # what comes next may use the same rooms")
         self.lines += self._store_those_late(after=True)
         self.lines[before:before] = [
             *("    " * self.indent + line for line in dict.fromkeys(self.rooms)),

@@ -10,7 +10,7 @@ from tttc.codegen.feature_layouts import ROWS
 from tttc.codegen.feature_loop import feature_renderer
 from tttc.codegen.loop import Loop, used
 from tttc.codegen.schedule import Schedule
-from tttc.codegen.sizes import THREADS, state_elements, tile_elements, tile_rows
+from tttc.codegen.sizes import THREADS, products, state_elements, tile_elements, tile_rows
 
 from tttc.ir.body import is_token
 from tttc.ir.build import dims_of
@@ -21,6 +21,7 @@ log = logging.getLogger("tttc.schedule")
 ROWS_OF_A_WARP = 32  # features, of a forward
 FEW_TOKENS = 16  # of a mini-batch: with more, a program that is alone is better off with more warps
 MOST_TOKENS = 32
+MOST_PRODUCTS = 12  # of a turn of a loop: values of more of them do not fit beside the state
 STATE = 160  # registers of a thread for the state, at most
 TILE = 32  # registers of a thread for one tile of tokens, at most: several live at a time
 MANY = 4  # warps from which lanes pass sums on through shared memory
@@ -61,7 +62,7 @@ def feature_schedules(loop: Loop, crowd: int, backward: bool) -> list[Schedule]:
     warps (704 for 652), faster in four (941 for 1056). Of 64 tokens plain Triton is faster (453 for 517). The recurrence of a
     backward takes 233 in four warps and 410 in two (265), a backward in one kernel 1250 (1205).
     """
-    many = tile_rows(loop) > MOST_TOKENS
+    many = tile_rows(loop) > MOST_TOKENS or products(loop) > MOST_PRODUCTS
     if loop.parallel or not loop.tokens or many or (backward and crowd > 0):
         return []
     warps = _warps(loop, crowd, backward)

@@ -103,6 +103,7 @@ class WarpRenderer(WarpOperators):
         self.indent += 1
         self._mini_batch()
         self.indent -= 1
+        self.write("async_copy.wait_group(0)  # what comes next may use the same rooms")
         self.lines[before:before] = ["    " * self.indent + line for line in self.rooms]
         self.rooms.clear()
         self._forget()
