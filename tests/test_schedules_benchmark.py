@@ -117,15 +117,15 @@ def test_a_pool_compiles_once_and_lets_others_go_on(tmp_path):
 
 @interpreted
 def test_sequences_in_segments_are_two_searches(small, monkeypatch):
-    long = ("ttt_linear_b4", 8, 1, 72)
+    long = ("ttt_linear_b4", 8, 1, 136)
     with timed_by(by_schedule):
         assert schedules.asked_in_segments(long, "cpu") == []
         monkeypatch.setattr(schedules.triton_scan, "_warps_of_segments", lambda *_: 4)
         whole = schedules.asked(long, "forward", "cpu")
         first, second = schedules.asked_in_segments(long, "cpu")
-    assert (whole[1].length, first[1].length, second[1].length) == (72, 72, 16)
+    assert (whole[1].length, first[1].length, second[1].length) == (136, 136, 32)
     assert second[1].batch == 4 and whole[1].batch == first[1].batch == 1
-    assert first[0].interval == 4 and not any(s.kind == "token" for _, s in first[0].sinks)
+    assert first[0].interval == 8 and not any(s.kind == "token" for _, s in first[0].sinks)
     rows = [schedules.study(*x, False, 4, by_schedule, None, float("inf")) for x in (whole, first, second)]  # fmt: skip
     row = schedules.joined(rows[0], rows[1:])
     assert row["rules"]["us"] == pytest.approx(rows[1]["rules"]["us"] + rows[2]["rules"]["us"])
