@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from tttc.codegen.named_layouts import LANES, NamedLayouts
 
-LANES = 32  # of a warp
 ROWS = 16  # of a product that a warp makes at a time
 
 
-@dataclass
-class FeatureLayouts:
-    """The layouts that a kernel uses, named by what they are; each is defined once, before the kernel."""
-
-    warps: int
-    definitions: dict[str, str] = field(default_factory=dict)
-
-    def _named(self, name: str, definition: str) -> str:
-        self.definitions.setdefault(name, definition)
-        return name
+class FeatureLayouts(NamedLayouts):
+    """The layouts of one kernel."""
 
     def product(self) -> str:
         """What products leave in registers; of pairs of tokens, every warp has all."""
@@ -89,10 +80,6 @@ class FeatureLayouts:
         """A vector, spread over all threads."""
         return self._named("VECTOR", f"gl.BlockedLayout([1], [32], [{self.warps}], [0])")
 
-    def slice(self, parent: str, axis: int) -> str:
-        """What is left of a layout without an axis."""
-        return self._named(f"{parent}_without_{axis}", f"gl.SliceLayout({axis}, {parent})")
-
     def shared(self, columns: int, size: int) -> str:
         """A matrix in shared memory whose rows are read without conflicts either way."""
         each = min(16 // size, columns)
@@ -107,7 +94,3 @@ class FeatureLayouts:
         """Vectors in shared memory; of two axes, the first lies close together."""
         order = "[0, 1]" if axes == 2 else "[0]"
         return self._named(f"NUMBERS_{axes}", f"gl.SwizzledSharedLayout(1, 1, 1, {order})")
-
-    def lines(self) -> list[str]:
-        """The definitions as source."""
-        return [f"{name} = gl.constexpr({text})" for name, text in self.definitions.items()]

@@ -26,7 +26,6 @@ from tttc.codegen.loop import Loop, forgotten
 from tttc.codegen.schedule import Schedule
 from tttc.codegen.triton_tiles import Tile
 
-from tttc.ir.build import dims_of
 from tttc.ir.errors import NotLowerable
 from tttc.ir.spec import Dims
 
@@ -144,17 +143,6 @@ class FeatureRenderer(FeatureProducts):
                 self._keep(node)
         self._start_next()
         self._renew()
-
-    def _renew(self) -> None:
-        """The states take their new values, all at once."""
-        values = []
-        for node, sink in self.loop.sinks:
-            if sink.kind == "state":
-                dims = self.order(dims_of(node))
-                values.append((f"{sink.name}_v", self.line_up(self.tiles[node], dims)))
-        for target, value in values:
-            if value != target:
-                self.write(f"{target} = {value}")
 
 
 def feature_renderer(loop: Loop, schedule: Schedule) -> FeatureRenderer:

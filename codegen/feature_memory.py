@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import fx
-from tttc.codegen.feature_tiles import FeatureTiles, Placed, is_token
+from tttc.codegen.feature_tiles import FeatureTiles, Placed
 from tttc.codegen.triton_tiles import Tile
 
 from tttc.ir import ops
-from tttc.ir.body import operands_of
+from tttc.ir.body import is_token, operands_of
 from tttc.ir.build import dims_of
 from tttc.ir.spec import Dims
 
@@ -256,17 +256,3 @@ class FeatureMemory(FeatureTiles):
             else:
                 rows = "rows"
             self.store(sink.name, pointer, tile, rows)
-
-    def _save_states(self) -> None:
-        """Store the states that this mini-batch starts from."""
-        interval, at = self.loop.interval, "n"
-        if self.loop.save and interval > 1:
-            self.write(f"if n % {interval} == 0:")
-            self.indent += 1
-            at = f"n // {interval}"
-        for name in self.loop.save:
-            tensor, dims = f"saved_{name}", self._state_dims()[name]
-            pointer = f"{tensor}_ptr + gl.cast({at}, gl.int64) * {self.stride(tensor, 'N')}"
-            self.store(tensor, pointer, self._state_tile(name, dims), None)
-        if self.loop.save and interval > 1:
-            self.indent -= 1

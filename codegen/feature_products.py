@@ -7,12 +7,12 @@ from typing import Any
 from torch import fx
 from tttc.codegen.feature_layouts import ROWS
 from tttc.codegen.feature_memory import FeatureMemory
-from tttc.codegen.feature_tiles import Placed, is_token
+from tttc.codegen.feature_tiles import Placed
 from tttc.codegen.triton_functions import FUNCTIONS
 from tttc.codegen.triton_tiles import Tile
 
 from tttc.ir import ops
-from tttc.ir.body import operands_of, spec_of
+from tttc.ir.body import is_token, operands_of, spec_of
 from tttc.ir.build import dims_of
 from tttc.ir.errors import NotLowerable
 from tttc.ir.spec import Dims, parse, parse_relation
@@ -90,8 +90,8 @@ class FeatureProducts(FeatureMemory):
             Tile
         ] = []  # which scale what is summed over, or rows or columns of the product
         for x, o in zip(operands_of(node), spec.operands, strict=True):
-            if x in self.scaled:
-                large, small = self.scaled[x]  # type: ignore[index]
+            if isinstance(x, fx.Node) and x in self.scaled:
+                large, small = self.scaled[x]
                 numbers.append(self.tile(small))
                 x = large
             sides[frozenset(o)] = self.tile(x)

@@ -57,10 +57,10 @@ def feature_schedules(loop: Loop, crowd: int, backward: bool) -> list[Schedule]:
     On an H200 (microseconds, against plain Triton): TTT-Linear with 64 features in two warps takes 262 at B16 T2048 (340)
     and 652 at B8 T8192 (1010), in four 467 and 916; with 128 features in four warps 336 (696) and 945 (1378), in eight
     559 and 1107. Of 32 tokens a program that is alone on its multiprocessor takes 941 in four warps (B4 T16384, plain
-    Triton 1388) and 1330 in two, where several share one 356 and 303; values made late and given up early then gain 5 to
-    13 %. Sums through shared memory are slower in two
-    warps (704 for 652), faster in four (941 for 1056). Of 64 tokens plain Triton is faster (453 for 517). The recurrence of a
-    backward takes 233 in four warps and 410 in two (265), a backward in one kernel 1250 (1205).
+    Triton 1388) and 1330 in two, where several share one 356 and 303; values made late and given up early then gain 5
+    to 13 %. Sums through shared memory are slower in two warps (704 for 652), faster in four (941 for 1056). Of 64 tokens
+    plain Triton is faster (453 for 517). The recurrence of a backward takes 233 in four warps and 410 in two (265), a
+    backward in one kernel 1250 (1205).
     """
     many = tile_rows(loop) > MOST_TOKENS or products(loop) > MOST_PRODUCTS
     if loop.parallel or not loop.tokens or many or (backward and crowd > 0):

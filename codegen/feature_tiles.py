@@ -12,10 +12,10 @@ from tttc.codegen.feature_layouts import ROWS, FeatureLayouts
 from tttc.codegen.loop import Loop, only_products_read
 from tttc.codegen.schedule import Schedule
 from tttc.codegen.triton_loop import Renderer
-from tttc.codegen.triton_tiles import Tile, base
+from tttc.codegen.triton_tiles import Tile
 
 from tttc.ir import ops
-from tttc.ir.body import EARLIER, TOKEN, operands_of, spec_of
+from tttc.ir.body import is_token, operands_of, spec_of
 from tttc.ir.build import dims_of
 from tttc.ir.errors import NotLowerable
 from tttc.ir.spec import Dims, parse
@@ -32,11 +32,6 @@ class Placed(Tile):
 
     layout: str = ""
     raw: bool = False
-
-
-def is_token(dim: str) -> bool:
-    """Whether a dimension counts tokens."""
-    return base(dim) in (TOKEN, EARLIER)
 
 
 class FeatureTiles(Renderer):

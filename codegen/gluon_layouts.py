@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from tttc.codegen.named_layouts import NamedLayouts
 
 WARPGROUP_ROWS = 64  # of a product that a warpgroup makes at a time
 
@@ -18,16 +18,8 @@ def warps_of(rows: int, warps: int) -> tuple[int, int]:
     return down, warps // down
 
 
-@dataclass
-class Layouts:
-    """The layouts that a kernel uses, named by what they are; each is defined once, before the kernel."""
-
-    warps: int
-    definitions: dict[str, str] = field(default_factory=dict)
-
-    def _named(self, name: str, definition: str) -> str:
-        self.definitions.setdefault(name, definition)
-        return name
+class Layouts(NamedLayouts):
+    """The layouts of one kernel."""
 
     def accumulator(self, rows: int, columns: int) -> str:
         """What a warpgroup's product leaves in registers."""
@@ -52,17 +44,9 @@ class Layouts:
         """A vector, spread over all threads."""
         return self._named(f"VECTOR_{size}", f"gl.BlockedLayout([1], [32], [{self.warps}], [0])")
 
-    def slice(self, parent: str, axis: int) -> str:
-        """What is left of a layout without an axis."""
-        return self._named(f"{parent}_without_{axis}", f"gl.SliceLayout({axis}, {parent})")
-
     def shared(self, rows: int, columns: int) -> str:
         """A copy in shared memory that warpgroups read either way."""
         return self._named(
             f"SHARED_{columns}",
             f"gl.NVMMASharedLayout({min(128, 2 * columns)}, 16, rank=2)",
         )
-
-    def lines(self) -> list[str]:
-        """The definitions as source."""
-        return [f"{name} = gl.constexpr({text})" for name, text in self.definitions.items()]

@@ -390,9 +390,9 @@ class Renderer(Operators):
         renewed = []
         for node, sink in self.loop.sinks:
             if sink.kind == "state":
-                tile = self.tiles[node]
+                tile = self.tile(node)
                 tile = self.cleared(tile, tuple(d for d in tile.dims if self.ragged(d)))
-                renewed.append((f"{sink.name}_v", tile.name))
+                renewed.append((f"{sink.name}_v", self.line_up(tile, self.order(tile.dims))))
         for target, value in renewed:
             if target != value:
                 self.write(f"{target} = {value}")

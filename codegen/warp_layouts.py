@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
-LANES = 32  # of a warp
+from tttc.codegen.named_layouts import LANES, NamedLayouts
 
 
-@dataclass
-class WarpLayouts:
-    """The layouts that a kernel uses, named by what they are; each is defined once, before the kernel."""
-
-    warps: int
-    definitions: dict[str, str] = field(default_factory=dict)
-
-    def _named(self, name: str, definition: str) -> str:
-        self.definitions.setdefault(name, definition)
-        return name
+class WarpLayouts(NamedLayouts):
+    """The layouts of one kernel."""
 
     def product(self) -> str:
         """What products leave in registers: a leading axis of warps, then rows and columns."""
@@ -62,10 +52,6 @@ class WarpLayouts:
         """A vector, spread over all threads."""
         return self._named(f"VECTOR_{size}", f"gl.BlockedLayout([1], [32], [{self.warps}], [0])")
 
-    def slice(self, parent: str, axis: int) -> str:
-        """What is left of a layout without an axis."""
-        return self._named(f"{parent}_without_{axis}", f"gl.SliceLayout({axis}, {parent})")
-
     def shared(self, columns: int, lead: bool) -> str:
         """A copy in shared memory whose rows are read without conflicts either way."""
         width = min(columns, 64)
@@ -78,7 +64,3 @@ class WarpLayouts:
     def numbers(self) -> str:
         """A vector in shared memory."""
         return self._named("NUMBERS", "gl.SwizzledSharedLayout(1, 1, 1, [0])")
-
-    def lines(self) -> list[str]:
-        """The definitions as source."""
-        return [f"{name} = gl.constexpr({text})" for name, text in self.definitions.items()]
