@@ -16,7 +16,11 @@ from types import ModuleType
 from typing import Any
 
 log = logging.getLogger("tttc.kernels")
-KINDS = ("kernels", "schedules", "programs")  # the folders of the cache: what `tttc cache` shows and clears
+KINDS = (
+    "kernels",
+    "schedules",
+    "programs",
+)  # the folders of the cache: what `tttc cache` shows and clears
 _lock = threading.Lock()
 _modules: dict[tuple[str, bool], ModuleType] = {}
 

@@ -188,14 +188,15 @@ def _shared_backend(options: Options) -> Callable[..., Any]:
 
 def _dynamo(loops: Loops, backend: Callable[..., Any], options: Options) -> Callable[..., Any]:
     """The model under TorchDynamo, as ``torch.compile(..., dynamic=True)`` has it; frames may come from disk."""
-    made = torch._TorchCompileWrapper(backend, None, None, True)
-    context = torch._dynamo.optimize(backend=made, dynamic=True)
     code = None if loops.any else code_of(loops.target)
-    if code is not None:
-        callback: Any = context.callback
-        callback._torchdynamo_orig_backend = WarmFrames(
-            callback._torchdynamo_orig_backend, code, options
-        )
+    if code is None or torch.compiler.is_exporting():
+        return torch.compile(loops.target, backend=backend, dynamic=True)
+    made = torch._TorchCompileWrapper(backend, None, None, True)
+    context: Any = torch._dynamo.optimize(backend=made, dynamic=True)
+    callback = getattr(context, "callback", None)
+    if callback is not None:  # else TorchDynamo is switched off
+        convert = callback._torchdynamo_orig_backend
+        callback._torchdynamo_orig_backend = WarmFrames(convert, code, options)
     compiled: Callable[..., Any] = context(loops.target)
     return compiled
 

@@ -53,7 +53,7 @@ def watch() -> None:
     with _lock:
         if not _watched:
             AOTDispatchAutograd.post_compile = staticmethod(_record_autograd)  # type: ignore[method-assign]
-            RuntimeWrapper.post_compile = _record_inference  # type: ignore[method-assign]
+            RuntimeWrapper.post_compile = _record_inference  # type: ignore[method-assign,assignment]
             graph_compile.post_compile = _record_around
             _watched = True
 
@@ -165,4 +165,3 @@ def _taken(given: dict[str, Any]) -> dict[str, Any]:
     from torch._functorch._aot_autograd.runtime_wrappers import AOTDispatchAutogradCompileSpec
 
     return {names[0]: AOTDispatchAutogradCompileSpec(**given)}
-

@@ -51,6 +51,7 @@ def wanted(options: Options) -> bool:
         and not options.verify
         and not options.cuda_graphs
         and not _recorder.recording()
+        and torch._C._functorch.peek_interpreter_stack() is None
     )
 
 
@@ -77,7 +78,11 @@ class WarmFrames:
         compile = functools.partial(self._convert, frame, cache_entry, hooks, state, skip=skip + 1)
         if frame.f_code is not self._code or not wanted(self._options):
             return compile()
-        key = key_of(frame, self._options)
+        try:
+            key = key_of(frame, self._options)
+        except Exception as error:
+            log.info("%s can't be looked up: %s", frame.f_code.co_qualname, error)
+            return compile()
         path = store.path_of(frame.f_code.co_name, key)
         try:
             entry = store.read(path, key)
@@ -85,16 +90,14 @@ class WarmFrames:
                 found = _load(entry, frame, state)
                 log.info("%s: from %s", frame.f_code.co_qualname, path)
                 return found
-        except NotKept as error:
+        except Exception as error:  # PyTorch may have changed: compiled again, it works in any case
             log.info("%s: %s holds no program for it: %s", frame.f_code.co_qualname, path, error)
         local = dict(frame.f_locals)
         with recording.record() as made:
             result = compile()
         with made.kept():
             store.write(path, key, _entry(made, result, frame.f_code, local, frame.f_globals))
-        log.info(
-            "%s: %s", frame.f_code.co_qualname, made.reason or f"kept in {path}"
-        )
+        log.info("%s: %s", frame.f_code.co_qualname, made.reason or f"kept in {path}")
         return result
 
 
@@ -104,9 +107,7 @@ def code_of(target: Any) -> types.CodeType | None:
     return getattr(getattr(function, "__func__", function), "__code__", None)
 
 
-def _entry(
-    made: Recording, result: Any, original: types.CodeType, local: Any, scope: Any
-) -> Entry:
+def _entry(made: Recording, result: Any, original: types.CodeType, local: Any, scope: Any) -> Entry:
     """What was recorded, as it is written."""
     if made.reason is not None:
         raise NotKept(made.reason)
@@ -160,12 +161,12 @@ def _load(entry: Entry, frame: Any, state: Any) -> Any:
         warn_once(warning)
     code: types.CodeType = marshal.loads(entry.code)
     name = f"__compiled_fn_{uuid.uuid4().hex}"
-    code = code.replace(
-        co_names=tuple(name if x == entry.function else x for x in code.co_names)
-    )
+    code = code.replace(co_names=tuple(name if x == entry.function else x for x in code.co_names))
     convert_frame.input_codes.add(frame.f_code)
     convert_frame.output_codes.add(code)
     convert_frame.orig_code_map[code] = frame.f_code
     CleanupManager.instance[code] = [CleanupHook.create(frame.f_globals, name, run)]
     compiled = convert_frame.get_compile_id(state)
-    return wrap_guarded_code(GuardedCode(code, manager, compiled, f"Torch-Compiled Region: {compiled}"))
+    return wrap_guarded_code(
+        GuardedCode(code, manager, compiled, f"Torch-Compiled Region: {compiled}")
+    )

@@ -13,7 +13,6 @@ import torch
 from torch import fx, nn
 from torch.fx.graph_module import _exec_with_source
 
-from tttc.codegen.kernel import Kernel
 from tttc.codegen.rowwise_launch import Launch, shared_kernel
 from tttc.ir.region import FusedRegion
 from tttc.runtime.fused_scan_backward import scan_arguments

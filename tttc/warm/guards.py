@@ -31,13 +31,23 @@ from torch.utils import _pytree as pytree
 from torch.utils._ordered_set import OrderedSet
 
 from tttc.warm import recording
-from tttc.warm.names import described, resolve
+from tttc.warm.names import content, described, resolve
 from tttc.warm.recording import NotKept
 
+# Guards that say all they check when they are shown, or that are checked by what is kept of them.
+KINDS = frozenset(
+    """
+    HASATTR NOT_PRESENT_IN_GENERIC_DICT TYPE_MATCH DICT_CONTAINS DICT_NOT_CONTAINS SET_CONTAINS SET_NOT_CONTAINS
+    BOOL_MATCH NONE_MATCH NOT_NONE_MATCH ID_MATCH DUAL_LEVEL AUTOGRAD_SAVED_TENSORS_HOOKS EQUALS_MATCH CONSTANT_MATCH
+    FUNCTION_MATCH CLASS_MATCH MODULE_MATCH CLOSURE_MATCH BUILTIN_MATCH SEQUENCE_LENGTH TUPLE_ITERATOR_LEN
+    RANGE_ITERATOR_MATCH DUPLICATE_INPUT DICT_KEYS_MATCH EMPTY_NN_MODULE_HOOKS_DICT GRAD_MODE
+    DETERMINISTIC_ALGORITHMS GLOBAL_STATE TORCH_FUNCTION_STATE DEFAULT_DEVICE SHAPE_ENV TENSOR_MATCH
+    """.split()  # noqa: SIM905
+)
 GlobalState = torch._C._dynamo.guards.GlobalStateGuard
 BUILTINS = "__tttc_builtins"
 _lock = threading.Lock()
-_number = re.compile(r"\d{6,}")
+_number = re.compile(r"0x[0-9a-f]{6,}|\d{6,}")
 
 
 @dataclass
@@ -77,12 +87,6 @@ class _Builder(CheckFunctionManager):
         self.asked.setdefault(number, obj)
         return number
 
-    def text(self) -> list[str]:
-        """The guards as they read, one a line, with objects by name instead of by a number of this process."""
-        names = {str(number): described(obj) for number, obj in self.asked.items()}
-        lines = str(self.guard_manager).splitlines()
-        return sorted(_number.sub(lambda found: names.get(found[0], found[0]), x) for x in lines)
-
 
 _rebuilding = threading.local()
 
@@ -110,23 +114,36 @@ class _Rebuilder(_Builder):
     def build_guards(self, sorted_guards: Any, *args: Any, **rest: Any) -> Any:
         """As PyTorch's."""
         assert self.output_graph is not None
-        return super().build_guards(list(self.output_graph.guards), *args, **rest)
+        kept = list(self.output_graph.guards)
+        builder, manager = super().build_guards(kept, *args, **rest)
+        equal = [g for g in kept if g.create_fn_name() in ("EQUALS_MATCH", "CONSTANT_MATCH")]
+        self.values = [f"{g.name} is {content(builder.get(g))}" for g in equal]
+        return builder, manager
+
+    def text(self) -> list[str]:
+        """The guards as they read, one a line, with objects by name instead of by a number of this process.
+
+        And what values they want: the guards themselves show those by ``repr``, which may leave something out.
+        """
+        names = {str(number): described(obj) for number, obj in self.asked.items()}
+
+        def shown(found: re.Match[str]) -> str:
+            return "0x" if found[0].startswith("0x") else names.get(found[0], found[0])
+
+        lines = str(self.guard_manager).splitlines()
+        return sorted([*(_number.sub(shown, x) for x in lines), *self.values])
 
 
 class _Recorder(_Builder):
     """In the place of PyTorch's while a frame is compiled: keeps the guards of the frame."""
 
-    def build_guards(
-        self, sorted_guards: Any, sources: Any, code: Any, graph: Any, save: bool, **rest: Any
-    ) -> Any:
-        """With ``save``, conditions on sizes are kept as text."""
+    def build_guards(self, sorted_guards: Any, *args: Any, **rest: Any) -> Any:
+        """With ``save_guards``, conditions on sizes are kept as text."""
+        sources, code, graph, save = args
         watched = recording.current()
-        built = super().build_guards(
-            sorted_guards, sources, code, graph, save or watched is not None, **rest
-        )
         if watched is not None:
-            self.kept = (list(sorted_guards), graph)
-        return built
+            self.kept, save = (list(sorted_guards), graph), True
+        return super().build_guards(sorted_guards, sources, code, graph, save, **rest)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -165,6 +182,10 @@ class Captured:
             raise NotKept("it runs under modes, transforms, or on inputs that overlap")
         if state.export or state.export_constraints or state.skip_guards_check:
             raise NotKept("it is exported")
+        others = {g.create_fn_name() for g in guards} - KINDS
+        if others:
+            raise NotKept(f"it has guards of other kinds: {', '.join(sorted(others))}")
+        _check_constants(guards, graph)
         self.guards = Kept(
             [_plain(g, rename) for g in guards],
             {
@@ -182,6 +203,23 @@ class Captured:
             self.scope.scopes,
         )
         self.traced = list(graph.traced_code)
+
+
+def _check_constants(guards: list[Guard], graph: Any) -> None:
+    """Raise where a function ran while the model was traced, and its result was taken for a constant.
+
+    What :func:`tttc.scan` finds out of a step so is found out again by another process.
+    """
+    names = {"L": graph.local_scope, "G": graph.global_scope}
+    for guard in guards:
+        if guard.create_fn_name() in ("CLOSURE_MATCH", "FUNCTION_MATCH"):
+            try:
+                found = eval(guard.name, names)
+            except Exception:  # a source that is no expression
+                raise NotKept(f"it guards on {guard.name}") from None
+            constant = getattr(found, "_dynamo_marked_constant", False)
+            if constant and found.__module__ != "tttc._scan_op":
+                raise NotKept(f"the result of {found.__qualname__} is taken for a constant")
 
 
 class _Scope:

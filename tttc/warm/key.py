@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import nn
 
-import tttc
 from tttc.options import Options
 from tttc.tuning.remembered import device_words, versions
 from tttc.warm.names import digest
@@ -48,7 +47,10 @@ def key_of(frame: Any, options: Options) -> str:
         _config(torch.fx.experimental._config),  # type: ignore[attr-defined]
         torch._C._dynamo.guards.GlobalStateGuard().__getstate__(),
         torch.get_float32_matmul_precision(),
-        sorted((k, v) for k, v in os.environ.items() if k.startswith(("TTTC_", "TRITON_INTERPRET"))),
+        torch.is_inference_mode_enabled(),
+        sorted(
+            (k, v) for k, v in os.environ.items() if k.startswith(("TTTC_", "TRITON_INTERPRET"))
+        ),
         frame.f_code.co_filename,
         digest(frame.f_code),
         _Described().of(dict(frame.f_locals)),
@@ -106,6 +108,3 @@ class _Described:
 
 def _class(x: Any) -> str:
     return f"{type(x).__module__}.{type(x).__qualname__}"
-
-
-assert tttc  # its path is read above

@@ -139,7 +139,7 @@ def described(x: Any) -> str:
     Raises:
         NotKept: for what no other process could find.
     """
-    if isinstance(x, _CONSTANTS):
+    if type(x) in _CONSTANTS:
         return f"{type(x).__name__} {x!r}"
     if isinstance(x, types.CodeType):
         return f"code {x.co_filename}:{x.co_qualname} {digest(x)}"
@@ -165,14 +165,26 @@ def described(x: Any) -> str:
     raise NotKept(f"another process has no name for {type(x).__qualname__} objects")
 
 
+def content(x: Any) -> str:
+    """A value in words, as :func:`described`; two that are equal but of other types read differently.
+
+    Raises:
+        NotKept: for what is no number, string, single object, or made of these.
+    """
+    if isinstance(x, slice):
+        return f"slice {content((x.start, x.stop, x.step))}"
+    if isinstance(x, (tuple, list, torch.Size)):
+        return f"{described(type(x))} [{', '.join(map(content, x))}]"
+    if isinstance(x, (set, frozenset)):
+        return f"{described(type(x))} {sorted(map(content, x))}"
+    return repr(x) if isinstance(x, range) else described(x)
+
+
 def _builtin(x: types.BuiltinFunctionType) -> str:
     """A function of an extension module, or a method of a class; PyTorch's own belong to nobody."""
     of: Any = x.__self__
     for owner in (of,) if of is not None else (torch, torch._C):
-        if (
-            isinstance(owner, (types.ModuleType, type))
-            and getattr(owner, x.__name__, None) == x
-        ):
+        if isinstance(owner, (types.ModuleType, type)) and getattr(owner, x.__name__, None) == x:
             where = "" if isinstance(owner, types.ModuleType) else f"{owner.__module__}."
             return f"builtin {where}{owner.__name__}.{x.__name__}"
     raise NotKept(f"another process has no name for the builtin {x.__name__}")

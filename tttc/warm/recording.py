@@ -41,11 +41,13 @@ class Recording:
 
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:
-        """Within, :class:`NotKept` refuses."""
+        """Within, an error refuses: PyTorch may have changed, and a program that is not kept is compiled again."""
         try:
             yield
         except NotKept as error:
             self.refuse(str(error))
+        except Exception as error:
+            self.refuse(f"{type(error).__name__}: {error}")
 
 
 _current: contextvars.ContextVar[Recording | None] = contextvars.ContextVar(

@@ -101,6 +101,9 @@ def _text(body: Body) -> str:
         target = node.target if isinstance(node.target, str) else str(node.target)
         if not isinstance(node.target, str):
             target = getattr(node.target, "__name__", target)
-        arguments = (fx.node.map_aggregate(node.args, plain), fx.node.map_aggregate(node.kwargs, plain))  # type: ignore[arg-type]
+        arguments = (
+            fx.node.map_aggregate(node.args, plain),
+            fx.node.map_aggregate(node.kwargs, plain),
+        )  # type: ignore[arg-type]
         lines.append(repr((node.op, target if node.op != "output" else "", arguments)))
     return "\n".join(lines)
