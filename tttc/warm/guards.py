@@ -45,6 +45,7 @@ KINDS = frozenset(
     """.split()  # noqa: SIM905
 )
 GlobalState = torch._C._dynamo.guards.GlobalStateGuard
+_nodes = re.compile(r"(___dict_version\(.*\.SUPPORTED_NODES\)) == \d+$")
 BUILTINS = "__tttc_builtins"
 _lock = threading.Lock()
 _number = re.compile(r"0x[0-9a-f]{6,}|\d{6,}")
@@ -108,6 +109,12 @@ def _quiet() -> Iterator[None]:
         _rebuilding.on = False
 
 
+def _known_nodes(found: re.Match[str]) -> str:
+    """The classes that pytrees are made of: PyTorch guards on a number that changes when one is registered."""
+    names = sorted(f"{x.__module__}.{x.__qualname__}" for x in pytree.SUPPORTED_NODES)
+    return f"{found[1]} {', '.join(names)}"
+
+
 class _Rebuilder(_Builder):
     """Builds guards in the order in which they were kept: of two that say the same only the first is made."""
 
@@ -131,7 +138,8 @@ class _Rebuilder(_Builder):
             return "0x" if found[0].startswith("0x") else names.get(found[0], found[0])
 
         lines = str(self.guard_manager).splitlines()
-        return sorted([*(_number.sub(shown, x) for x in lines), *self.values])
+        lines = [_nodes.sub(_known_nodes, _number.sub(shown, x)) for x in lines]
+        return sorted([*lines, *self.values])
 
 
 class _Recorder(_Builder):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._guards import TracingContext, tracing
 
 from tttc.codegen.kernel import cache_dir, write_atomically
 from tttc.warm.recording import NotKept
@@ -80,7 +81,8 @@ def read(path: Path, key: str) -> Any:
         _warn(path, "is damaged: its program is compiled as if it were not there")
         return None
     try:
-        found, entry = pickle.loads(body)
+        with tracing(TracingContext(None)):  # some sources of guards ask for one when they are made
+            found, entry = pickle.loads(body)
     except Exception as error:  # what it names is not there any more
         raise NotKept(f"it can't be read: {error}") from None
     return entry if found == key else None
