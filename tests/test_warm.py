@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-MODEL = '''
+MODEL = """
 import torch
 from torch import nn
 
@@ -32,6 +32,11 @@ def step(anchor, W, token, shared):
     return W, q @ W
 
 
+class Centre(nn.Module):
+    def forward(self, z):
+        return z - z.mean(-1, keepdim=True)
+
+
 class Layer(nn.Module):
     HEADS = 2
 
@@ -39,21 +44,22 @@ class Layer(nn.Module):
         super().__init__()
         self.project = nn.Linear(8, 24, bias=False)
         self.W = nn.Parameter(0.1 * torch.randn(2, 4, 4))
+        self.centre = Centre()
         self.gain = 1.5
 
     def forward(self, x):
         k, v, q = self.project(scaled(x)).unflatten(-1, (3, self.HEADS, 4)).permute(2, 0, 3, 1, 4)
         state, z = tttc.scan(step, self.W, (k, v, q), mini_batch_size=4)
-        return self.gain * z.transpose(1, 2).flatten(2)
+        return self.gain * self.centre(z.transpose(1, 2).flatten(2))
 
 
 def make():
     torch.manual_seed(0)
     return Layer()
-'''
+"""
 
 # Compiles each of its models, and says whether TorchDynamo had to, and how far from float64 it is.
-DRIVER = '''
+DRIVER = """
 import copy, importlib, json, logging, sys, warnings
 
 import torch
@@ -89,12 +95,12 @@ def say(name, compiled, error=0.0):
     said[name] = {"compiled": compiled, "error": error}
 
 
-def run(name, x, change=None, train=True):
+def run(name, x, change=None, train=True, backend="torch"):
     module = importlib.import_module(name)
     layer = module.make()
     if change is not None:
         change(module, layer)
-    compiled = tttc.compile(layer, backend="torch", strict=True)
+    compiled = tttc.compile(layer, backend=backend, strict=True)
     check(name, layer, compiled, x, train)
     return layer, compiled
 
@@ -105,7 +111,7 @@ with warnings.catch_warnings(record=True) as caught:
     exec(sys.stdin.read())
 said["warnings"] = [str(w.message) for w in caught if w.category is RuntimeWarning]
 print(json.dumps(said))
-'''
+"""
 
 
 class Folder:
@@ -136,7 +142,8 @@ class Folder:
             capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert run.returncode == 0, run.stderr
-        print(run.stderr)  # shown where a test fails: why a program was not used
+        self.log = run.stderr
+        print(self.log)  # shown where a test fails: why a program was not used
         said = json.loads(run.stdout.splitlines()[-1])
         for name, found in said.items():
             assert name == "warnings" or found["error"] < 1e-5, (name, found, run.stderr)
@@ -146,16 +153,40 @@ class Folder:
         return sorted((self.cache / "programs").glob("*.program"))
 
 
+NAMES = [
+    "same",
+    "helper",
+    "method",
+    "constant",
+    "step",
+    "patched",
+    "replaced",
+    "hooked",
+    "changing",
+]
+CIRCUMSTANCES = {
+    "configuration": "torch._functorch.config.patch(cse=False)",
+    "of_dynamo": "torch._dynamo.config.patch(capture_scalar_outputs=True)",
+    "version": "patch.object(tttc.warm.key, 'versions', lambda: {'tttc': '0.0.1'})",
+    "source": "patch.object(tttc.warm.key, '_compiler', lambda: 'another')",
+    "precision": "high()",
+    "autocast": "torch.autocast('cpu', torch.bfloat16)",
+    "switched_off": "patch.dict(os.environ, TTTC_WARM='0')",
+}
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Four models compiled by a first process, forward and backward."""
+    """Models compiled by a first process, forward and backward."""
     made = Folder(tmp_path_factory.mktemp("warm"))
-    made.model("same", "helper", "constant", "step", "patched", "hooked", "changing")
+    others = [*CIRCUMSTANCES, "a_batch_of_one"]
+    names = [*NAMES, *others]
+    made.model(*names)
     said = made.process(
-        'for name in ("same", "helper", "constant", "step", "patched", "hooked", "changing"): run(name, x)'
+        f"for name in {NAMES}: run(name, x)\nfor name in {others}: run(name, x, train=False)"
     )
-    assert [v["compiled"] for k, v in said.items() if k != "warnings"] == [1] * 7
-    assert len(made.programs()) == 7
+    assert [v["compiled"] for k, v in said.items() if k != "warnings"] == [1] * len(names)
+    assert len(made.programs()) == len(names)
     return made
 
 
@@ -182,6 +213,9 @@ check("equal", other, tttc.compile(other, backend="torch", strict=True), x)
 def test_what_changed_is_compiled(folder):
     before = folder.programs()
     folder.model("helper", replaced={"return 2.0 * x + OFFSET": "return 3.0 * x + OFFSET"})
+    folder.model(
+        "method", replaced={"z - z.mean(-1, keepdim=True)": "z - z.mean(-2, keepdim=True)"}
+    )
     folder.model("constant", replaced={"OFFSET = 0.25": "OFFSET = 0.5"})
     folder.model("step", replaced={"RATE = 0.5": "RATE = 0.25"})
     said = folder.process(
@@ -189,20 +223,23 @@ def test_what_changed_is_compiled(folder):
 def patch(module, layer):
     module.scaled = lambda x: 5.0 * x
 
+def replace(module, layer):
+    module.Centre.forward = lambda self, z: 2.0 * z
+
 def hook(module, layer):
     layer.project.register_forward_hook(lambda module, args, result: 2.0 * result)
 
 run("same", x)
-run("helper", x)
-run("constant", x)
-run("step", x)
+for name in ("helper", "method", "constant", "step"): run(name, x)
 run("patched", x, patch)
+run("replaced", x, replace)
 run("hooked", x, hook)
 """
     )
+    changed = ("helper", "method", "constant", "step", "patched", "replaced", "hooked")
     compiled = {k: v["compiled"] for k, v in said.items() if k != "warnings"}
-    assert compiled == {"same": 0, "helper": 1, "constant": 1, "step": 1, "patched": 1, "hooked": 1}
-    assert len(folder.programs()) == len(before)  # written over, or not kept
+    assert compiled == {"same": 0, **dict.fromkeys(changed, 1)}
+    assert folder.programs() == before  # written over, or not kept
 
 
 def test_guards_are_those_of_the_model(folder):
@@ -211,65 +248,148 @@ def test_guards_are_those_of_the_model(folder):
 layer, compiled = run("changing", x)
 layer.gain = 2.5
 check("attribute", layer, compiled, x)
-type(layer).HEADS = 2
 check("grad mode", layer, compiled, x, train=False)
 layer.double()
 check("dtype", layer, compiled, x.double())
 layer.float()
 check("back", layer, compiled, x)
-layer.project.register_forward_hook(lambda module, args, result: 2.0 * result)
+layer.project.bias = torch.nn.Parameter(torch.ones(24))
+check("bias", layer, compiled, x)
+layer.centre = torch.nn.Identity()
+check("module", layer, compiled, x)
+sys.modules["changing"].OFFSET = 0.75
+check("constant", layer, compiled, x)
 """
     )
     compiled = {k: v["compiled"] for k, v in said.items() if k != "warnings"}
-    assert compiled == {"changing": 0, "attribute": 1, "grad mode": 1, "dtype": 1, "back": 0}
+    changes = ("attribute", "grad mode", "dtype", "bias", "module", "constant")
+    assert compiled == {"changing": 0, "back": 0, **dict.fromkeys(changes, 1)}
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        "torch._functorch.config.cse = False",
-        "import tttc.warm.key as key; key.versions = lambda: {'tttc': '0.0.1'}",
-        "torch.use_deterministic_algorithms(True)",
-        "x = x[:1]",
-        "torch.autocast('cpu', torch.bfloat16).__enter__(); tolerance()",
-    ],
-    ids=["configuration", "version", "global state", "a batch of one", "autocast"],
-)
-def test_other_circumstances_are_other_programs(folder, change):
-    prefix = "def tolerance():\n    global check\n    check = lambda *args: say(args[0], 0) or counted(*args)\n"
-    prefix += """
-def counted(name, layer, compiled, x, train=True):
+def test_other_circumstances_are_other_programs(folder):
+    program = """
+import contextlib, os
+from unittest.mock import patch
+
+import tttc.warm.key
+
+@contextlib.contextmanager
+def high():
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+def check(name, layer, compiled, x, train):  # that it compiles: under autocast values are others'
     before = graphs()
-    compiled(x)
+    with torch.set_grad_enabled(train):
+        compiled(x)
     say(name, graphs() - before)
+
+run("same", x)
+run("a_batch_of_one", x[:1], train=False)
 """
-    said = folder.process(f'{prefix}{change}\nrun("same", x)')
-    assert said["same"]["compiled"] == 1
+    for name, context in CIRCUMSTANCES.items():
+        program += f"with {context}: run({name!r}, x, train=False)\n"
+    said = folder.process(program)
+    compiled = {k: v["compiled"] for k, v in said.items() if k != "warnings"}
+    assert compiled == {"same": 0, "a_batch_of_one": 1, **dict.fromkeys(CIRCUMSTANCES, 1)}
 
 
-def test_switched_off(folder):
-    assert folder.process('run("same", x)', TTTC_WARM="0")["same"]["compiled"] == 1
-
-
-@pytest.mark.parametrize("how", ["cut", "flipped", "other", "empty"])
-def test_a_damaged_file_counts_as_none(tmp_path, how):
+def test_kernels_and_models_of_blocks(tmp_path):
+    """Regions with kernels of their own (in Triton's interpreter), and blocks that are traced once."""
     folder = Folder(tmp_path)
     folder.model("same")
-    folder.process('run("same", x, train=False)')
-    (path,) = folder.programs()
-    whole = path.read_bytes()
-    damaged = {
-        "cut": whole[: len(whole) // 2],
-        "flipped": whole[:-10] + bytes([whole[-10] ^ 1]) + whole[-9:],
-        "other": b"something else",
-        "empty": b"",
-    }
-    path.write_bytes(damaged[how])
-    said = folder.process('run("same", x, train=False)')
-    assert said["same"]["compiled"] == 1
-    assert len(said["warnings"]) == 1 and "is damaged" in said["warnings"][0]
-    said = folder.process('run("same", x, train=False)')
-    assert said["same"]["compiled"] == 0 and not said["warnings"]
+    program = """
+from tttc.models import TTTConfig, TTTLanguageModel
+from tttc.codegen.rowwise_launch import Launch
+
+launched = []
+launch = Launch._run
+Launch._run = lambda self, *args: launched.append(self.kernel.name) or launch(self, *args)
+run("same", x, backend="triton")
+say("kernels", len(launched))
+
+sizes = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "mini_batch_size": 4}
+model = TTTLanguageModel(TTTConfig(**sizes, vocab_size=16)).double()
+ids = torch.arange(20).view(2, 10) % 16
+before, y = graphs(), tttc.compile(model, backend="torch", strict=True)(ids)
+y.square().mean().backward()
+got = [p.grad.clone() for p in model.parameters()]
+model.zero_grad()
+exact = copy.deepcopy(model)
+exact(ids).square().mean().backward()
+pairs = zip(got, (p.grad for p in exact.parameters()), strict=True)
+say("model", graphs() - before, max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs))
+"""
+    first, second = (folder.process(program) for _ in range(2))
+    assert (first["same"]["compiled"], first["model"]["compiled"]) == (1, 1)
+    assert (second["same"]["compiled"], second["model"]["compiled"]) == (0, 0)
+    assert first["kernels"] == second["kernels"] and first["kernels"]["compiled"] > 0
+
+
+LOCAL = """
+def made():
+    class Inner(nn.Module):
+        def forward(self, z):
+            return 2.0 * z
+
+    return Inner()
+
+
+class Layer"""
+OPERATOR = """
+@torch.library.custom_op("somebody::twice", mutates_args=())
+def twice(x: torch.Tensor) -> torch.Tensor:
+    return 2.0 * x
+
+
+twice.register_fake(torch.empty_like)
+twice.register_autograd(lambda ctx, g: 2.0 * g)
+
+
+def scaled"""
+RESULT = """
+@torch.compiler.assume_constant_result
+def number():
+    return 2.0
+
+
+def scaled"""
+
+
+def test_what_may_change_unseen_is_not_kept(tmp_path):
+    folder = Folder(tmp_path)
+    folder.model("a_class", replaced={"\nclass Layer": LOCAL, "= Centre()": "= made()"})
+    folder.model("an_operator", replaced={"\ndef scaled": OPERATOR, "2.0 * x +": "twice(x) +"})
+    folder.model("a_result", replaced={"\ndef scaled": RESULT, "2.0 * x +": "number() * x +"})
+    folder.process('for name in ("a_class", "an_operator", "a_result"): run(name, x)')
+    assert not folder.programs()
+    reasons = [line.partition("Layer.forward: ")[2] for line in folder.log.splitlines()]
+    assert reasons == [
+        "another process has no name for a_class.made.<locals>.Inner",
+        "it calls somebody.twice.default",
+        "the result of number is taken for a constant",
+    ]
+
+
+def test_a_damaged_file_counts_as_none(tmp_path):
+    folder = Folder(tmp_path)
+    names = ["cut", "flipped", "other", "empty"]
+    folder.model(*names)
+    program = f"for name in {names}: run(name, x, train=False)"
+    folder.process(program)
+    cut, flipped, other, empty = folder.programs()
+    whole = flipped.read_bytes()
+    cut.write_bytes(cut.read_bytes()[:-100])
+    flipped.write_bytes(whole[:-10] + bytes([whole[-10] ^ 1]) + whole[-9:])
+    other.write_bytes(b"something else")
+    empty.write_bytes(b"")
+    said = folder.process(program)
+    assert [said[name]["compiled"] for name in names] == [1] * 4
+    assert len(said["warnings"]) == 4
+    assert all("is damaged" in text for text in said["warnings"])
+    said = folder.process(program)
+    assert [said[name]["compiled"] for name in names] == [0] * 4 and not said["warnings"]
 
 
 def test_two_processes_at_once(tmp_path):

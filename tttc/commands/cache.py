@@ -1,4 +1,4 @@
-"""``tttc cache``: the emitted kernels and the schedules found by measuring, kept on disk."""
+"""``tttc cache``: the emitted kernels, the schedules found by measuring and the compiled programs kept on disk."""
 
 from __future__ import annotations
 

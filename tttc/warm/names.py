@@ -162,7 +162,9 @@ def described(x: Any) -> str:
         if found is x or getattr(found, "__func__", None) is x:
             code = getattr(x, "__code__", None)
             return f"{module}.{qualname}" + ("" if code is None else f" {digest(code)}")
-    raise NotKept(f"another process has no name for {type(x).__qualname__} objects")
+    if isinstance(qualname, str):
+        raise NotKept(f"another process has no name for {module}.{qualname}")
+    raise NotKept(f"another process has no name for a {type(x).__qualname__}")
 
 
 def content(x: Any) -> str:
