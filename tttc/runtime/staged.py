@@ -112,8 +112,15 @@ def mini_batches_at_once(
     return -(-mini_batches // pieces)
 
 
-def in_float32(x: Tensor) -> Tensor:
-    """The tensor in float32; what is repeated in it is computed once."""
+def in_words(x: Tensor, step: int) -> Tensor:
+    """The tensor so that its numbers can be copied by words of four bytes, :mod:`tttc.codegen.words`.
+
+    In float32, if it has to be: numbers of two bytes come with their neighbours where all mini-batches, ``step`` along the third axis from each other, begin
+    alike. What is repeated is computed once.
+    """
+    two_bytes = x.dtype in (torch.bfloat16, torch.float16)
+    if x.dtype == torch.float32 or (two_bytes and x.stride(2) * step % 2 == 0):
+        return x
     once = x
     for axis, (size, stride) in enumerate(zip(x.shape, x.stride(), strict=True)):
         if stride == 0 and size > 1:
@@ -143,7 +150,6 @@ def run_staged(
     mini_batches = -(-length // made.kernels[0].config["mini_batch_size"])
     results: dict[str, Tensor] = {}
     launches: list[Launch] = []
-    wide: dict[str, Tensor] = {}
 
     def kind(name: str, *, wide: bool = False) -> torch.dtype:
         return dtype if name in made.narrow and not wide else torch.float32
@@ -165,10 +171,7 @@ def run_staged(
         for name, shape in config["sums"].items():
             lead = (batch, heads, programs) if config["parallel"] else (batch, heads)
             results[name] = have[name] = empty(name, (*lead, *shape), wide=True)
-        for name in config["float32"]:
-            if have[name].dtype != torch.float32 and name not in wide:
-                wide[name] = in_float32(have[name])
-        given = have if not config["float32"] else {**have, **{n: wide.get(n, have[n]) for n in config["float32"]}}  # fmt: skip
+        given = have | {name: in_words(have[name], step) for name, step in config["words"].items()}
         grid = (batch * heads, programs)
         launches.append(Launch(kernel, given, grid, length, heads, place, dtype))
     if device.type == "cuda" and launcher is launch and not made.kernels[-1].compiled:

@@ -25,6 +25,7 @@ from tttc.tuning.search import Call
 
 Tensor = torch.Tensor
 _lock = threading.Lock()
+_zeros: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 ENOUGH_PROGRAMS = 2048  # of a parallel kernel: many a multiprocessor, on any device
 
 
@@ -107,6 +108,16 @@ def narrow_states(program: Program, leaves: Leaves) -> set[int]:
     return program.gradients[key]
 
 
+def _zero(like: Tensor) -> Tensor:
+    """A zero that nobody writes to, made once a device: to fill it takes the host longer than some kernels take."""
+    if like.is_cuda and torch.cuda.is_current_stream_capturing():
+        return like.new_zeros(())  # made by the graph, and of nobody else
+    key = (like.device, like.dtype)
+    if key not in _zeros:
+        _zeros[key] = like.new_zeros(())
+    return _zeros[key]
+
+
 def _together(made: Staged | Chunked, heads: int) -> int:
     """Mini-batches that the kernels of a backward handle at once, for so many heads of sequences."""
     if isinstance(made, Chunked) or len(made.kernels) == 1:
@@ -154,7 +165,7 @@ def run_backward_kernels(
             x = tokens[0].new_zeros((batch, heads, length, *shape))
         rows[f"goutput_{i}"] = squeeze_features(x, 3)
 
-    zero = now_carry[0].new_zeros(())
+    zero = _zero(now_carry[0])
     tall = program.sequential and program.mini_batch_size == 1 and is_tall(program)
 
     def cotangent(x: Tensor | None, like: Tensor) -> Tensor:
