@@ -20,7 +20,7 @@ from torch._dynamo.utils import CleanupHook, CleanupManager
 from tttc import _recorder
 from tttc._garbage import not_collected
 from tttc.options import Options, warn_once
-from tttc.warm import autograd, graphs, guards, recording, steps, store
+from tttc.warm import autograd, constants, graphs, guards, recording, steps, store
 from tttc.warm.key import key_of
 from tttc.warm.names import Codes, check_codes
 from tttc.warm.recording import NotKept, Recording
@@ -72,6 +72,7 @@ class WarmFrames:
         self._options = options
         guards.watch()
         autograd.watch()
+        constants.watch()
 
     def __call__(self, frame: Any, cache_entry: Any, hooks: Any, state: Any, skip: int = 0) -> Any:
         """The code for a frame, with its guards."""
@@ -143,6 +144,7 @@ def _entry(made: Recording, result: Any, original: types.CodeType, local: Any, s
     )
 
 
+@convert_frame.preserve_global_state  # as when a frame is compiled
 def _load(entry: Entry, frame: Any, state: Any) -> Any:
     """The code of an entry, with guards of this process.
 

@@ -60,10 +60,10 @@ def _is_known(target: Any) -> bool:
         return False
     if isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
         return str(target).partition(".")[0] in _OURS
-    module = (getattr(target, "__module__", None) or "").partition(".")[0]
-    return module in ("torch", "_operator", "builtins", "math") or isinstance(
-        target, types.BuiltinFunctionType
-    )
+    module = getattr(target, "__module__", None)
+    if module is None:  # PyTorch's own builtins say no module
+        return getattr(torch, target.__name__, None) == target
+    return module.partition(".")[0] in ("torch", "_operator", "builtins", "math")
 
 
 def keep_graph(direction: str, gm: fx.GraphModule) -> None:

@@ -190,10 +190,11 @@ class Captured:
             raise NotKept("it runs under modes, transforms, or on inputs that overlap")
         if state.export or state.export_constraints or state.skip_guards_check:
             raise NotKept("it is exported")
+        if getattr(graph, "torch_function_subclass_inlined", False):
+            raise NotKept("it is given tensors of other classes")
         others = {g.create_fn_name() for g in guards} - KINDS
         if others:
             raise NotKept(f"it has guards of other kinds: {', '.join(sorted(others))}")
-        _check_constants(guards, graph)
         self.guards = Kept(
             [_plain(g, rename) for g in guards],
             {
@@ -211,23 +212,6 @@ class Captured:
             self.scope.scopes,
         )
         self.traced = list(graph.traced_code)
-
-
-def _check_constants(guards: list[Guard], graph: Any) -> None:
-    """Raise where a function ran while the model was traced, and its result was taken for a constant.
-
-    What :func:`tttc.scan` finds out of a step so is found out again by another process.
-    """
-    names = {"L": graph.local_scope, "G": graph.global_scope}
-    for guard in guards:
-        if guard.create_fn_name() in ("CLOSURE_MATCH", "FUNCTION_MATCH"):
-            try:
-                found = eval(guard.name, names)
-            except Exception:  # a source that is no expression
-                raise NotKept(f"it guards on {guard.name}") from None
-            constant = getattr(found, "_dynamo_marked_constant", False)
-            if constant and found.__module__ != "tttc._scan_op":
-                raise NotKept(f"the result of {found.__qualname__} is taken for a constant")
 
 
 class _Scope:

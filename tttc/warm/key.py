@@ -11,6 +11,7 @@ import hashlib
 import os
 import platform
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +21,27 @@ from torch import nn
 from tttc.options import Options
 from tttc.tuning.remembered import device_words, versions
 from tttc.warm.names import digest
+from tttc.warm.recording import NotKept
 
 _PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.Size)
 
 
+_imported = time.time()
+
+
 @functools.cache
 def _compiler() -> str:
-    """The source of this package, wherever parts of it are."""
+    """The source of this package, wherever parts of it are.
+
+    Raises:
+        NotKept: where it is newer than this process, which then does not run it.
+    """
     whole = hashlib.sha256()
     for package in ("tttc", "tttc.passes", "tttc.codegen"):
         for root in sys.modules[package].__path__:
             for path in sorted(Path(root).rglob("*.py")):
+                if path.stat().st_mtime >= _imported:
+                    raise NotKept(f"{path} is newer than this process")
                 whole.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
     return whole.hexdigest()
 
@@ -40,7 +51,7 @@ def key_of(frame: Any, options: Options) -> str:
     said = (
         versions(),
         platform.python_version(),
-        platform.platform(),
+        (sys.platform, platform.machine()),
         _compiler(),
         options,
         [_config(c) for c in (torch._dynamo.config, torch._functorch.config)],

@@ -23,6 +23,7 @@ class Step:
 
     Attributes:
         place: the module and the name of its function.
+        outputs: the tree of what it returns, shapes and dtypes.
         derived: what was made of it ("anchor", "tokens"), in order.
         programs: digests of its programs, by mini-batch size.
         device: where it runs.
@@ -32,6 +33,7 @@ class Step:
     structure: Any
     shapes: Any
     dtypes: Any
+    outputs: Any
     derived: tuple[str, ...]
     programs: tuple[tuple[int, str], ...]
     device: torch.device
@@ -53,7 +55,14 @@ def written(key: str, used: set[tuple[int, torch.device]]) -> Step:
     programs = tuple((n, digest(build_program(entry, n))) for n in {n for n, _ in used})
     device = next(device for _, device in used)
     return Step(
-        place, first.structure, first.shapes, first.dtypes, tuple(derived), programs, device
+        place,
+        first.structure,
+        first.shapes,
+        first.dtypes,
+        (entry.output, entry.outputs),
+        tuple(derived),
+        programs,
+        device,
     )
 
 
@@ -70,8 +79,11 @@ def read(step: Step) -> str:
     for how in step.derived:
         if key is not None:
             key = approximation(key) if how == "anchor" else in_tokens(key)
-    if key is None or any(
-        digest(build_program(interned(key), size)) != wanted for size, wanted in step.programs
+    if key is None:
+        raise NotKept(f"the step {step.place[1]} has changed")
+    entry = interned(key)
+    if (entry.output, entry.outputs) != step.outputs or any(
+        digest(build_program(entry, size)) != wanted for size, wanted in step.programs
     ):
         raise NotKept(f"the step {step.place[1]} has changed")
     return key
