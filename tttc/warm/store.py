@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib
 import io
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._guards import TracingContext, tracing
+from torch._guards import Source, TracingContext, tracing
 
 from tttc.codegen.kernel import cache_dir, write_atomically
 from tttc.warm.recording import NotKept
@@ -29,11 +30,18 @@ class _Pickler(pickle.Pickler):
     def reducer_override(self, x: Any) -> Any:
         if isinstance(x, torch._ops.OpOverload):
             return _operator, (x.namespace, x._opname, x._overloadname)
+        if isinstance(x, Source):  # PyTorch 2.11 gives some more than they take
+            parts = {f.name: getattr(x, f.name) for f in dataclasses.fields(x) if f.init}  # type: ignore[arg-type]
+            return _source, (type(x), parts)
         if type(x) is types.ModuleType:
             return importlib.import_module, (x.__name__,)
         if isinstance(x, torch.Tensor):
             raise NotKept("it holds a tensor")
         return NotImplemented
+
+
+def _source(kind: type[Source], parts: dict[str, Any]) -> Source:
+    return kind(**parts)
 
 
 def _operator(namespace: str, name: str, overload: str) -> Any:
