@@ -1,0 +1,147 @@
+"""Lines of a turn of a loop in an order in which warps wait for each other less often.
+
+What warps store to shared memory others load after a barrier, where all wait for the slowest, and their state leaves
+few registers for what waits. So a store goes where there is a barrier before it is read anyway, together with what only
+it needs; what pairs of tokens are multiplied by is made into an operand, half its size, as soon as it is known; and the
+copies of what the next turn reads start right after a barrier, as they need one::
+
+    e_s.store(e)                        g_s.store(g)
+    a = e_s.load(...)    # barrier      e_s.store(e)
+    c = mma_v2(a, ...)                  a = e_s.load(...)    # barrier
+    g_s.store(g)                        c = mma_v2(a, ...)
+    b = g_s.load(...)    # barrier      b = g_s.load(...)
+
+Triton sees to the barriers: no order of lines makes a kernel wrong that is right one line after another.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+HEAVY = ("mma_v2(", "gl.sum(", "gl.store(")  # what does not move: it takes long, or waits itself
+
+
+@dataclass(eq=False)
+class Line:
+    """A line of a turn: the names it gives, the names it reads, the rooms it stores to and loads from."""
+
+    text: str
+    made: frozenset[str]
+    reads: frozenset[str]
+    stored: str
+    loaded: frozenset[str]
+
+    @property
+    def light(self) -> bool:
+        """Whether it may move along with what needs it."""
+        return bool(self.made) and not self.loaded and not any(x in self.text for x in HEAVY)
+
+
+def fewer_barriers(
+    lines: Sequence[str], rooms: Collection[str], operands: Collection[str],
+    filled: Collection[str] = (), start: Sequence[str] = (),
+) -> list[str]:  # fmt: skip
+    """The lines of a turn in another order.
+
+    Args:
+        lines: each gives names values, or stores. What a line reads was given before it in the turn, or is what it was
+            at the start of the turn.
+        rooms: in shared memory, by name, that a turn stores to before it loads from them.
+        operands: names of operands over pairs of tokens.
+        filled: what stands for the rooms that copies fill.
+        start: lines that start to fill them for the next turn.
+
+    >>> fewer_barriers(
+    ...     ["e_s.store(e)", "a = e_s.load()", "c = mma_v2(a, w)", "g = e + 1", "g_s.store(g)", "b = g_s.load()"],
+    ...     ["e_s", "g_s"], [],
+    ... )
+    ['e_s.store(e)', 'g = e + 1', 'g_s.store(g)', 'a = e_s.load()', 'c = mma_v2(a, w)', 'b = g_s.load()']
+    """
+    order = [_read(text, rooms) for text in lines]
+    _pack(order, operands)
+    barriers = _join(order)
+    at = _start(order, barriers, frozenset(filled))
+    made = [line.text for line in order]
+    return [*made[:at], *start, *made[at:]]
+
+
+def _read(text: str, rooms: Collection[str]) -> Line:
+    given = re.match(r"\s*((?:\w+, )*\w+) = ", text)
+    stored = re.match(r"\s*(\w+)\.store\(", text)
+    room = stored[1] if stored and stored[1] in rooms else ""
+    reads = frozenset(re.findall(r"[A-Za-z_]\w*", text[given.end() :] if given else text))
+    loaded = frozenset(x for x in reads if x in rooms and x != room)
+    return Line(text, frozenset(given[1].split(", ") if given else ()), reads, room, loaded)
+
+
+def _pack(order: list[Line], operands: Collection[str]) -> None:
+    """Operands of pairs move up to what they need, with what is only for them."""
+    for line in [x for x in order if x.made & frozenset(operands)]:
+        before = order[: order.index(line)]
+        chain = [line]
+        for other in reversed(before):
+            users = [x for x in order if other.made & x.reads]
+            if other.light and users and all(x in chain for x in users):
+                chain.insert(0, other)
+        needed = frozenset[str]().union(*(x.reads for x in chain))
+        given = [i for i, x in enumerate(before) if x not in chain and x.made & needed]
+        _move(
+            order,
+            [x for x in chain if order.index(x) > max(given, default=-1)],
+            max(given, default=-1) + 1,
+        )
+
+
+def _join(order: list[Line]) -> list[Line]:
+    """Stores move to before the last barrier that there is; the lines before which barriers are left."""
+    barriers: list[Line] = []
+    settled: list[Line] = []
+    for line in list(order):
+        before = order[: order.index(line)]
+        stores = [
+            next((x for x in reversed(before) if x.stored == r), None) for r in sorted(line.loaded)
+        ]
+        waiting = [
+            x for x in stores
+            if x is not None and x not in settled and not (barriers and _joins(order, x, barriers[-1]))
+        ]  # fmt: skip
+        if waiting:
+            barriers.append(line)
+            settled = [x for x in before if x.stored]
+        else:
+            settled += [x for x in stores if x is not None]
+    return barriers
+
+
+def _joins(order: list[Line], store: Line, barrier: Line) -> bool:
+    """Move a store to before a barrier, with what it needs, if that is possible."""
+    first, last = order.index(barrier), order.index(store)
+    chain = [store]
+    for other in reversed(order[first:last]):
+        if store.stored in other.loaded:
+            return False
+        if any(other.made & x.reads for x in chain):
+            if not other.light:
+                return False
+            chain.insert(0, other)
+    _move(order, chain, first)
+    return True
+
+
+def _move(order: list[Line], lines: Sequence[Line], to: int) -> None:
+    """Move lines up."""
+    for x in lines:
+        order.remove(x)
+    order[to:to] = lines
+
+
+def _start(order: list[Line], barriers: list[Line], filled: frozenset[str]) -> int:
+    """Where copies start: after a barrier, if what they fill is read no more before the next one."""
+    for i, barrier in enumerate(barriers):
+        at = order.index(barrier) + 1
+        end = order.index(barriers[i + 1]) if i + 1 < len(barriers) else len(order)
+        if not any(x.reads & filled for x in order[at:end]):
+            return at
+    return 0
