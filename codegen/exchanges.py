@@ -60,8 +60,8 @@ def fewer_barriers(
     ['e_s.store(e)', 'g = e + 1', 'g_s.store(g)', 'a = e_s.load()', 'c = mma_v2(a, w)', 'b = g_s.load()']
     """
     order = [_read(text, rooms) for text in lines]
-    _pack(order, operands)
     barriers = _join(order)
+    _pack(order, frozenset(operands), barriers)
     at = _start(order, barriers, frozenset(filled))
     made = [line.text for line in order]
     return [*made[:at], *start, *made[at:]]
@@ -76,26 +76,18 @@ def _read(text: str, rooms: Collection[str]) -> Line:
     return Line(text, frozenset(given[1].split(", ") if given else ()), reads, room, loaded)
 
 
-def _pack(order: list[Line], operands: Collection[str]) -> None:
-    """Operands of pairs move up to what they need, with what is only for them."""
-    for line in [x for x in order if x.made & frozenset(operands)]:
-        before = order[: order.index(line)]
-        chain = [line]
-        for other in reversed(before):
-            users = [x for x in order if other.made & x.reads]
-            if other.light and users and all(x in chain for x in users):
-                chain.insert(0, other)
-        needed = frozenset[str]().union(*(x.reads for x in chain))
-        given = [i for i, x in enumerate(before) if x not in chain and x.made & needed]
-        _move(
-            order,
-            [x for x in chain if order.index(x) > max(given, default=-1)],
-            max(given, default=-1) + 1,
-        )
+def _only_for(order: list[Line], line: Line) -> list[Line]:
+    """A line, after those that nothing else needs."""
+    chain = [line]
+    for other in reversed(order[: order.index(line)]):
+        users = [x for x in order if other.made & x.reads]
+        if other.light and users and all(x in chain for x in users):
+            chain.insert(0, other)
+    return chain
 
 
 def _join(order: list[Line]) -> list[Line]:
-    """Stores move to before the last barrier that there is; the lines before which barriers are left."""
+    """Stores move to before barriers that there are; the lines before which barriers are left."""
     barriers: list[Line] = []
     settled: list[Line] = []
     for line in list(order):
@@ -104,9 +96,10 @@ def _join(order: list[Line]) -> list[Line]:
             next((x for x in reversed(before) if x.stored == r), None) for r in sorted(line.loaded)
         ]
         waiting = [
-            x for x in stores
-            if x is not None and x not in settled and not (barriers and _joins(order, x, barriers[-1]))
-        ]  # fmt: skip
+            x
+            for x in stores
+            if x is not None and x not in settled and not _joins(order, x, barriers)
+        ]
         if waiting:
             barriers.append(line)
             settled = [x for x in before if x.stored]
@@ -115,19 +108,44 @@ def _join(order: list[Line]) -> list[Line]:
     return barriers
 
 
-def _joins(order: list[Line], store: Line, barrier: Line) -> bool:
-    """Move a store to before a barrier, with what it needs, if that is possible."""
-    first, last = order.index(barrier), order.index(store)
+def _joins(order: list[Line], store: Line, barriers: Sequence[Line]) -> bool:
+    """Move a store to before a barrier, with what it needs, if that is possible.
+
+    What is made for the store alone leaves registers by it: the first barrier is best. What is read later too stays there:
+    the last one is.
+    """
+    alone = len(_only_for(order, store)) > 1
+    for barrier in barriers if alone else barriers[-1:]:
+        chain = _from(order, store, barrier)
+        if chain:
+            _move(order, chain, order.index(barrier))
+            return True
+    return False
+
+
+def _from(order: list[Line], store: Line, barrier: Line) -> list[Line]:
+    """A store and what it needs of the lines from a barrier on; nothing where that has to stay."""
     chain = [store]
-    for other in reversed(order[first:last]):
-        if store.stored in other.loaded:
-            return False
-        if any(other.made & x.reads for x in chain):
-            if not other.light:
-                return False
+    for other in reversed(order[order.index(barrier) : order.index(store)]):
+        needed = any(other.made & x.reads for x in chain)
+        if store.stored in other.loaded or (needed and not other.light):
+            return []
+        if needed:
             chain.insert(0, other)
-    _move(order, chain, first)
-    return True
+    return chain
+
+
+def _pack(order: list[Line], operands: frozenset[str], barriers: Sequence[Line]) -> None:
+    """Operands of pairs move up to what they need, with what is only for them, if they wait for a barrier there."""
+    for line in [x for x in order if x.made & operands and not x.loaded]:
+        chain = _only_for(order, line)
+        needed = frozenset[str]().union(*(x.reads for x in chain))
+        before = order[: order.index(line)]
+        first = max(
+            (i + 1 for i, x in enumerate(before) if x not in chain and x.made & needed), default=0
+        )
+        if any(x in barriers for x in before[first:]):
+            _move(order, [x for x in chain if order.index(x) >= first], first)
 
 
 def _move(order: list[Line], lines: Sequence[Line], to: int) -> None:
