@@ -2,8 +2,8 @@
 
 What warps store to shared memory others load after a barrier, where all wait for the slowest, and their state leaves
 few registers for what waits. So a store goes where there is a barrier before it is read anyway, together with what only
-it needs; what pairs of tokens are multiplied by is made into an operand, half its size, as soon as it is known; and the
-copies of what the next turn reads start right after a barrier, as they need one::
+it needs; pairs of tokens that wait for a barrier do so as operands, which take half the registers; and the copies of what
+the next turn reads start right after a barrier, as they need one::
 
     e_s.store(e)                        g_s.store(g)
     a = e_s.load(...)    # barrier      e_s.store(e)
@@ -19,6 +19,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 HEAVY = ("mma_v2(", "gl.sum(", "gl.store(")  # what does not move: it takes long, or waits itself
 
@@ -60,7 +61,7 @@ def fewer_barriers(
     ['e_s.store(e)', 'g = e + 1', 'g_s.store(g)', 'a = e_s.load()', 'c = mma_v2(a, w)', 'b = g_s.load()']
     """
     order = [_read(text, rooms) for text in lines]
-    barriers = _join(order)
+    barriers = _join(order, frozenset(filled))
     _pack(order, frozenset(operands), barriers)
     at = _start(order, barriers, frozenset(filled))
     made = [line.text for line in order]
@@ -86,7 +87,16 @@ def _only_for(order: list[Line], line: Line) -> list[Line]:
     return chain
 
 
-def _join(order: list[Line]) -> list[Line]:
+def _known(order: list[Line], chain: Sequence[Line]) -> int:
+    """From where on what a chain of lines needs is known."""
+    needed = frozenset[str]().union(*(x.reads for x in chain))
+    before = order[: order.index(chain[-1])]
+    return max(
+        (i + 1 for i, x in enumerate(before) if x not in chain and x.made & needed), default=0
+    )
+
+
+def _join(order: list[Line], filled: frozenset[str]) -> list[Line]:
     """Stores move to before barriers that there are; the lines before which barriers are left."""
     barriers: list[Line] = []
     settled: list[Line] = []
@@ -96,10 +106,9 @@ def _join(order: list[Line]) -> list[Line]:
             next((x for x in reversed(before) if x.stored == r), None) for r in sorted(line.loaded)
         ]
         waiting = [
-            x
-            for x in stores
-            if x is not None and x not in settled and not _joins(order, x, barriers)
-        ]
+            x for x in stores
+            if x is not None and x not in settled and not _joins(order, x, barriers, filled)
+        ]  # fmt: skip
         if waiting:
             barriers.append(line)
             settled = [x for x in before if x.stored]
@@ -108,14 +117,26 @@ def _join(order: list[Line]) -> list[Line]:
     return barriers
 
 
-def _joins(order: list[Line], store: Line, barriers: Sequence[Line]) -> bool:
+def _joins(
+    order: list[Line], store: Line, barriers: Sequence[Line], filled: frozenset[str]
+) -> bool:
     """Move a store to before a barrier, with what it needs, if that is possible.
 
-    What is made for the store alone leaves registers by it: the first barrier is best. What is read later too stays there:
-    the last one is.
+    What is made for the store alone leaves registers by it: the first barrier is best, and where it is made of tokens,
+    the start of the turn, as copies for the next turn wait for what reads them. What is read later too stays in registers:
+    the last barrier is.
     """
-    alone = len(_only_for(order, store)) > 1
-    for barrier in barriers if alone else barriers[-1:]:
+    own = _only_for(order, store)
+    at = _known(order, own)
+    crossed = order[at : order.index(store)]
+    if (
+        any(x.reads & filled for x in own)
+        and any(x in barriers for x in crossed)
+        and not any(store.stored in x.loaded for x in crossed)
+    ):
+        _move(order, own, at)
+        return True
+    for barrier in barriers if len(own) > 1 else barriers[-1:]:
         chain = _from(order, store, barrier)
         if chain:
             _move(order, chain, order.index(barrier))
@@ -139,27 +160,26 @@ def _pack(order: list[Line], operands: frozenset[str], barriers: Sequence[Line])
     """Operands of pairs move up to what they need, with what is only for them, if they wait for a barrier there."""
     for line in [x for x in order if x.made & operands and not x.loaded]:
         chain = _only_for(order, line)
-        needed = frozenset[str]().union(*(x.reads for x in chain))
-        before = order[: order.index(line)]
-        first = max(
-            (i + 1 for i, x in enumerate(before) if x not in chain and x.made & needed), default=0
-        )
-        if any(x in barriers for x in before[first:]):
-            _move(order, [x for x in chain if order.index(x) >= first], first)
+        at = _known(order, chain)
+        if any(x in barriers for x in order[at : order.index(line)]):
+            _move(order, chain, at)
 
 
 def _move(order: list[Line], lines: Sequence[Line], to: int) -> None:
-    """Move lines up."""
-    for x in lines:
+    """Move lines to a place; those that are before it stay."""
+    moved = [x for x in lines if order.index(x) >= to]
+    for x in moved:
         order.remove(x)
-    order[to:to] = lines
+    order[to:to] = moved
 
 
 def _start(order: list[Line], barriers: list[Line], filled: frozenset[str]) -> int:
-    """Where copies start: after a barrier, if what they fill is read no more before the next one."""
-    for i, barrier in enumerate(barriers):
-        at = order.index(barrier) + 1
-        end = order.index(barriers[i + 1]) if i + 1 < len(barriers) else len(order)
-        if not any(x.reads & filled for x in order[at:end]):
+    """Where copies start: after a barrier, if what they fill is read no more before the next one.
+
+    As late as there is a barrier to come, as their addresses take registers; they arrive while the turn ends.
+    """
+    for this, following in reversed(list(pairwise(barriers))):
+        at = order.index(this) + 1
+        if not any(x.reads & filled for x in order[at : order.index(following)]):
             return at
     return 0
