@@ -81,8 +81,8 @@ def _only_for(order: list[Line], line: Line) -> list[Line]:
     """A line, after those that nothing else needs."""
     chain = [line]
     for other in reversed(order[: order.index(line)]):
-        users = [x for x in order if other.made & x.reads]
-        if other.light and users and all(x in chain for x in users):
+        needed = other.light and any(other.made & x.reads for x in chain)
+        if needed and all(x in chain for x in order if other.made & x.reads):
             chain.insert(0, other)
     return chain
 
