@@ -89,7 +89,7 @@ def kernel_file(name: str, names: Names, grid: Grid, body: Body, outputs: list[f
         launch += [f"{size} = {found[size]}"]
     launch += [f"rows = {rows}", f"programs = {programs}"]
     launch += [f"if programs == 0 or programs >= 2**31 or rows > {_MAX_ROWS}:", "    return None"]
-    launch += [*allocations, f"{name}[(programs,)]({passed}, {options})"]
+    launch += [*allocations, f"start[(programs,)]({passed}, {options})"]
     launch += [f"return {', '.join(results)}"]
     text = "\n".join(body.lines)
     helpers = [code for h, code in HELPERS.items() if re.search(rf"(?<![.\w]){h}\b", text)]
@@ -108,7 +108,7 @@ def kernel_file(name: str, names: Names, grid: Grid, body: Body, outputs: list[f
             *(f"    {line}" for line in [*setup, *body.lines]),
             "",
             "",
-            f"def launch({', '.join(names.arguments.values())}):",
+            f"def launch({', '.join(names.arguments.values())}, start={name}):",
             '    """Run the kernel; None for sizes it is not made for."""',
             *(f"    {line}" for line in launch),
             "",

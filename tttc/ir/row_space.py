@@ -6,7 +6,13 @@
       v0 = load x at (r0, r1, c);  v1 = mean of v0 over c;  v2 = sub(v0, v1);  ...
 
 Every node is evaluated at the positions its users read it at, starting from the outputs. Operations that only
-move data disappear into those positions; a concatenation becomes a choice between two of them.
+move data disappear into those positions; a concatenation becomes a choice between two of them, or, where it cuts rows
+into equal parts, no choice at all: columns are then those of one part, and each output is stored part by part.
+
+    y = cat([a*cos - b*sin, b*cos + a*sin], -1)        # a, b: the halves of x: [T, d]
+
+    rows t: T, columns c: d / 2
+      a = load x at (t, c);  b = load x at (t, c + d/2);  store y at (t, c), and at (t, c + d/2)
 """
 
 from __future__ import annotations
@@ -14,7 +20,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from math import gcd
+from typing import Any, cast
 
 import sympy
 import torch
@@ -29,6 +36,7 @@ from tttc.ir.index_maps import (
     Shape,
     as_expr,
     broadcast,
+    divide,
     is_at_least,
     is_below,
     numel,
@@ -43,6 +51,9 @@ prims = torch.ops.prims
 
 MAX_COLUMNS = 16384
 MAX_LOADS_OF_ONE_INPUT = 4
+MAX_PARTS = 4  # of a row
+MIN_PART = 16  # columns: what memory gives at a time, at two bytes each
+MAX_REPEATS = 4  # how often as many values of a slow function may be computed as there are
 
 CASTS = frozenset([aten._to_copy.default, prims.convert_element_type.default])
 
@@ -66,6 +77,8 @@ POINTWISE = CASTS | frozenset(
         aten.where.self,
     ]
 )
+# Many instructions, with a branch for large arguments: computed once rather than wherever they are broadcast to.
+SLOW = frozenset([aten.cos.default, aten.sin.default])
 REDUCTIONS = frozenset([aten.sum.dim_IntList, aten.mean.dim, aten.amax.default, aten.amin.default])
 CHOICES = frozenset(
     [
@@ -93,7 +106,9 @@ RANGES: dict[Any, Callable[[fx.Node], tuple[Any, Any]]] = {
 }
 # Nothing to compute and nothing to keep: copied into every region that reads through them.
 FREE = frozenset([*VIEWS, *CONSTANTS, *RANGES])
-COMPUTE = frozenset([*POINTWISE, *REDUCTIONS, *CHOICES, *COPIES])
+# Reads at places that a tensor of integers says; known where these follow from the position.
+LOOKUPS = frozenset([aten.index.Tensor])
+COMPUTE = frozenset([*POINTWISE, *REDUCTIONS, *CHOICES, *COPIES, *LOOKUPS])
 DTYPES = frozenset(
     [
         *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
@@ -185,6 +200,9 @@ def is_known(node: fx.Node) -> bool:
             return False
         if tensor is not None and (tensor.dtype not in DTYPES or tensor.device != value.device):
             return False
+    if node.target in LOOKUPS:
+        index = tuple(IndexVariable(f"i{d}", n) for d, n in enumerate(shape_of(value)))
+        return looked_up(node, index) is not None
     allowed: dict[Any, set[str]] = {
         # Layout and device are those of the operand (above); any order in memory can be written.
         aten._to_copy.default: {"dtype", "layout", "device", "memory_format"},
@@ -197,6 +215,63 @@ def is_known(node: fx.Node) -> bool:
     if node.target in FREE and node.target not in VIEWS:
         return True
     return set(node.kwargs) <= allowed.get(node.target, set())
+
+
+def looked_up(node: fx.Node, index: Index) -> Index | None:
+    """The position in its operand that a lookup reads for one in its result; None where that is in no closed form."""
+    source, places = node.args
+    assert isinstance(source, fx.Node)
+    first = places[0] if isinstance(places, (list, tuple)) and len(places) == 1 else None
+    tensor = value_of(first) if isinstance(first, fx.Node) else None
+    if not isinstance(first, fx.Node) or tensor is None:
+        return None
+    at = _whole(first, index[: tensor.dim()])
+    size = shape_of(source.meta["val"])[0]
+    if at is None or not is_at_least(at, sympy.Integer(0)) or not is_below(at, size):
+        return None
+    return (at, *index[tensor.dim() :])
+
+
+def _whole(node: fx.Node, index: Index) -> sympy.Expr | None:
+    """An integer tensor at a position, as an expression in the position; None where there is none."""
+    tensor = value_of(node)
+    if tensor is None or tensor.dtype not in (torch.int64, torch.int32):
+        return None
+
+    def operand(arg: Any) -> sympy.Expr | None:
+        value = value_of(arg) if isinstance(arg, fx.Node) else None
+        if isinstance(arg, fx.Node) and value is not None:
+            return _whole(arg, broadcast(index, shape_of(value)))
+        if isinstance(arg, fx.Node) and not is_size(arg):
+            return None
+        if isinstance(arg, (int, torch.SymInt, fx.Node)) and not isinstance(arg, bool):
+            return as_expr(arg)
+        return None
+
+    if node.target in RANGES:
+        start, step = map(operand, RANGES[node.target](node))
+        return None if start is None or step is None else tidy(start + step * index[0])
+    if node.target in VIEWS:
+        return _whole(_operand(node), operand_index(node, index))
+    if node.kwargs and node.target not in CASTS:
+        return None
+    found = [operand(arg) for arg in node.args]
+    if not found or any(x is None for x in found):
+        return None
+    if node.target in CASTS:
+        return found[0]
+    if len(found) != 2:
+        return None
+    a, b = cast("list[sympy.Expr]", found)
+    if node.target in (aten.add.Tensor, aten.add.Scalar):
+        return tidy(a + b)
+    if node.target in (aten.sub.Tensor, aten.sub.Scalar):
+        return tidy(a - b)
+    if node.target in (aten.mul.Tensor, aten.mul.Scalar):
+        return tidy(a * b)
+    if node.target is aten.remainder.Scalar and b.is_positive:
+        return divide(a, b)[1] if is_at_least(a, sympy.Integer(0)) else None
+    return None
 
 
 def row_space(members: Iterable[fx.Node], outputs: Sequence[fx.Node]) -> RowSpace | None:
@@ -220,11 +295,41 @@ def row_space(members: Iterable[fx.Node], outputs: Sequence[fx.Node]) -> RowSpac
         if reductions and shape not in shapes and shape and shape[-1] == shapes[0][-1]:
             shapes.append(shape)
     for shape in shapes[:6]:
-        try:
-            return _Planner(inside, shape, bool(reductions)).plan(outputs)
-        except _NoRowSpaceError:
-            continue
+        parts = 1 if reductions or not shape else _parts(inside, shape[-1])
+        for n in dict.fromkeys((parts, 1)):
+            try:
+                space = _Planner(inside, shape, bool(reductions), n).plan(outputs)
+            except _NoRowSpaceError:
+                continue
+            if n == 1 or not any(s.kind == "choose" for s in space.steps):
+                return space
     return None
+
+
+def _parts(inside: set[fx.Node], columns: sympy.Expr) -> int:
+    """Into how many equal parts concatenations and scatters cut rows."""
+    if not columns.is_Integer:
+        return 1
+    width = int(columns)
+    for node in inside:
+        if node.target in (aten.cat.default, aten.slice_scatter.default):
+            axis = _axis(
+                node, 1 if node.target is aten.cat.default else 2, 0, node.meta["val"].dim()
+            )
+            if axis != node.meta["val"].dim() - 1 or shape_of(node.meta["val"])[-1] != columns:
+                continue
+            cuts: list[Any] = []
+            if node.target is aten.cat.default:
+                pieces: Any = node.args[0]
+                cuts = [shape_of(p.meta["val"])[-1] for p in pieces]
+            else:
+                start = as_expr((*node.args, None, None)[3] or 0)
+                source: Any = node.args[1]
+                cuts = [start, shape_of(source.meta["val"])[-1]]
+            for cut in cuts:
+                width = gcd(width, int(cut)) if cut.is_Integer else 1
+    parts = int(columns) // max(width, 1)
+    return parts if width >= MIN_PART and parts <= MAX_PARTS else 1
 
 
 def _nominal_numel(node: fx.Node) -> int:
@@ -238,11 +343,12 @@ def nominal(expr: sympy.Expr) -> int:
 
 
 class _Planner:
-    def __init__(self, inside: set[fx.Node], shape: Shape, whole_rows: bool) -> None:
+    def __init__(self, inside: set[fx.Node], shape: Shape, whole_rows: bool, parts: int) -> None:
         self.inside = inside
+        self.parts = parts
         *rows, columns = shape or (sympy.Integer(1),)
         self.rows = tuple(IndexVariable(f"r{i}", n) for i, n in enumerate(rows))
-        self.column = IndexVariable("c", columns)
+        self.column = IndexVariable("c", columns / parts)
         self.shape: Shape = (*rows, columns)
         self.whole_rows = whole_rows
         if whole_rows and not (columns.is_Integer and 0 < columns <= MAX_COLUMNS):
@@ -252,6 +358,7 @@ class _Planner:
         self.everywhere: Index = tuple(
             zero if v.size == 1 else v for v in (*self.rows, self.column)
         )
+        self.total = nominal(numel(self.shape))
         self.memo: dict[Any, Ref] = {}
         self.onto: dict[fx.Node, Index] = {}  # where a node is read once at each of its positions
         self.reduced: set[fx.Node] = set()
@@ -259,11 +366,17 @@ class _Planner:
 
     def plan(self, outputs: Sequence[fx.Node]) -> RowSpace:
         stores = []
-        for node in sorted(
-            outputs, reverse=True
-        ):  # users first, so that their reads place what they read
-            index = self.onto.get(node) or self.place(shape_of(node.meta["val"]))
-            stores.append(Store(node, self.value(node, index, frozenset(), True), index))
+        *rows, column = self.everywhere
+        for part in range(self.parts):
+            self.everywhere = (*rows, column + part * self.column.size)
+            self.onto = {}
+            for node in sorted(
+                outputs, reverse=True
+            ):  # users first, so that their reads place what they read
+                index = self.onto.get(node) or self.place(shape_of(node.meta["val"]))
+                if part == 0 or any(i.has(self.column) for i in index):
+                    value = self.value(node, index, frozenset(), True)
+                    stores.append(Store(node, value, index))
         order = {node: i for i, node in enumerate(outputs)}
         stores.sort(key=lambda s: order[s.node])
         return RowSpace(self.rows, self.column, self.whole_rows, tuple(self.steps), tuple(stores))
@@ -320,6 +433,11 @@ class _Planner:
             if not all(isinstance(_number(x), (int, sympy.Expr)) for x in (start, step)):
                 raise _NoRowSpaceError
             return self.add("index", node, args=(as_expr(start) + as_expr(step) * index[0],))
+        if node.target in LOOKUPS:
+            place = looked_up(node, index)
+            if place is None:
+                raise _NoRowSpaceError
+            return self.value(_operand(node), place, guard, False)
         if node.target in REDUCTIONS:
             return self.reduce(node, index, guard)
         if node.target in CHOICES:
@@ -338,7 +456,11 @@ class _Planner:
         args = [operand(arg) for arg in node.args]
         if "alpha" in node.kwargs:
             args.append(_number(node.kwargs["alpha"]))
-        return self.add("pointwise", node, args=tuple(args))
+        made = self.add("pointwise", node, args=tuple(args))
+        each = self.steps[made].by_row and self.steps[made].by_column
+        if node.target in SLOW and each and self.total > MAX_REPEATS * nominal(numel(shape)):
+            raise _NoRowSpaceError  # cheaper as two kernels
+        return made
 
     def reduce(self, node: fx.Node, index: Index, guard: Guard) -> Ref:
         operand = _operand(node)
@@ -404,11 +526,12 @@ class _Planner:
         after = (*index[:axis], tidy(index[axis] - size), *index[axis + 1 :])
         zero = sympy.Integer(0)
         others = Bound(after[axis], zero, _rest(rest, axis))
+        beyond = guard if _holds(others) else guard | {others}
         return self.choice(
             node,
             Bound(index[axis], zero, size),
             lambda g: self.value(first, index, g, False),
-            lambda: self.choose_part(node, rest, axis, after, guard | {others}),
+            lambda: self.choose_part(node, rest, axis, after, beyond),
             guard,
         )
 
@@ -438,11 +561,16 @@ class _Planner:
         outer: Callable[[], Ref],
         guard: Guard,
     ) -> Ref:
-        if is_at_least(bound.index, bound.low) and is_below(bound.index, bound.high):
+        if _holds(bound):
             return inner(guard)
         if is_below(bound.index, bound.low) or is_at_least(bound.index, bound.high):
             return outer()
         return self.add("choose", node, args=(bound, inner(guard | {bound}), outer()))
+
+
+def _holds(bound: Bound) -> bool:
+    """Whether a bound is known to hold everywhere."""
+    return is_at_least(bound.index, bound.low) and is_below(bound.index, bound.high)
 
 
 def _rest(parts: Sequence[fx.Node], axis: int) -> sympy.Expr:
