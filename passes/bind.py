@@ -41,14 +41,20 @@ def bind(gm: fx.GraphModule) -> fx.GraphModule:
     For a graph that nobody looks at any more, and that no gradient is taken through.
     """
     graph = gm.graph
-    results = set(graph.output_node().all_input_nodes)
+    output = graph.output_node()
+    results = set(output.all_input_nodes)
     for node in list(graph.nodes):
         operand = node.args[0] if node.args else None
         if not isinstance(operand, fx.Node):
             continue
         if node.target is operand.target is aten.t.default:
+            (same,) = operand.args
+            assert isinstance(same, fx.Node)
             # A result stays a tensor of its own.
-            node.replace_all_uses_with(operand.args[0], lambda user: user.op != "output")  # type: ignore[arg-type]
+            if node in results and same not in results and same.op != "placeholder":
+                output.replace_input_with(node, same)
+                results = set(output.all_input_nodes)
+            node.replace_all_uses_with(same, lambda user: user is not output)
         elif node.target in _VIEWS and operand.target in _VIEWS and operand not in results:
             node.update_arg(0, operand.args[0])
     graph.eliminate_dead_code()

@@ -581,4 +581,6 @@ def test_what_runs_calls_operators_directly():
         torch.testing.assert_close(got, want, rtol=0, atol=0)
     called = [n.target for n in bound.graph.nodes if n.op == "call_function"]
     assert not any(isinstance(t, torch._ops.OpOverload) for t in called)
-    assert called.count(torch.Tensor.view) == 3 and called.count(torch.t) == 2
+    assert (
+        called.count(torch.Tensor.view) == 3 and called.count(torch.t) == 2
+    )  # y, and another tensor that is y
