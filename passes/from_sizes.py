@@ -65,7 +65,7 @@ def made_anywhere(graph: fx.Graph) -> set[fx.Node]:
     return {n for n, length in lengths.items() if length <= LONGEST and is_known(n)}
 
 
-def remember(gm: fx.GraphModule, given_out: Collection[fx.Node]) -> None:
+def remember(gm: fx.GraphModule, given_out: Collection[fx.Node], kept: bool = True) -> None:
     """Put the values that follow from sizes alone in the place of the operations that make them, in place.
 
     ::
@@ -79,6 +79,7 @@ def remember(gm: fx.GraphModule, given_out: Collection[fx.Node]) -> None:
     Args:
         gm: an ATen graph.
         given_out: results of the graph that belong to whoever calls it.
+        kept: False to make them anew at each call.
     """
     graph = gm.graph
     alone = from_sizes(graph)
@@ -111,14 +112,14 @@ def remember(gm: fx.GraphModule, given_out: Collection[fx.Node]) -> None:
                 continue
         stack.extend(n for n in node.all_input_nodes if n in alone)
     if wanted:
-        _outline(gm, sorted(wanted))
+        _outline(gm, sorted(wanted), kept)
 
 
 def _fuses(node: fx.Node) -> bool:
     return node.target in COMPUTE | FREE and is_known(node)
 
 
-def _outline(gm: fx.GraphModule, wanted: list[fx.Node]) -> None:
+def _outline(gm: fx.GraphModule, wanted: list[fx.Node], kept: bool) -> None:
     """A call of a graph of their own in the place of nodes; nothing where a size that it takes is made too late."""
     within: set[fx.Node] = set()
     stack = list(wanted)
@@ -138,7 +139,7 @@ def _outline(gm: fx.GraphModule, wanted: list[fx.Node]) -> None:
     at = next(iter(graph.nodes)) if last is None else last.next
     region = outlined(gm, nodes, sizes, wanted)
     key = Structures().key(nodes, wanted), tuple(map(sizes.index, read))
-    made = Remembered(region, key, wanted[0].meta["val"].device)
+    made = Remembered(region, key, wanted[0].meta["val"].device, kept)
     gm.add_submodule("remembered", made)
     with graph.inserting_before(at):
         call = graph.call_module("remembered", tuple(sizes))

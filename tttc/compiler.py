@@ -52,8 +52,8 @@ def _compile_graph(
     before = _recorder.graph("aten", gm)
     with phase("fusion", "fusing") as made:
         few_places(gm)
-        if graphs is None:  # these keep what they read themselves
-            remember(gm, _given_out(gm.graph, direction))
+        # What a CUDA graph reads lies in memory of its own.
+        remember(gm, _given_out(gm.graph, direction), kept=graphs is None)
         fused = fuse(gm)
         made(fused)
     # The regions' kernels run on a GPU (or in Triton's interpreter), their torch operations elsewhere.

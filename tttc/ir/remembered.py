@@ -11,7 +11,7 @@ from torch import fx
 
 MOST_BYTES = 64 << 20  # of all that is remembered
 _lock = threading.Lock()
-_made: OrderedDict[Any, tuple[torch.Tensor, ...]] = OrderedDict()  # the latest read last
+_made: OrderedDict[Any, tuple[torch.Tensor, ...]] = OrderedDict()  # the latest last
 
 
 class Remembered(torch.nn.Module):
@@ -25,38 +25,36 @@ class Remembered(torch.nn.Module):
         graph_module: of sizes to a tensor or a tuple of tensors.
         key: equal for equal graphs.
         device: where its tensors lie.
+        kept: False to remember nothing.
     """
 
-    def __init__(self, graph_module: fx.GraphModule, key: Any, device: torch.device) -> None:
+    def __init__(
+        self, graph_module: fx.GraphModule, key: Any, device: torch.device, kept: bool = True
+    ) -> None:
         super().__init__()
         self.graph_module = graph_module
-        self.key, self.device = key, device
+        self.key, self.device, self.kept = key, device, kept
 
     def forward(self, *sizes: int) -> tuple[torch.Tensor, ...]:
         """The tensors for these sizes."""
-        stream = 0
-        if self.device.type == "cuda":
-            if torch.cuda.is_current_stream_capturing():
-                return self.made(sizes)
-            stream = torch._C._cuda_getCurrentRawStream(self.device.index or 0)
+        cuda = self.device.type == "cuda"
+        looked_at = torch._C._len_torch_dispatch_stack() > 0
+        if not self.kept or looked_at or (cuda and torch.cuda.is_current_stream_capturing()):
+            return self._made(sizes)
+        stream = torch._C._cuda_getCurrentRawStream(self.device.index or 0) if cuda else 0
         key = (self.key, sizes, stream)
         known = _made.get(key)
-        if known is None or torch._C._len_torch_dispatch_stack():
-            return self._made(key, sizes)
-        return known
+        return self._remembered(key, sizes) if known is None else known
 
     __call__ = forward
 
-    def made(self, sizes: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
-        """The same, made now."""
+    def _made(self, sizes: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
         result = self.graph_module(*sizes)
         return result if isinstance(result, tuple) else (result,)
 
-    def _made(self, key: Any, sizes: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
-        if torch._C._len_torch_dispatch_stack():
-            return self.made(sizes)
+    def _remembered(self, key: Any, sizes: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
         with torch.inference_mode(False), torch.no_grad():  # a backward may keep them
-            result = self.made(sizes)
+            result = self._made(sizes)
         if _bytes(result) > MOST_BYTES // 2:
             return result
         with _lock:
