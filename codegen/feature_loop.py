@@ -25,6 +25,7 @@ from tttc.codegen.gluon_source import START_COPY, in_gluon
 from tttc.codegen.loop import Loop, forgotten
 from tttc.codegen.schedule import Schedule
 from tttc.codegen.triton_tiles import Tile
+from tttc.codegen.words import WORDS
 
 from tttc.ir.errors import NotLowerable
 from tttc.ir.spec import Dims
@@ -37,6 +38,7 @@ class FeatureRenderer(FeatureProducts):
     indent: int
     tiles: dict[fx.Node, Tile]
     late: list[Late]
+    numbers: dict[str, fx.Node]
     careful: Sequence[str] = ()  # the function that is called where states are not finite
 
     def render(self) -> str:
@@ -85,7 +87,7 @@ class FeatureRenderer(FeatureProducts):
             self.lines,
             self.body,
             ["from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2"],
-            [*self.layouts.lines(), *START_COPY.splitlines(), *self.careful],
+            [*self.layouts.lines(), *START_COPY.splitlines(), *WORDS.splitlines(), *self.careful],
         )
 
     def _prologue(self) -> None:
@@ -103,6 +105,7 @@ class FeatureRenderer(FeatureProducts):
         self.indent += 1
         self.indent_of_turn = self.indent
         self.late = []
+        self.numbers = {}
         self._forget()
         start = len(self.lines)
         self._mini_batch()

@@ -27,6 +27,7 @@ class FeatureMemory(FeatureTiles):
     """Where arguments and results are, and when they are read and written."""
 
     late: list[Late]
+    numbers: dict[str, fx.Node]  # arguments that are no matrices, by their tiles
     started: bool  # whether copies for a later turn have begun in this one
     lines: list[str]
 
@@ -58,7 +59,7 @@ class FeatureMemory(FeatureTiles):
                 if self._narrow(node)
                 else f"{self.argument(self._tensor(node))}.dtype.element_ty"
             )
-        return "gl.float32"
+        return "gl.int32"
 
     def _room(self, node: fx.Node) -> str:
         return f"{self._tensor(node)}_{'last' if node.target is ops.last else 'here'}"
@@ -77,28 +78,26 @@ class FeatureMemory(FeatureTiles):
 
     def _under_way(self) -> None:
         """Begin with the first mini-batches, all but one of those for which there are rooms."""
-        for node in self._fetched():
-            if len(dims_of(node)) < 2:
-                self.in_float32.setdefault(self._tensor(node))
         self.write("ahead = 0")
         self.write(f"first_ahead = (N - 1) * {self.loop.mini_batch_size}" if self.loop.reverse else "first_ahead = 0")  # fmt: skip
-        for tensor, length in self._lengths().items():
-            self.write(f"{tensor}_step = gl.cast({length}, gl.int64)")
-            start = f" + gl.cast(N - 1, gl.int64) * {tensor}_step" if self.loop.reverse else ""
-            self.write(f"{tensor}_from = {tensor}_ptr{start}")
+        for node in self._fetched():
+            self._start_at(node)
         for slot in range(self.schedule.num_stages - 1):
             self._start_copies(str(slot))
 
-    def _lengths(self) -> dict[str, str]:
-        """How far the next mini-batch is, of all that is read."""
-        found = {}
-        for node in self._fetched():
-            tensor, source = self._tensor(node), self.loop.sources.get(node)
-            if source is not None and source.kind in ("saved", "value"):
-                found[tensor] = self.stride(tensor, "N")
-            else:
-                found[tensor] = f"{self.stride(tensor, 'T')} * {self.loop.mini_batch_size}"
-        return found
+    def _start_at(self, node: fx.Node) -> None:
+        """Where an argument of the first mini-batch lies, and how far the next one is."""
+        tensor, room, source = self._tensor(node), self._room(node), self.loop.sources.get(node)
+        of_states = source is not None and source.kind in ("saved", "value")
+        b = 1 if of_states else self.loop.mini_batch_size
+        length, start = f"{self.stride(tensor, 'N' if of_states else 'T')} * {b}", f"{tensor}_ptr"
+        if len(dims_of(node)) < 2:
+            self.by_words[tensor] = b
+            self.write(f"{room}_word, {room}_second = word_of({tensor}_ptr)")
+            length, start = f"words({tensor}_ptr, {length})", f"{room}_word"
+        self.write(f"{room}_step = gl.cast({length}, gl.int64)")
+        at = f" + gl.cast(N - 1, gl.int64) * {room}_step" if self.loop.reverse else ""
+        self.write(f"{room}_from = {start}{at}")
 
     def _start_copies(self, slot: str) -> None:
         """Begin to copy what the next mini-batch reads that is not under way; after the last one, that one again."""
@@ -110,23 +109,27 @@ class FeatureMemory(FeatureTiles):
         self.write("ahead += 1")
         self.write("more = gl.cast(ahead < N, gl.int64)")
         self.write(f"first_ahead {sign}= gl.cast(more, gl.int32) * {self.loop.mini_batch_size}")
-        for tensor in self._lengths():
-            self.write(f"{tensor}_from {sign}= more * {tensor}_step")
+        for node in self._fetched():
+            room = self._room(node)
+            self.write(f"{room}_from {sign}= more * {room}_step")
 
     def _address(self, node: fx.Node) -> str:
         """Where an argument of the next mini-batch lies."""
-        tensor, kept = self._tensor(node), self._kept(node)
-        layout = self.layouts.vector()
+        tensor, kept, room = self._tensor(node), self._kept(node), self._room(node)
         if len(kept) == 2:
             layout = self.layouts.memory(*(self.side(d) for d in kept), self._size(node))
-        places = (
-            self._places_in(tensor, kept, layout, "most") or f"gl.arange(0, 1, layout={layout})"
-        )
+            return f"{room}_from + {self._places_in(tensor, kept, layout, 'most')}"
+        return f"{room}_from + words({tensor}_ptr, {self._place_of(node, self.layouts.vector(), 'most')})"
+
+    def _place_of(self, node: fx.Node, layout: str, most: str) -> str:
+        """Where numbers are, counted from the first one of the first word."""
+        tensor = self._tensor(node)
+        place = self._places_in(tensor, self._kept(node), layout, most) or f"gl.arange(0, 1, layout={layout})"  # fmt: skip
         if node.target is ops.last:
             end = self.loop.mini_batch_size - 1
-            last = f"({end} if WHOLE else gl.minimum({end}, most))"
-            places = f"{last} * {self.stride(tensor, 'T')} + {places}"
-        return f"{tensor}_from + {places}"
+            last = f"({end} if WHOLE else gl.minimum({end}, {most}))"
+            place = f"{last} * {self.stride(tensor, 'T')} + {place}"
+        return f"{self._room(node)}_second + {place}"
 
     def _places_in(self, tensor: str, dims: Dims, layout: str, most: str = "") -> str:
         """Offsets of a tile of an argument from its first token; ``most``: of the last token, if not all are there.
@@ -153,7 +156,9 @@ class FeatureMemory(FeatureTiles):
             self.write(f"{name}_s = {self._room(node)}.index(step % {depth})")
             self.copies[name] = f"{name}_s"
             self.tiles[node] = Placed(name, kept, raw=True)
-            if len(kept) == 2 and self._narrow(node):
+            if len(kept) < 2:
+                self.numbers[name] = node
+            elif self._narrow(node):
                 self.loaded.add(name)
 
     def _start_next(self) -> None:
@@ -162,6 +167,24 @@ class FeatureMemory(FeatureTiles):
             depth = self.schedule.num_stages
             self._start_copies(f"(step + {depth - 1}) % {depth}")
             self.started = True
+
+    def _read_numbers(self, tile: Tile, layout: str) -> str:
+        node = self.numbers[tile.name]
+        words = f"{self.copies[tile.name]}.load({layout})"
+        return f"number_in({self._tensor(node)}_ptr, {words}, {self._place_of(node, layout, 'count - 1')})"
+
+    def number(self, tile: Placed) -> str:
+        """A single number."""
+        if not tile.raw:
+            return super().number(tile)
+        value = self._read_numbers(tile, self.layouts.vector())
+        return self._once(tile, "number", f"gl.sum({value}, 0)")
+
+    def vector(self, tile: Placed, layout: str) -> str:
+        """A vector in a layout."""
+        if not tile.raw:
+            return super().vector(tile, layout)
+        return self._once(tile, layout, self._read_numbers(tile, layout))
 
     # -- what is read once ----------------------------------------------------------------------------------
 

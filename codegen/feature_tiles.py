@@ -210,11 +210,7 @@ class FeatureTiles(Renderer):
 
     def number(self, tile: Placed) -> str:
         """A single number."""
-        if not tile.raw:
-            return tile.name
-        return self._once(
-            tile, "number", f"gl.sum({self.copies[tile.name]}.load({self.layouts.vector()}), 0)"
-        )
+        return tile.name
 
     def _once(self, tile: Tile, how: str, value: str) -> str:
         """A value read from a tile, where it was not read so since the last product."""
@@ -232,8 +228,6 @@ class FeatureTiles(Renderer):
 
     def vector(self, tile: Placed, layout: str) -> str:
         """A vector in a layout."""
-        if tile.raw:
-            return self._once(tile, layout, f"{self.copies[tile.name]}.load({layout})")
         if (tile.layout or self.natural(tile.dims)) == layout:
             return tile.name
         return self._once(tile, layout, f"gl.convert_layout({tile.name}, {layout})")

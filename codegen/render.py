@@ -49,7 +49,7 @@ def render(loop: Loop, schedule: Schedule) -> Kernel:
         "schedule": schedule,
         "place": bool(loop.refresh),
         "parallel": loop.parallel,
-        "float32": tuple(renderer.in_float32),
+        "words": renderer.by_words,
         "whole": "WHOLE" in renderer.constants,
         "values": renderer.values,
         "new": {

@@ -51,7 +51,7 @@ class Tiles:
         self.loaded: set[str] = set()  # tiles as they lie in memory
         self.counter = 0
         self.arguments: list[str] = []
-        self.in_float32: dict[str, None] = {}  # arguments that are to come so
+        self.by_words: dict[str, int] = {}  # arguments so copied, and how far a mini-batch is
         self.strides: dict[str, list[str]] = {}
         # Of triangular systems, by system and relation: as given, and the inverse.
         self.inverses: dict[Any, tuple[Tile, Tile]] = {}

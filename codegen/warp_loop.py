@@ -23,6 +23,7 @@ from tttc.codegen.schedule import Schedule
 from tttc.codegen.triton_tiles import Tile
 from tttc.codegen.warp_operators import WarpOperators
 from tttc.codegen.warp_tiles import Share
+from tttc.codegen.words import WORDS
 
 from tttc.ir.build import ancestors, dims_of
 from tttc.ir.errors import NotLowerable
@@ -77,7 +78,12 @@ class WarpRenderer(WarpOperators):
             self.lines,
             self.body,
             ["from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2"],
-            [*self.layouts.lines(), *OF_ALL.splitlines(), *START_COPY.splitlines()],
+            [
+                *self.layouts.lines(),
+                *OF_ALL.splitlines(),
+                *START_COPY.splitlines(),
+                *WORDS.splitlines(),
+            ],
         )
 
     def _prologue(self) -> None:
@@ -110,6 +116,7 @@ class WarpRenderer(WarpOperators):
 
     def _mini_batch(self) -> None:
         self._forget()
+        self.rows = {}
         b = self.loop.mini_batch_size
         self.write(f"first = n * {b}")
         self.write(f"count = gl.minimum(T - first, {b})")
@@ -117,16 +124,16 @@ class WarpRenderer(WarpOperators):
         for node in self._vectors():
             tensor, dims = self.loop.sources[node].name, dims_of(node)
             self.write(f"{tensor}_row_s = {self._room(node)}.index(n & 1)")
-            self.copies[f"{tensor}_row"] = f"{tensor}_row_s"
+            self.copies[f"{tensor}_row"], self.rows[f"{tensor}_row"] = f"{tensor}_row_s", tensor
             self.tiles[node] = Share(
                 f"{tensor}_row", dims, frozenset(), self.natural(dims), raw=True
             )
         self.write("async_copy.wait_group(0)")
         for node in self._last():
-            here = f"{self._last_tensor(node)}_last_here.index(n & 1)"
-            self.tiles[node] = self.let(
-                "x", f"gl.sum({here}.load({self.layouts.vector(1)}), 0)", ()
-            )
+            tensor = self._last_tensor(node)
+            words = f"{tensor}_last_here.index(n & 1).load({self.layouts.vector(1)})"
+            value = self._numbers_of(tensor, words, self._place_of_last(tensor))
+            self.tiles[node] = self.let("x", f"gl.sum({value}, 0)", ())
         for node in self._matrices():
             tensor, memory = self.loop.sources[node].name, self._memory(node)
             name = self.fresh("x")

@@ -17,6 +17,7 @@ class WarpMemory(WarpTiles):
     """Where arguments and results are, and when they are read."""
 
     tiles: dict[fx.Node, Tile]
+    rows: dict[str, str]  # the arguments that vectors are, by their tiles
 
     def _place_in(self, tensor: str, dims: Dims, first: str, layout: str = "") -> str:
         """The offsets of a tile of arguments; ``first``: the first token, where it has tokens."""
@@ -100,17 +101,15 @@ class WarpMemory(WarpTiles):
         for node in self._vectors():
             size, numbers = self.side(dims_of(node)[0]), self.layouts.numbers()
             self.write(
-                f"{self._room(node)} = gl.allocate_shared_memory(gl.float32, [2, {size}], {numbers})"
+                f"{self._room(node)} = gl.allocate_shared_memory(gl.int32, [2, {size}], {numbers})"
             )
-            self.in_float32.setdefault(
-                self.loop.sources[node].name
-            )  # so that numbers can be copied
+            self._by_words(self.loop.sources[node].name)
         for node in self._last():
             tensor, numbers = self._last_tensor(node), self.layouts.numbers()
             self.write(
-                f"{tensor}_last_here = gl.allocate_shared_memory(gl.float32, [2, 1], {numbers})"
+                f"{tensor}_last_here = gl.allocate_shared_memory(gl.int32, [2, 1], {numbers})"
             )
-            self.in_float32.setdefault(tensor)
+            self._by_words(tensor)
         self.copied = {}
         for node, source in self.loop.sources.items():
             if source.kind != "state":
@@ -123,6 +122,12 @@ class WarpMemory(WarpTiles):
                     f"{name} = gl.allocate_shared_memory(DOT, {self.shape(dims, True)}, {layout})"
                 )
         self.invariant = set(self.tiles)
+
+    def _by_words(self, tensor: str) -> None:
+        """Numbers of an argument are copied by words."""
+        if tensor not in self.by_words:
+            self.by_words[tensor] = self.loop.mini_batch_size
+            self.write(f"{tensor}_word, {tensor}_second = word_of({tensor}_ptr)")
 
     def _turns_state(self, user: fx.Node, dims: Dims) -> bool:
         """Whether a product sums over the rows of a state, so that it is read from shared memory."""
@@ -158,16 +163,34 @@ class WarpMemory(WarpTiles):
             self.write(f"start_copy({self._room(node)}.index({slot}), {address})")
         for node in self._vectors():
             tensor, dims = self.loop.sources[node].name, dims_of(node)
-            layout = self.layouts.vector(self.side(dims[0]))
-            address = f"{tensor}_ptr + {self._place_in(tensor, dims, 'first', layout)}"
-            self.write(f"start_copy({self._room(node)}.index({slot}), {address})")
+            place = self._place_in(tensor, dims, "first", self.layouts.vector(self.side(dims[0])))
+            self._copy_words(f"{self._room(node)}.index({slot})", tensor, place)
         for node in self._last():
             tensor = self._last_tensor(node)
-            at = f"gl.minimum(first + {self.loop.mini_batch_size}, T) - 1"
-            address = f"{tensor}_ptr + gl.cast({at}, gl.int64) * {self.stride(tensor, 'T')}"
-            address += f" + gl.arange(0, 1, layout={self.layouts.vector(1)})"
-            self.write(f"start_copy({tensor}_last_here.index({slot}), {address})")
+            self._copy_words(
+                f"{tensor}_last_here.index({slot})", tensor, self._place_of_last(tensor)
+            )
         self.write("async_copy.commit_group()")
+
+    def _copy_words(self, target: str, tensor: str, place: str) -> None:
+        self.write(f"start_copy({target}, {tensor}_word + words({tensor}_ptr, {tensor}_second + {place}))")  # fmt: skip
+
+    def _place_of_last(self, tensor: str) -> str:
+        """Where the last token of the mini-batch from token ``first`` on is."""
+        at = f"gl.minimum(first + {self.loop.mini_batch_size}, T) - 1"
+        own = f"gl.arange(0, 1, layout={self.layouts.vector(1)})"
+        return f"gl.cast({at}, gl.int64) * {self.stride(tensor, 'T')} + {own}"
+
+    def _numbers_of(self, tensor: str, words: str, place: str) -> str:
+        return f"number_in({tensor}_ptr, {words}, {tensor}_second + {place})"
+
+    def vector(self, tile: Share, layout: str) -> str:
+        """A vector in a layout; from one to another it goes through shared memory."""
+        if not tile.raw:
+            return super().vector(tile, layout)
+        tensor, words = self.rows[tile.name], f"{self.copies[tile.name]}.load({layout})"
+        place = self._place_in(tensor, tile.dims, "first", layout)
+        return self._once(tile, layout, self._numbers_of(tensor, words, place))
 
     def _last_tensor(self, node: fx.Node) -> str:
         """The argument whose last token a node is."""

@@ -276,14 +276,16 @@ class WarpTiles(Renderer):
 
     def vector(self, tile: Share, layout: str) -> str:
         """A vector in a layout; from one to another it goes through shared memory."""
-        if tile.layout == layout and not tile.raw:
+        if tile.layout == layout:
             return tile.name
+        if tile.lead:
+            return self._once(tile, layout, f"gl.convert_layout({tile.name}, {layout})")
+        return self._once(tile, layout, f"{self._numbers(tile)}.load({layout})")
+
+    def _once(self, tile: Share, layout: str, value: str) -> str:
+        """A value read from a tile, where it was not read so since the last product."""
         key = (tile.name, layout, self.products)
         if key not in self.turned:
-            if tile.lead:
-                value = f"gl.convert_layout({tile.name}, {layout})"
-            else:
-                value = f"{self._numbers(tile)}.load({layout})"
             name = self.turned[key] = self.fresh("l")
             self.write(f"{name} = {value}")
         return self.turned[key]

@@ -21,9 +21,18 @@ class Pointer:
         self.dtype = SimpleNamespace(element_ty=memory.dtype)
 
     @classmethod
-    def to(cls, x: torch.Tensor) -> Pointer:
+    def of(cls, x: torch.Tensor) -> Pointer:
         size = x.untyped_storage().nbytes() // x.element_size()
         return cls(torch.as_strided(x, (size,), (1,), 0), x.storage_offset())
+
+    def to(self, kind: Any) -> Any:
+        """The address as an integer, or as that of numbers of another dtype."""
+        size = self.memory.element_size()
+        if kind is torch.int64:
+            return self.memory.data_ptr() + int(self.offset) * size
+        assert self.offset * size % kind.itemsize == 0
+        whole = self.memory[: self.memory.numel() * size // kind.itemsize * kind.itemsize // size]
+        return Pointer(whole.view(kind), self.offset * size // kind.itemsize)
 
     def __add__(self, steps: Any) -> Pointer:
         return Pointer(self.memory, self.offset + steps)
@@ -53,10 +62,18 @@ class Shared:
 
 
 def allocate(dtype: torch.dtype, shape: list[int], layout: Any, value: Any = None) -> Shared:
-    made = Shared(torch.full(shape, float("nan"), dtype=dtype))
+    numbers = torch.float32 if dtype is torch.int32 else dtype  # of which words are made
+    made = Shared(torch.full(shape, float("nan"), dtype=numbers).view(dtype))
     if value is not None:
         made.store(value)
     return made
+
+
+def number_in(pointer: Pointer, word: torch.Tensor, place: Any) -> torch.Tensor:
+    """As the function of that name in kernels: PyTorch takes a tensor's bits for another dtype by ``view``."""
+    halves = word.contiguous().view(pointer.memory.dtype).view(*word.shape, -1)
+    which = torch.as_tensor(place) % halves.shape[-1]
+    return halves.gather(-1, which.broadcast_to(word.shape)[..., None])[..., 0].float()
 
 
 def multiply(a: Shared, b: Shared, acc: torch.Tensor, use_acc: bool = True) -> torch.Tensor:
@@ -101,8 +118,8 @@ def run(call: Any) -> None:
     """A launch as :func:`tttc.runtime.launch.launch` does it, products in the dtype of the launch."""
     place: list[int] = []
     gl = SimpleNamespace(
-        **{n: getattr(torch, n) for n in ("float32", "int32", "int64", "exp", "exp2", "rsqrt", "sqrt", "log", "log2", "sin", "cos", "erf", "abs", "where")},
-        constexpr=lambda x: x, program_id=lambda i: torch.tensor(place[i]), cast=lambda x, to: int(x),
+        **{n: getattr(torch, n) for n in ("float32", "float16", "bfloat16", "int16", "int32", "int64", "exp", "exp2", "rsqrt", "sqrt", "log", "log2", "sin", "cos", "erf", "abs", "where")},
+        constexpr=lambda x: x, pointer_type=lambda x: x, program_id=lambda i: torch.tensor(place[i]), cast=lambda x, to: int(x),
         arange=lambda start, end, layout: torch.arange(start, end), load=load, store=store,
         sum=lambda x, axis: x.sum(axis), permute=lambda x, order: x.permute(order),
         convert_layout=lambda x, layout: x, minimum=scalar(min, torch.minimum), maximum=scalar(max, torch.maximum),
@@ -127,10 +144,11 @@ def run(call: Any) -> None:
     lines = call.kernel.source.splitlines()
     source = "\n".join(x for x in lines if not x.startswith(("from triton", "import triton")))
     exec(compile(source, call.kernel.name, "exec"), names)
+    names["number_in"] = number_in
     arguments: list[Any] = []
     for name, rank in call.kernel.config["arguments"]:
         x = call.tensors[name]
-        arguments += [Pointer.to(x), *x.stride()[:rank]]
+        arguments += [Pointer.of(x), *x.stride()[:rank]]
     for place[:] in product(*(range(n) for n in call.grid)):
         names[call.kernel.name](
             *arguments, *call.sizes.values(), **call.constants(False) | {"DOT": call.dtype}

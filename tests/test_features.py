@@ -65,8 +65,28 @@ def test_operands_of_products_have_the_dtype_of_tokens():
 
     assert_close(forward(case, FEATURES, note), exact(case), 1e-2)
     (call,) = launches
-    assert call.kernel.config["float32"] == ("token_3", "token_4")  # copied number by number
-    assert call.tensors["token_3"].dtype == torch.float32
+    assert call.kernel.config["words"] == {
+        "token_3": 16,
+        "token_4": 16,
+    }  # copied with their neighbours
+    assert call.tensors["token_3"].dtype == torch.bfloat16
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("T", [64, 57])
+def test_numbers_of_two_bytes_come_with_their_neighbours(dtype, T):
+    case = case_of(T, dtype)
+    there, _ = forward(case, FEATURES, run)
+    assert not there[0].isnan().any()
+    rates = case.tokens.eta
+    B, H, T = rates.shape[:3]
+    wide = torch.full((B, T, H + 1, *rates.shape[3:]), float("nan"), dtype=dtype)
+    wide[:, :, 1:] = rates.transpose(1, 2)
+    odd = wide[:, :, 1:].transpose(1, 2)  # every second one begins a word
+    assert odd.stride(2) == 3
+    again = replace(case, tokens=case.tokens._replace(eta=odd))
+    assert torch.equal(forward(again, FEATURES, run)[0][0], there[0])
 
 
 @pytest.mark.parametrize("argument", ["q", "k", "v", "eta"])

@@ -210,6 +210,7 @@ def test_copies_come_ahead_where_a_loop_loads_more_than_it_stores():
     }
 
 
+@interpreted
 def test_states_are_saved_as_products_read_them():
     """Where all that reads a state rounds it, it is saved rounded, in rows of its wide dimension."""
     case = chunk_case(torch.bfloat16)

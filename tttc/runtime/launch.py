@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from tttc.codegen.kernel import Kernel
 from tttc.codegen.resources import Request
 from tttc.ir.errors import KernelTooLarge, NotLowerable
 from tttc.progress import phase
+from tttc.runtime.beside import Aside
 
 POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16",
             torch.int64: "*i64", torch.int32: "*i32", torch.bool: "*i1"}  # fmt: skip
@@ -22,7 +24,10 @@ POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch: a kernel, a tensor for each of its arguments (feature axes of size 1 squeezed away), a grid."""
+    """One launch: a kernel, a tensor for each of its arguments (feature axes of size 1 squeezed away), a grid.
+
+    ``aside``: it runs beside those that come next. ``after``: it waits for one that does.
+    """
 
     kernel: Kernel
     tensors: Mapping[str, torch.Tensor]
@@ -31,6 +36,13 @@ class Launch:
     heads: int
     place: int
     dtype: torch.dtype  # of the operands of matrix products
+    aside: Aside | None = None
+    after: Aside | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return next(iter(self.tensors.values())).device
 
     @property
     def options(self) -> dict[str, Any]:
@@ -112,6 +124,11 @@ def launch(call: Launch) -> None:
         KernelTooLarge: where it takes more than the device has.
         NotLowerable: where no assembler gets it right.
     """
+    if call.after is not None:
+        call.after.join()
+    if call.aside is not None:
+        call.aside.start(partial(launch, replace(call, aside=None, after=None)))
+        return
     kernel = call.kernel
     if kernel.refused and kernel.instead is not None:
         launch(replace(call, kernel=kernel.instead()))

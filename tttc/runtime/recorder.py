@@ -10,8 +10,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tttc.runtime.beside import Aside
 from tttc.runtime.launch import Launch, launch, prepared
-from tttc.runtime.tape import Allocated, Computed, Launched, Step, Tape, View
+from tttc.runtime.tape import Allocated, Beside, Computed, Joined, Launched, Step, Tape, View
 
 Tensor = torch.Tensor
 MOST_STEPS = 128  # of a call: what runs by torch operations is not worth remembering
@@ -45,10 +46,12 @@ class Recorder(TorchDispatchMode):
     def __init__(self, inputs: list[Tensor]) -> None:
         super().__init__()
         self.inputs = inputs
-        self.steps: list[Launched | Computed] = []
+        self.steps: list[Launched | Beside | Joined | Computed] = []
         self.given_up = self.launching = False
         self.constants: list[tuple[int, Tensor]] = []
         self._owners: list[_Owner] = []
+        self._asides = 0
+        self._under_way: dict[Aside, Beside] = {}
         self._slots: dict[int, int] = {}  # by where a storage is
         for x in inputs:
             self._own(x)
@@ -66,10 +69,24 @@ class Recorder(TorchDispatchMode):
             launch(call)
         finally:
             self.launching = False
-        made = None if self.given_up else prepared(call)
-        if made is None:
-            self._give_up()
+        if self.given_up:
             return
+        if call.after is not None:
+            self._add(Joined(self._under_way.pop(call.after)))
+        known = self._launched(call)
+        if known is None:
+            self._give_up()
+        elif call.aside is None:
+            self._add(known)
+        else:
+            self._asides += 1  # their slots are counted from the end
+            step = self._under_way[call.aside] = Beside(known, call.aside.device, -self._asides)
+            self._add(step)
+
+    def _launched(self, call: Launch) -> Launched | None:
+        made = prepared(call)
+        if made is None:
+            return None
         runner, arguments = made
         addresses = []
         for place, x in enumerate(arguments):
@@ -77,7 +94,7 @@ class Recorder(TorchDispatchMode):
                 slot = self._slot(x)
                 addresses.append((place, slot, x.data_ptr() - self._owners[slot].start))
                 arguments[place] = 0
-        self._add(Launched(runner, arguments, addresses))
+        return Launched(runner, arguments, addresses)
 
     def tape(self, results: list[Tensor], device: torch.device) -> Tape | None:
         """What was recorded; None where that can't be replayed."""
@@ -111,9 +128,11 @@ class Recorder(TorchDispatchMode):
             steps += [(x, ()) for x in new.pop(i, ())]
             steps.append((step, tuple(done.get(i, ()))))
         steps += [(x, ()) for late in new.values() for x in late]
-        return Tape(len(self._owners), device, self.constants, size, placed, steps, views)
+        return Tape(
+            len(self._owners) + self._asides, device, self.constants, size, placed, steps, views
+        )
 
-    def _add(self, step: Launched | Computed) -> None:
+    def _add(self, step: Launched | Beside | Joined | Computed) -> None:
         self.steps.append(step)
         if len(self.steps) > MOST_STEPS:
             self._give_up()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -112,8 +112,15 @@ def mini_batches_at_once(
     return -(-mini_batches // pieces)
 
 
-def in_float32(x: Tensor) -> Tensor:
-    """The tensor in float32; what is repeated in it is computed once."""
+def in_words(x: Tensor, step: int) -> Tensor:
+    """The tensor so that its numbers can be copied by words of four bytes, :mod:`tttc.codegen.words`.
+
+    In float32, if it has to be: numbers of two bytes come with their neighbours where all mini-batches, ``step`` along the third axis from each other, begin
+    alike. What is repeated is computed once.
+    """
+    two_bytes = x.dtype in (torch.bfloat16, torch.float16)
+    if x.dtype == torch.float32 or (two_bytes and x.stride(2) * step % 2 == 0):
+        return x
     once = x
     for axis, (size, stride) in enumerate(zip(x.shape, x.stride(), strict=True)):
         if stride == 0 and size > 1:
@@ -133,17 +140,35 @@ def run_staged(
 ) -> dict[str, Tensor]:
     """Launch the kernels of a loop one after another.
 
-    ``tensors``: by argument; what passes between kernels, new states and sums are made here. Returns the new
-    states (``new_<state>``, ``[B, H, ...]``) and sums over mini-batches (``[B, H, ...]``) by name.
+    Returns the new states (``new_<state>``, ``[B, H, ...]``) and sums over mini-batches (``[B, H, ...]``) by name.
     """
     if isinstance(made, Chunked):
         return run_chunked(made, tensors, batch, heads, length, dtype, launcher)
+    launches, results = staged_launches(made, tensors, batch, heads, length, place, dtype)
+    compiled_ahead(made, launches, launcher)
+    for call in launches:
+        launcher(call)
+    return added_up(made, results)
+
+
+def staged_launches(
+    made: Staged,
+    tensors: Mapping[str, Tensor],
+    batch: int,
+    heads: int,
+    length: int,
+    place: int,
+    dtype: torch.dtype,
+) -> tuple[list[Launch], dict[str, Tensor]]:
+    """The launches of the kernels of a loop, and the results they write.
+
+    ``tensors``: by argument; what passes between kernels, new states and sums are made here.
+    """
     have = dict(tensors)
     device = next(iter(tensors.values())).device
     mini_batches = -(-length // made.kernels[0].config["mini_batch_size"])
     results: dict[str, Tensor] = {}
     launches: list[Launch] = []
-    wide: dict[str, Tensor] = {}
 
     def kind(name: str, *, wide: bool = False) -> torch.dtype:
         return dtype if name in made.narrow and not wide else torch.float32
@@ -165,16 +190,20 @@ def run_staged(
         for name, shape in config["sums"].items():
             lead = (batch, heads, programs) if config["parallel"] else (batch, heads)
             results[name] = have[name] = empty(name, (*lead, *shape), wide=True)
-        for name in config["float32"]:
-            if have[name].dtype != torch.float32 and name not in wide:
-                wide[name] = in_float32(have[name])
-        given = have if not config["float32"] else {**have, **{n: wide.get(n, have[n]) for n in config["float32"]}}  # fmt: skip
+        given = have | {name: in_words(have[name], step) for name, step in config["words"].items()}
         grid = (batch * heads, programs)
         launches.append(Launch(kernel, given, grid, length, heads, place, dtype))
+    return launches, results
+
+
+def compiled_ahead(made: Staged, launches: Sequence[Launch], launcher: Launcher) -> None:
+    """Before the first launches, compile their kernels beside each other."""
+    device = launches[0].device
     if device.type == "cuda" and launcher is launch and not made.kernels[-1].compiled:
         compile_ahead(launches, device)
-    for call in launches:
-        launcher(call)
-        if call.kernel.config["parallel"]:
-            results |= {name: results[name].sum(2) for name in call.kernel.config["sums"]}
-    return results
+
+
+def added_up(made: Staged, results: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The results, sums of programs that ran in parallel added up."""
+    parallel = {n for k in made.kernels if k.config["parallel"] for n in k.config["sums"]}
+    return {name: x.sum(2) if name in parallel else x for name, x in results.items()}

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
+
+from tttc.runtime.beside import Aside
 
 Tensor = torch.Tensor
 
@@ -50,6 +53,39 @@ class Launched:
 
 
 @dataclass(frozen=True)
+class Beside:
+    """A launch that runs beside the next steps; ``aside``: the slot of what tells that it is done."""
+
+    launched: Launched
+    device: torch.device
+    aside: int
+
+    @property
+    def slots(self) -> list[int]:
+        """The tensors it reads or writes."""
+        return self.launched.slots
+
+    def __call__(self, tensors: list[Any], pointers: list[int]) -> None:
+        tensors[self.aside] = Aside(self.device)
+        tensors[self.aside].start(partial(self.launched, tensors, pointers))
+
+
+@dataclass(frozen=True)
+class Joined:
+    """The next steps wait for a launch."""
+
+    beside: Beside
+
+    @property
+    def slots(self) -> list[int]:
+        """The tensors that are read or written until here."""
+        return self.beside.slots
+
+    def __call__(self, tensors: list[Any], pointers: list[int]) -> None:
+        tensors[self.beside.aside].join()
+
+
+@dataclass(frozen=True)
 class Computed:
     """An operator on tensors."""
 
@@ -89,14 +125,14 @@ class Allocated:
         pointers[self.slot] = x.data_ptr()
 
 
-Step = Launched | Computed | Allocated
+Step = Launched | Beside | Joined | Computed | Allocated
 
 
 @dataclass(frozen=True)
 class Tape:
     """What a call did."""
 
-    slots: int
+    slots: int  # tensors, and what tells that a launch is done
     device: torch.device
     constants: list[tuple[int, Tensor]]
     workspace: int  # bytes of what kernels pass on to each other

@@ -181,11 +181,13 @@ def _by_segments(
         return None if call is None else Call(given, batch, heads, length, 0, dtype)
 
     first = {n: x for n, x in given.items() if not n.startswith(("output_", "saved_"))} | begun
+    # Where nobody asks for the last state, as far as the last segment begins: that state is stored by its first mini-batch.
+    until = length if states else min(length, (count + bool(rest) - 1) * tokens + b)
     kernels = scan_kernels(
-        program, "full", states, save=leaves, setting=setting, interval=each, call=told(first, batch, length),
+        program, "full", states, save=leaves, setting=setting, interval=each, call=told(first, batch, until),
         outputs=False,
     )  # fmt: skip
-    new = run_staged(kernels, first, batch, heads, length, 0, dtype, launcher)
+    new = run_staged(kernels, first, batch, heads, until, 0, dtype, launcher)
 
     def anchors(at: slice, of: int) -> dict[str, Tensor]:
         """Where segments begin."""

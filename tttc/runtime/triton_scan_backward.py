@@ -16,8 +16,18 @@ from tttc.ir.body import role
 from tttc.ir.program import Program
 from tttc.runtime.chunked import Chunked, chunked, is_tall, programs_a_tile
 from tttc.runtime.launch import launch
+from tttc.runtime.overlap import Overlap, group_size, overlaps
 from tttc.runtime.saved_states import empty_states
-from tttc.runtime.staged import Launcher, Staged, narrow_sources, run_staged, staged
+from tttc.runtime.staged import (
+    Launcher,
+    Staged,
+    added_up,
+    compiled_ahead,
+    narrow_sources,
+    run_staged,
+    staged,
+    staged_launches,
+)
 from tttc.runtime.triton_scan import PLAIN, run_kernels, suits_gluon
 from tttc.tuning.choose import plan_for
 from tttc.tuning.plan import Setting, setting_of
@@ -25,6 +35,7 @@ from tttc.tuning.search import Call
 
 Tensor = torch.Tensor
 _lock = threading.Lock()
+_zeros: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 ENOUGH_PROGRAMS = 2048  # of a parallel kernel: many a multiprocessor, on any device
 
 
@@ -107,6 +118,16 @@ def narrow_states(program: Program, leaves: Leaves) -> set[int]:
     return program.gradients[key]
 
 
+def _zero(like: Tensor) -> Tensor:
+    """A zero that nobody writes to, made once a device: to fill it takes the host longer than some kernels take."""
+    if like.is_cuda and torch.cuda.is_current_stream_capturing():
+        return like.new_zeros(())  # made by the graph, and of nobody else
+    key = (like.device, like.dtype)
+    if key not in _zeros:
+        _zeros[key] = like.new_zeros(())
+    return _zeros[key]
+
+
 def _together(made: Staged | Chunked, heads: int) -> int:
     """Mini-batches that the kernels of a backward handle at once, for so many heads of sequences."""
     if isinstance(made, Chunked) or len(made.kernels) == 1:
@@ -154,7 +175,7 @@ def run_backward_kernels(
             x = tokens[0].new_zeros((batch, heads, length, *shape))
         rows[f"goutput_{i}"] = squeeze_features(x, 3)
 
-    zero = now_carry[0].new_zeros(())
+    zero = _zero(now_carry[0])
     tall = program.sequential and program.mini_batch_size == 1 and is_tall(program)
 
     def cotangent(x: Tensor | None, like: Tensor) -> Tensor:
@@ -166,15 +187,21 @@ def run_backward_kernels(
     ]
     on_carry = [cotangent(x, y) for x, y in zip(given[1], now_carry, strict=True)]
     sums: dict[str, Tensor] = {}
+    nothing: list[Tensor | None] = [None] * len(on_anchor)
+    overlap = Overlap(launcher)
+    few = setting.crowd == 0
     known = sorted({i for group in given[:2] for i, x in enumerate(group) if x is not None})
     given_states = live_cotangents(program, leaves, known)
 
     def refresh() -> None:
         """The anchor was set to the carry here: the carry takes both cotangents."""
         nonlocal on_anchor, on_carry
+        if on_anchor == nothing:
+            return
+        overlap.finish()
         pairs = zip(on_carry, on_anchor, strict=True)
         on_carry = [g if a is None else g + a for g, a in pairs]
-        on_anchor = [None] * len(on_anchor)
+        on_anchor = nothing
 
     def run(part: str, start: int, count: int, states: dict[str, Tensor]) -> None:
         """A part of the sequence; of tall tiles the last apart: without the update that nothing reads."""
@@ -196,12 +223,27 @@ def run_backward_kernels(
         call = Call(tensors, batch, heads, count, 0, dtype) if searched else None
         onto = None if after == given_states else given_states
         kernels = backward_kernels(program, part, leaves, after, setting, call, split, onto)
-        results = run_staged(kernels, tensors, batch, heads, count, 0, dtype, launcher)
+        if (
+            few
+            and call is None
+            and on_anchor == nothing
+            and isinstance(kernels, Staged)
+            and overlaps(kernels)
+        ):
+            launches, results = staged_launches(kernels, tensors, batch, heads, count, 0, dtype)
+            compiled_ahead(kernels, launches, launcher)
+            overlap.run(launches, lambda: add_sums(added_up(kernels, results)))
+        else:
+            overlap.finish()
+            results = run_staged(kernels, tensors, batch, heads, count, 0, dtype, launcher)
+            add_sums(results)
         for i, x in enumerate(on_carry):
             on_carry[i] = results.get(f"new_gstate_{i}", results.get(f"gcarry_{i}", x))
         if "ganchor_0" in results:
             got = [results[f"ganchor_{i}"] for i in range(len(on_anchor))]
             on_anchor = [x if a is None else a + x for a, x in zip(on_anchor, got, strict=True)]
+
+    def add_sums(results: dict[str, Tensor]) -> None:
         for name in leaves:
             if name.startswith("shared"):
                 x = results[f"g{name}"].sum(0)
@@ -259,7 +301,10 @@ def run_backward_kernels(
         size = interval * b
     elif length - first >= b:
         made = backward_kernels(program, part, leaves, given_states, setting, None, split)
-        size = min(size, _together(made, batch * heads) * b)
+        at_once = _together(made, batch * heads)
+        if few and isinstance(made, Staged) and overlaps(made):
+            at_once = group_size(at_once, -(-(length - first) // b))
+        size = min(size, at_once * b)
     for segment in reversed(range(-(-(length - first) // size))):
         start, stop = first + segment * size, min(first + (segment + 1) * size, length)
         kept = states_of(segment)
@@ -276,6 +321,7 @@ def run_backward_kernels(
         states = {f"saved_anchor_{i}": x.unsqueeze(2) for i, x in enumerate(now_anchor)}
         states |= {f"saved_carry_{i}": x.unsqueeze(2) for i, x in enumerate(now_carry)}
         run("continued", 0, first, states)
+    overlap.finish()
     if not carry:
         refresh()
         return [g.reshape(x.shape) for g, x in zip(on_carry, anchor, strict=True)], [], out | sums
