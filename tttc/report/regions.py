@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import types
 from collections.abc import Mapping
 from typing import Any
 
@@ -69,9 +68,7 @@ def _launched(kernel: Kernel, arguments: list[Any]) -> Launched | None:
         def __getitem__(self, grid: Any) -> Any:
             return lambda *given, **options: calls.append((list(given), options))
 
-    module = kernel.module()
-    names = {**vars(module), kernel.name: Recorder()}
-    types.FunctionType(module.launch.__code__, names)(*arguments)
+    kernel.module().launch(*arguments, start=Recorder())
     return calls[0] if calls else None
 
 
