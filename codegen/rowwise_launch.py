@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import threading
 from collections.abc import Callable
 from typing import Any, Literal
@@ -33,16 +34,17 @@ class Start:
     than many a kernel takes the GPU.
     """
 
-    def __init__(self, kernel: Kernel) -> None:
-        self.kernel = kernel
-        self.function = kernel.function()
+    def __init__(self, kernel: Kernel, name: str, function: Any) -> None:
+        self.kernel, self.name, self.function = kernel, name, function
 
-    def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         """The kernel over a grid."""
         return functools.partial(self._start, grid)
 
-    def _start(self, grid: tuple[int], *arguments: Any, **constants: Any) -> None:
-        layout: list[Any] = [torch.cuda.current_device()] if arguments[0].is_cuda else []
+    def _start(self, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+        layout: list[Any] = [self.name]
+        if arguments[0].is_cuda:
+            layout.append(torch.cuda.current_device())
         for x in arguments:
             if type(x) is int:
                 layout.append((x == 1, x % 16 == 0, -(2**31) <= x < 2**31))
@@ -52,7 +54,7 @@ class Start:
         found = self.kernel.compiled.get(key)
         if found is not None:
             compiled, known = found
-            compiled[*grid, 1, 1](*arguments, *known)
+            compiled[(*grid, 1, 1)[:3]](*arguments, *known)
             return
         compiled = self.function[grid](*arguments, **constants)
         # The interpreter compiles nothing; AMD's compiler also asks for the size of a tensor.
@@ -85,7 +87,13 @@ class Launch:
 
     def _run(self, *args: Any) -> Any:
         if self._launch is None:
-            self._launch = functools.partial(self.kernel.module().launch, start=Start(self.kernel))
+            launch = self.kernel.module().launch
+            starts = {
+                k: Start(self.kernel, k, p.default)
+                for k, p in inspect.signature(launch).parameters.items()
+                if p.default is not p.empty
+            }
+            self._launch = functools.partial(launch, **starts)
         return self._launch(*args)
 
 

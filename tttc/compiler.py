@@ -29,6 +29,7 @@ from tttc.passes.few_places import few_places
 from tttc.passes.from_sizes import remember
 from tttc.passes.fuse import decompositions, fuse
 from tttc.passes.merge_equal import merge_equal
+from tttc.passes.totals import totals
 from tttc.progress import phase
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ def _compile_graph(
     before = _recorder.graph("aten", gm)
     with phase("fusion", "fusing") as made:
         few_places(gm)
+        totals(gm)
         # What a CUDA graph reads lies in memory of its own.
         remember(gm, _given_out(gm.graph, direction), kept=graphs is None)
         fused = fuse(gm)

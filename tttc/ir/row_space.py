@@ -106,9 +106,17 @@ RANGES: dict[Any, Callable[[fx.Node], tuple[Any, Any]]] = {
 }
 # Nothing to compute and nothing to keep: copied into every region that reads through them.
 FREE = frozenset([*VIEWS, *CONSTANTS, *RANGES])
+
+
+def total(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The sum ``[C]`` of all rows of ``x [..., C]``, rounded once; a kernel adds up some rows, a second one these sums."""
+    return x.sum(tuple(range(x.dim() - 1))).to(dtype)
+
+
+TOTALS = frozenset([total])
 # Reads at places that a tensor of integers says; known where these follow from the position.
 LOOKUPS = frozenset([aten.index.Tensor])
-COMPUTE = frozenset([*POINTWISE, *REDUCTIONS, *CHOICES, *COPIES, *LOOKUPS])
+COMPUTE = frozenset([*POINTWISE, *REDUCTIONS, *TOTALS, *CHOICES, *COPIES, *LOOKUPS])
 DTYPES = frozenset(
     [
         *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
@@ -152,11 +160,12 @@ class Step:
 
 @dataclass(frozen=True)
 class Store:
-    """An output: the step that computes it and the position it belongs at."""
+    """An output: the step that computes it and the position it belongs at; ``total`` where all rows add up to it."""
 
     node: fx.Node
     value: Ref
     index: Index
+    total: bool = False
 
 
 @dataclass(frozen=True)
@@ -279,8 +288,10 @@ def row_space(members: Iterable[fx.Node], outputs: Sequence[fx.Node]) -> RowSpac
     inside = set(members)
     shapes: list[Shape] = []
     reductions = [n for n in inside if n.target in REDUCTIONS]
-    for node in sorted(reductions) or sorted(outputs, key=_nominal_numel, reverse=True):
-        if node.target in REDUCTIONS:
+    sums = [n for n in outputs if n.target in TOTALS]
+    results = [n for n in outputs if n.target not in TOTALS]
+    for node in sorted(reductions) or sorted(results, key=_nominal_numel, reverse=True) or sums:
+        if node.target in REDUCTIONS | TOTALS:
             operand = node.args[0]
             assert isinstance(operand, fx.Node)
             shape = shape_of(operand.meta["val"])
@@ -290,12 +301,12 @@ def row_space(members: Iterable[fx.Node], outputs: Sequence[fx.Node]) -> RowSpac
             shapes.append(shape)
     for (
         output
-    ) in outputs:  # the same rows, cut up as an output has them, may be what permutations need
+    ) in results:  # the same rows, cut up as an output has them, may be what permutations need
         shape = shape_of(output.meta["val"])
         if reductions and shape not in shapes and shape and shape[-1] == shapes[0][-1]:
             shapes.append(shape)
     for shape in shapes[:6]:
-        parts = 1 if reductions or not shape else _parts(inside, shape[-1])
+        parts = 1 if reductions or sums or not shape else _parts(inside, shape[-1])
         for n in dict.fromkeys((parts, 1)):
             try:
                 space = _Planner(inside, shape, bool(reductions), n).plan(outputs)
@@ -358,7 +369,7 @@ class _Planner:
         self.everywhere: Index = tuple(
             zero if v.size == 1 else v for v in (*self.rows, self.column)
         )
-        self.total = nominal(numel(self.shape))
+        self.positions = nominal(numel(self.shape))
         self.memo: dict[Any, Ref] = {}
         self.onto: dict[fx.Node, Index] = {}  # where a node is read once at each of its positions
         self.reduced: set[fx.Node] = set()
@@ -373,6 +384,9 @@ class _Planner:
             for node in sorted(
                 outputs, reverse=True
             ):  # users first, so that their reads place what they read
+                if node.target in TOTALS:
+                    stores.append(self.total(node))
+                    continue
                 index = self.onto.get(node) or self.place(shape_of(node.meta["val"]))
                 if part == 0 or any(i.has(self.column) for i in index):
                     value = self.value(node, index, frozenset(), True)
@@ -380,6 +394,18 @@ class _Planner:
         order = {node: i for i, node in enumerate(outputs)}
         stores.sort(key=lambda s: order[s.node])
         return RowSpace(self.rows, self.column, self.whole_rows, tuple(self.steps), tuple(stores))
+
+    def total(self, node: fx.Node) -> Store:
+        operand = _operand(node)
+        shape = shape_of(operand.meta["val"])
+        if numel(shape) != numel(self.shape):
+            raise _NoRowSpaceError
+        index = self.onto.get(operand) or self.place(shape)
+        *rows, column = index
+        if column != self.everywhere[-1] or any(i.has(self.column) for i in rows):
+            raise _NoRowSpaceError
+        value = self.value(operand, index, frozenset(), True)
+        return Store(node, value, (column,), total=True)
 
     def place(self, shape: Shape) -> Index:
         """The position in an output of this shape that belongs to the place in the row space."""
@@ -438,6 +464,8 @@ class _Planner:
             if place is None:
                 raise _NoRowSpaceError
             return self.value(_operand(node), place, guard, False)
+        if node.target in TOTALS:  # known when all rows are done
+            raise _NoRowSpaceError
         if node.target in REDUCTIONS:
             return self.reduce(node, index, guard)
         if node.target in CHOICES:
@@ -458,7 +486,7 @@ class _Planner:
             args.append(_number(node.kwargs["alpha"]))
         made = self.add("pointwise", node, args=tuple(args))
         each = self.steps[made].by_row and self.steps[made].by_column
-        if node.target in SLOW and each and self.total > MAX_REPEATS * nominal(numel(shape)):
+        if node.target in SLOW and each and self.positions > MAX_REPEATS * nominal(numel(shape)):
             raise _NoRowSpaceError  # cheaper as two kernels
         return made
 
