@@ -198,26 +198,17 @@ def test_what_looks_at_operators_sees_all_of_them():
     assert not remembered._made
 
 
-class Turned(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.randn(64))
-
-    def forward(self, x):
-        return turned(x * self.weight)
-
-
-def test_a_backward_has_tables_of_its_own_sizes():
-    model = Turned().double()
-    compiled = tttc.compile(model)
-    with torch.inference_mode():
-        compiled(torch.randn(2, 3, 40, 64, dtype=torch.float64))
-    for T in (40, 24):
-        x = torch.randn(2, 3, T, 64, dtype=torch.float64, requires_grad=True)
+def test_a_backward_makes_positions_again():
+    layer = tttc.nn.TTTLinear(32, 2, mini_batch_size=4).double()
+    compiled = tttc.compile(layer, strict=True)
+    with torch.inference_mode():  # what is made here a backward may keep
+        compiled(torch.randn(2, 41, 32, dtype=torch.float64))
+    for T in (41, 24):
+        x = torch.randn(2, T, 32, dtype=torch.float64, requires_grad=True)
         y = compiled(x)
-        saved = sum(t.numel() for t in y.grad_fn.saved_tensors if t.shape[:1] == (T,))
-        assert saved == 0
-        found = torch.autograd.grad(y.square().sum(), [x, model.weight])
-        wanted = torch.autograd.grad(model(x).square().sum(), [x, model.weight])
+        assert all(t.dtype is torch.float64 for t in y.grad_fn.saved_tensors)
+        inputs = [x, layer.q_proj.weight, layer.tau_offset]
+        found = torch.autograd.grad(y.square().sum(), inputs)
+        wanted = torch.autograd.grad(layer(x).square().sum(), inputs)
         for a, b in zip(found, wanted, strict=True):
             torch.testing.assert_close(a, b)
