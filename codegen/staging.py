@@ -28,14 +28,14 @@ from tttc.codegen.stages import stages
 from tttc.codegen.work import WIDE
 
 # From an H200 (benchmarks/results/2026-11-28-h200-picked.json), rates as shares of what the device does at most.
-ALONE = 0.13  # of the matrix products of a multiprocessor, by one program on it
-LARGE = 0.6  # of that, where the state takes most registers: operands come and go by way of shared memory
-TOGETHER = 0.27  # by the programs of a parallel kernel
-BANDWIDTH = 0.9
-PRODUCT = 3e-8  # seconds that a product takes from the chain of a turn, however small
-STORED = 32  # bytes that a program stores a cycle
-SECOND = 1e-5  # seconds of a second kernel: its launch, its first loads and its last programs
-HELD = 32768  # numbers of states and tiles that a multiprocessor holds
+ALONE = 0.11  # of the matrix products of a multiprocessor, by one program on it
+LARGE = 28800  # numbers of a state that takes so many registers that products are half as fast: operands come and go
+TOGETHER = 0.09  # by the programs of a parallel kernel
+BANDWIDTH = 0.47  # by which values pass between kernels
+PRODUCT = 5.8e-8  # seconds that a product takes from the chain of a turn, however small
+STORED = 19  # bytes that a program stores a cycle
+SECOND = 2.5e-6  # seconds of a second kernel: its launch, its first loads and its last programs
+HELD = 16384  # numbers of states and tiles that a multiprocessor holds
 TILES = 3  # that live at a time, beside the state
 MOST_EACH = 128  # mini-batches a multiprocessor: more change nothing
 GROUPS = (1, 4, 8, 16)
@@ -76,8 +76,7 @@ class Passing:
         flops, products: that the recurrence has fewer.
         parallel: FLOPs of the other kernel.
         traffic, stored: bytes that pass through memory, and those of them that the recurrence stores.
-        held: numbers of states and tiles that one kernel holds.
-        large: whether the state leaves few registers to others.
+        state, held: numbers of states, and with tiles, that one kernel holds.
     """
 
     flops: int
@@ -85,8 +84,8 @@ class Passing:
     parallel: int
     traffic: int
     stored: int
+    state: int
     held: int
-    large: bool
 
     @classmethod
     def of(cls, loop: Loop, element_size: int) -> Passing | None:
@@ -106,8 +105,8 @@ class Passing:
             product_flops(outputs),
             sum(loaded.values()) + stored,
             stored,
+            state_elements(loop),
             state_elements(loop) + TILES * max(tile_elements(loop), wide_tile(loop)),
-            not fits(loop, MOST_WARPS),
         )
 
     def seconds(self, call: Call) -> float:
@@ -117,7 +116,7 @@ class Passing:
         each = max(call.programs / device.processors, 1.0)
         # Programs that share a multiprocessor hide each other's waiting.
         together = min(each, max(HELD / self.held, 1.0))
-        alone = ALONE * (LARGE if self.large else 1.0)
+        alone = ALONE / (1.0 + self.state / LARGE)
         gain = (self.flops / (alone * rate) + PRODUCT * self.products) * each / together
         memory = call.programs * self.traffic / (BANDWIDTH * device.bandwidth)
         work = call.programs * self.parallel / (TOGETHER * rate * device.processors)

@@ -7,20 +7,31 @@ last ones', does not wait for it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 FIRST = -1  # priority: others wait for its programs, which take the next room there is
-_sides: dict[tuple[torch.device, int], torch.cuda.Stream] = {}
+
+
+class _Side:
+    """A stream beside another one, and its events: to make one takes the host longer than to launch a kernel."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.Stream(device, priority=FIRST)
+        self.begin = torch.cuda.Event()
+        self.idle: list[torch.cuda.Event] = []
+
+
+_sides: dict[tuple[torch.device, int], _Side] = {}
 
 
 @dataclass(eq=False)
 class Aside:
-    """What runs beside others; ``event`` tells when it is done, None where there are no streams."""
+    """What runs beside others, on a device; on a CPU nothing does."""
 
     device: torch.device
-    event: torch.cuda.Event | None = None
+    _ran: tuple[_Side, torch.cuda.Event] | None = field(default=None, repr=False)
 
     def start(self, run: Callable[[], None]) -> None:
         """Run after all that the current stream has got, beside what it gets from now on."""
@@ -29,15 +40,22 @@ class Aside:
             return
         now = torch.cuda.current_stream(self.device)
         key = (self.device, now.cuda_stream)
-        if key not in _sides:
-            _sides[key] = torch.cuda.Stream(self.device, priority=FIRST)
-        side = _sides[key]
-        side.wait_stream(now)
-        with torch.cuda.stream(side):
+        side = _sides.get(key) or _sides.setdefault(key, _Side(self.device))
+        side.begin.record(now)
+        side.stream.wait_event(side.begin)
+        with torch.cuda.stream(side.stream):
             run()
-            self.event = side.record_event()
+        try:
+            event = side.idle.pop()
+        except IndexError:
+            event = torch.cuda.Event()
+        event.record(side.stream)
+        self._ran = side, event
 
     def join(self) -> None:
         """What the current stream gets from now on waits."""
-        if self.event is not None:
-            torch.cuda.current_stream(self.device).wait_event(self.event)
+        if self._ran is not None:
+            side, event = self._ran
+            torch.cuda.current_stream(self.device).wait_event(event)
+            side.idle.append(event)
+            self._ran = None
