@@ -42,9 +42,7 @@ class Start:
         return functools.partial(self._start, grid)
 
     def _start(self, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-        layout: list[Any] = [self.name]
-        if arguments[0].is_cuda:
-            layout.append(torch.cuda.current_device())
+        layout: list[Any] = [self.name, arguments[0].get_device()]
         for x in arguments:
             if type(x) is int:
                 layout.append((x == 1, x % 16 == 0, -(2**31) <= x < 2**31))
