@@ -39,6 +39,9 @@ def from_sizes(graph: fx.Graph) -> set[fx.Node]:
     for node in graph.nodes:
         if node.op != "call_function" or value_of(node) is None or not repeatable(node):
             continue
+        # Somebody else's operator may well return something else tomorrow.
+        if getattr(node.target, "namespace", None) not in ("aten", "prims"):
+            continue
         if all(n in found or is_size(n) for n in node.all_input_nodes):
             found.add(node)
     return found
@@ -90,9 +93,6 @@ def remember(gm: fx.GraphModule, given_out: Collection[fx.Node], kept: bool = Tr
     def is_worth(node: fx.Node) -> bool:
         return is_small(node) and theirs.isdisjoint(storages(node))
 
-    def fuses(user: fx.Node) -> bool:
-        return user.target in COMPUTE | FREE and is_known(user)
-
     reads: dict[fx.Node, list[fx.Node]] = defaultdict(list)
     stack = [n for n in graph.nodes if n not in alone]
     for reader in stack:
@@ -111,8 +111,10 @@ def remember(gm: fx.GraphModule, given_out: Collection[fx.Node], kept: bool = Tr
                 wanted.add(node)
                 continue
         stack.extend(n for n in node.all_input_nodes if n in alone)
-    if wanted:
-        _outline(gm, sorted(wanted), kept)
+    devices = [n.meta["val"].device for n in wanted]
+    if devices:
+        device = max(devices, key=lambda d: (d.type == "cuda", devices.count(d)))
+        _outline(gm, sorted(n for n in wanted if n.meta["val"].device == device), kept)
 
 
 def _fuses(node: fx.Node) -> bool:

@@ -177,6 +177,27 @@ def test_random_numbers_are_drawn_again():
     assert not torch.equal(fused(x), fused(x))
 
 
+@torch.library.custom_op("tttc_test::today", mutates_args=())
+def today(n: int) -> torch.Tensor:
+    """Not the same every day."""
+    today.days += 1
+    return torch.full((n,), float(today.days))
+
+
+today.days = 0
+
+
+@today.register_fake
+def _(n):
+    return torch.empty(n)
+
+
+def test_operators_of_others_run_each_time():
+    _, fused = traced(lambda x: x * torch.ops.tttc_test.today(x.shape[0]), torch.ones(40))
+    x = torch.ones(40)
+    assert not torch.equal(fused(x), fused(x))
+
+
 def test_nothing_large_is_kept(monkeypatch):
     _, fused = traced(turned, torch.randn(2, 3, 40, 64))
     monkeypatch.setattr(remembered, "MOST_BYTES", 4 * 40 * 32 * 4)

@@ -319,28 +319,32 @@ def row_space(members: Iterable[fx.Node], outputs: Sequence[fx.Node]) -> RowSpac
 
 def _parts(inside: set[fx.Node], columns: sympy.Expr) -> int:
     """Into how many equal parts concatenations and scatters cut rows."""
-    if not columns.is_Integer:
+    if not columns.is_Integer or columns < 2 * MIN_PART:
         return 1
     width = int(columns)
     for node in inside:
-        if node.target in (aten.cat.default, aten.slice_scatter.default):
-            axis = _axis(
-                node, 1 if node.target is aten.cat.default else 2, 0, node.meta["val"].dim()
-            )
-            if axis != node.meta["val"].dim() - 1 or shape_of(node.meta["val"])[-1] != columns:
-                continue
-            cuts: list[Any] = []
-            if node.target is aten.cat.default:
-                pieces: Any = node.args[0]
-                cuts = [shape_of(p.meta["val"])[-1] for p in pieces]
-            else:
-                start = as_expr((*node.args, None, None)[3] or 0)
-                source: Any = node.args[1]
-                cuts = [start, shape_of(source.meta["val"])[-1]]
-            for cut in cuts:
-                width = gcd(width, int(cut)) if cut.is_Integer else 1
-    parts = int(columns) // max(width, 1)
+        for cut in _cuts(node, columns):
+            width = gcd(width, int(cut)) if cut.is_Integer else 1
+    parts = int(columns) // width
     return parts if width >= MIN_PART and parts <= MAX_PARTS else 1
+
+
+def _cuts(node: fx.Node, columns: sympy.Expr) -> list[sympy.Expr]:
+    """Where, or how far apart, a concatenation or scatter cuts rows of so many columns."""
+    if node.target not in (aten.cat.default, aten.slice_scatter.default):
+        return []
+    shape = shape_of(node.meta["val"])
+    last = len(shape) - 1
+    if not shape or shape[-1] != columns:
+        return []
+    if node.target is aten.cat.default:
+        pieces: Any = node.args[0]
+        sizes = [shape_of(p.meta["val"]) for p in pieces]
+        return [s[-1] for s in sizes] if _axis(node, 1, 0, len(shape)) == last else []
+    source: Any = node.args[1]
+    start = as_expr((*node.args, None, None)[3] or 0)
+    size = shape_of(source.meta["val"])[-1]
+    return [start, size] if _axis(node, 2, 0, len(shape)) == last else []
 
 
 def _nominal_numel(node: fx.Node) -> int:
