@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from tttc.codegen.named_layouts import LANES, NamedLayouts
 
+BANKS = 32  # of shared memory, each four bytes wide
+QUAD = 8  # columns of an accumulator's row that four lanes beside each other have
+
 
 class WarpLayouts(NamedLayouts):
     """The layouts of one kernel."""
@@ -22,22 +25,50 @@ class WarpLayouts(NamedLayouts):
 
     def rows(self, rows: int, columns: int) -> str:
         """A matrix of tokens and features, spread over all threads; the lanes of a row are of one warp."""
-        each = min(columns, max(2, rows * columns // (LANES * self.warps)))
-        across = min(LANES, columns // each)
+        each, across = self._spread(rows, columns)
         return self._named(
             f"ROWS_{rows}x{columns}",
             f"gl.BlockedLayout([1, {each}], [{LANES // across}, {across}], [{self.warps}, 1], [1, 0])",
         )
 
-    def parts(self, rows: int, columns: int) -> str:
-        """The parts of such a matrix that warps have made, all those of an element in one thread."""
-        self.rows(rows, columns)
-        one = self.definitions[f"ROWS_{rows}x{columns}"]
-        each, lanes, _ = (x.split("]")[0] for x in one.split("[")[1:4])
+    def _spread(self, rows: int, columns: int) -> tuple[int, int]:
+        """Columns of such a matrix that a thread has, and lanes that share a row."""
+        each = min(columns, max(2, rows * columns // (LANES * self.warps)))
+        return each, min(LANES, columns // each)
+
+    def rows_of_warp(self, rows: int, columns: int) -> int:
+        """Rows of such a matrix that a warp has, if each row is of one warp and those of a warp are neighbours; else 0."""
+        mine = LANES // self._spread(rows, columns)[1]
+        return mine if mine * self.warps == rows else 0
+
+    def part(self, rows: int, columns: int) -> str:
+        """What one warp has made of such a matrix, spread over all threads as the sum is."""
+        each, across = self._spread(rows, columns)
         return self._named(
-            f"PARTS_{rows}x{columns}",
-            f"gl.BlockedLayout([{self.warps}, {each}], [1, {lanes}], [1, {self.warps}, 1], [2, 1, 0])",
+            f"PART_{rows}x{columns}",
+            f"gl.BlockedLayout([1, 1, {each}], [1, {LANES // across}, {across}], [1, {self.warps}, 1], [2, 1, 0])",
         )
+
+    def parts(self, columns: int) -> str:
+        """What warps have made of it, in shared memory: accumulators are stored and rows loaded without conflicts."""
+        beside = max(BANKS // columns, 1)  # rows in all banks
+        phases = BANKS // QUAD // beside
+        return self._named(
+            f"PARTS_{columns}",
+            f"gl.SwizzledSharedLayout({QUAD}, {beside}, {phases}, [2, 1, 0])",
+        )
+
+    def sums(self, rows: int, columns: int) -> str:
+        """What warps have made of a sum over the rows of such a matrix, all of a column in one thread."""
+        each, across = self._spread(rows, columns)
+        return self._named(
+            f"SUMS_{rows}x{columns}",
+            f"gl.BlockedLayout([{self.warps}, {each}], [{LANES // across}, {across}], [1, {self.warps}], [1, 0])",
+        )
+
+    def sums_shared(self) -> str:
+        """The same in shared memory."""
+        return self._named("ROWS_OF_SUMS", "gl.SwizzledSharedLayout(1, 1, 1, [1, 0])")
 
     def read(self, rows: int, columns: int) -> str:
         """Rows as memory is read best: 16 bytes of bf16 a thread."""

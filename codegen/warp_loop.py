@@ -16,6 +16,7 @@ other in registers.
 from __future__ import annotations
 
 from torch import fx
+from tttc.codegen.exchanges import fewer_barriers
 from tttc.codegen.gluon_source import START_COPY, in_gluon
 from tttc.codegen.loop import Loop, forgotten
 from tttc.codegen.ordering import on_demand, products_first
@@ -110,7 +111,9 @@ class WarpRenderer(WarpOperators):
         self._mini_batch()
         self.indent -= 1
         self.write("async_copy.wait_group(0)  # what comes next may use the same rooms")
-        self.lines[before:before] = ["    " * self.indent + line for line in self.rooms]
+        self.lines[before:before] = [
+            f"{'    ' * self.indent}{name} = {room}" for name, room in self.rooms.items()
+        ]
         self.rooms.clear()
         self._forget()
 
@@ -129,9 +132,11 @@ class WarpRenderer(WarpOperators):
                 f"{tensor}_row", dims, frozenset(), self.natural(dims), raw=True
             )
         self.write("async_copy.wait_group(0)")
-        for node in self._last():
+        for node in (
+            self._last()
+        ):  # a row ends with it: tokens beyond the sequence are copies of its last one
             tensor = self._last_tensor(node)
-            words = f"{tensor}_last_here.index(n & 1).load({self.layouts.vector(1)})"
+            words = f"{tensor}_row_s.slice({b - 1}, 1).load({self.layouts.vector(1)})"
             value = self._numbers_of(tensor, words, self._place_of_last(tensor))
             self.tiles[node] = self.let("x", f"gl.sum({value}, 0)", ())
         for node in self._matrices():
@@ -140,9 +145,12 @@ class WarpRenderer(WarpOperators):
             self.write(f"{name}_s = {self._room(node)}.index(n & 1)")
             self.copies[name] = f"{name}_s"
             self.tiles[node] = Share(name, memory, frozenset(), self.natural(memory), raw=True)
+        body = len(self.lines)
         self.write(f"first = gl.minimum(n + 1, N - 1) * {b}")
         self._start_copies("(n + 1) & 1")
         self.write(f"first = n * {b}")
+        start = self.lines[body:]
+        del self.lines[body:]
         for node in self._sequence():
             if node not in self.tiles and not self._deferred(node):
                 self.emit(node)
@@ -151,6 +159,9 @@ class WarpRenderer(WarpOperators):
         for node in self.results:
             if node in self.loop.sources:
                 self._keep(node)
+        self.lines[body:] = fewer_barriers(
+            self.lines[body:], self.rooms, self.packed, self._filled(), start
+        )
         self._renew()
         self._store_copies()
 

@@ -104,12 +104,6 @@ class WarpMemory(WarpTiles):
                 f"{self._room(node)} = gl.allocate_shared_memory(gl.int32, [2, {size}], {numbers})"
             )
             self._by_words(self.loop.sources[node].name)
-        for node in self._last():
-            tensor, numbers = self._last_tensor(node), self.layouts.numbers()
-            self.write(
-                f"{tensor}_last_here = gl.allocate_shared_memory(gl.int32, [2, 1], {numbers})"
-            )
-            self._by_words(tensor)
         self.copied = {}
         for node, source in self.loop.sources.items():
             if source.kind != "state":
@@ -138,7 +132,13 @@ class WarpMemory(WarpTiles):
         return [n for n in self._fetched() if len(dims_of(n)) == 2]
 
     def _vectors(self) -> list[fx.Node]:
-        return [n for n in self._fetched() if len(dims_of(n)) == 1]
+        found = [n for n in self._fetched() if len(dims_of(n)) == 1]
+        return list(dict.fromkeys([*found, *(x for n in self._last() for x in n.all_input_nodes)]))
+
+    def _filled(self) -> list[str]:
+        """The names in a turn of what was copied for it."""
+        made = (self.tiles[n].name for n in (*self._vectors(), *self._matrices()))
+        return [self.copies[name] for name in made]
 
     def _last(self) -> list[fx.Node]:
         return [n for n in self._fetched() if n.target is ops.last]
@@ -165,11 +165,6 @@ class WarpMemory(WarpTiles):
             tensor, dims = self.loop.sources[node].name, dims_of(node)
             place = self._place_in(tensor, dims, "first", self.layouts.vector(self.side(dims[0])))
             self._copy_words(f"{self._room(node)}.index({slot})", tensor, place)
-        for node in self._last():
-            tensor = self._last_tensor(node)
-            self._copy_words(
-                f"{tensor}_last_here.index({slot})", tensor, self._place_of_last(tensor)
-            )
         self.write("async_copy.commit_group()")
 
     def _copy_words(self, target: str, tensor: str, place: str) -> None:

@@ -101,6 +101,8 @@ class WarpOperators(WarpProducts):
         if (not whole and summed != [every[0]]) or (whole and len(summed) > 1):
             raise NotLowerable(f"a sum over {' '.join(summed)} of {' '.join(every)}")
         value = " * ".join(self.line_up(t, every) for t in tiles)
+        if len(every) == 2 and whole and summed == [every[0]] and self._rows_of_warp(every):
+            return self._sum_of_rows(value, every, str(spec))
         if whole and self.wide in every:
             value = f"gl.sum(gl.sum({value}, 1), 0)"
         else:
@@ -112,3 +114,20 @@ class WarpOperators(WarpProducts):
                 self.natural(every), every.index(summed[0]) + (0 if whole else 1)
             )
         return made
+
+    def _rows_of_warp(self, dims: Dims) -> int:
+        return self.layouts.rows_of_warp(*(self.side(d) for d in dims))
+
+    def _sum_of_rows(self, value: str, dims: Dims, note: str) -> Tile:
+        """A sum over the rows of a matrix that is spread over all threads, from what each warp makes of its own."""
+        rows, columns = (self.side(d) for d in dims)
+        room = self.fresh("p")
+        shape = f"[{self.warps}, {columns}]"
+        self.rooms[room] = (
+            f"gl.allocate_shared_memory(gl.float32, {shape}, {self.layouts.sums_shared()})"
+        )
+        split = f"[{self.warps}, {self._rows_of_warp(dims)}, {columns}]"
+        self.write(f"{room}.store(gl.sum(gl.reshape({value}, {split}), 1))")
+        total = f"gl.sum({room}.load({self.layouts.sums(rows, columns)}), 0)"
+        layout = self.natural(dims[1:])
+        return self.let("c", f"gl.convert_layout({total}, {layout})", dims[1:], note=note)

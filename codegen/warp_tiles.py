@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,19 @@ OPERATORS = (
 MOST_ROWS = 32  # tokens of a mini-batch: each warp holds all rows of its piece
 NEAR = 2  # products for which an operand stays in registers
 LEAST = 16  # sides of what the matrix unit multiplies
+
+
+def pairwise(terms: Sequence[str]) -> str:
+    """A sum of sums, so that few additions wait for each other.
+
+    >>> pairwise(["a", "b", "c", "d"])
+    '(a + b) + (c + d)'
+    """
+    if len(terms) == 1:
+        return terms[0]
+    half = len(terms) // 2
+    left, right = pairwise(terms[:half]), pairwise(terms[half:])
+    return f"({left}) + ({right})" if half > 1 else f"{left} + {right}"
 
 
 @dataclass
@@ -62,9 +76,9 @@ class WarpTiles(Renderer):
         self.read: set[str] = (
             set()
         )  # tiles that products have read in this turn: later ones read copies, if there are
-        self.rooms: list[
-            str
-        ] = []  # in shared memory, of their own: what is shared makes warps wait
+        # In shared memory, of their own: what is shared makes warps wait.
+        self.rooms: dict[str, str] = {}
+        self.packed: set[str] = set()  # pairs of tokens as operands of products
         self._check()
         self._choose_axes()
 
@@ -294,8 +308,8 @@ class WarpTiles(Renderer):
         if tile.name not in self.copies:
             name = self.copies[tile.name] = f"{tile.name}_s"
             numbers = self.layouts.numbers()
-            self.rooms.append(
-                f"{name} = gl.allocate_shared_memory(gl.float32, [{self.side(tile.dims[0])}], {numbers})"
+            self.rooms[name] = (
+                f"gl.allocate_shared_memory(gl.float32, [{self.side(tile.dims[0])}], {numbers})"
             )
             self.write(f"{name}.store({tile.name})")
         return self.copies[tile.name]
@@ -307,11 +321,21 @@ class WarpTiles(Renderer):
             self.write(f"{name} = gl.expand_dims(gl.sum({tile.name}, 0), 0)")
         else:
             sides = [self.side(d) for d in tile.dims]
-            parts, rows = self.layouts.parts(*sides), self.layouts.rows(*sides)
-            total = f"gl.sum(gl.convert_layout({tile.name}, {parts}), 0)"
-            self.write(f"{name} = gl.convert_layout({total}, {rows}){tile.rest}")
+            room, part = self._room_of_parts(*sides), self.layouts.part(*sides)
+            self.write(f"{room}.store({tile.name})")
+            total = pairwise([f"{room}.slice({w}, 1, 0).load({part})" for w in range(self.warps)])
+            rows = self.layouts.rows(*sides)
+            self.write(f"{name} = gl.convert_layout(gl.sum({total}, 0), {rows}){tile.rest}")
         tile.name, tile.partial, tile.rest = name, False, ""
         tile.layout, tile.lead = self.natural(tile.dims), self.spread(tile.dims)
+
+    def _room_of_parts(self, rows: int, columns: int) -> str:
+        """Room in shared memory for what warps have made of a sum; one sum after another uses it."""
+        room = f"parts_{rows}x{columns}"
+        if room not in self.rooms:
+            shape, layout = f"[{self.warps}, {rows}, {columns}]", self.layouts.parts(columns)
+            self.rooms[room] = f"gl.allocate_shared_memory(gl.float32, {shape}, {layout})"
+        return room
 
     # -- products -----------------------------------------------------------------------------------------
 
@@ -323,7 +347,7 @@ class WarpTiles(Renderer):
             name = self.copies[tile.name] = f"{tile.name}_s"
             layout = self.layouts.shared(self.piece(tile.dims[-1]), tile.lead)
             shape = self.shape(tile.dims, tile.lead)
-            self.rooms.append(f"{name} = gl.allocate_shared_memory(DOT, {shape}, {layout})")
+            self.rooms[name] = f"gl.allocate_shared_memory(DOT, {shape}, {layout})"
             self.write(f"{name}.store({tile.name}.to(DOT))")
         return self.copies[tile.name]
 
@@ -339,7 +363,13 @@ class WarpTiles(Renderer):
                 # What a thread has of a product's rows is what it needs of an operand's.
                 value = f"{tile.name}.to(DOT)"
                 value = f"gl.permute({value}, (0, 2, 1))" if which else value
-                return f"gl.convert_layout({value}, {layout})"
+                value = f"gl.convert_layout({value}, {layout})"
+                if self.wide in tile.dims:
+                    return value
+                name = self.fresh("a")
+                self.write(f"{name} = {value}")
+                self.packed.add(name)
+                return name
             turned = "" if tile.dims == wanted else ".permute((0, 2, 1))"
             return f"{self.copy(tile)}{turned}.load({layout})"
         name, at = self.recent.get((tile.name, inner), ("", -NEAR - 1))

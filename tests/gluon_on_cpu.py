@@ -60,6 +60,9 @@ class Shared:
     def index(self, i: int) -> Shared:
         return Shared(self.data[i])
 
+    def slice(self, start: int, length: int, dim: int = 0) -> Shared:
+        return Shared(self.data.narrow(dim, start, length))
+
 
 def allocate(dtype: torch.dtype, shape: list[int], layout: Any, value: Any = None) -> Shared:
     numbers = torch.float32 if dtype is torch.int32 else dtype  # of which words are made

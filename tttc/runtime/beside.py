@@ -14,6 +14,15 @@ import torch
 FIRST = -1  # priority: others wait for its programs, which take the next room there is
 
 
+def pays() -> bool:
+    """Whether kernels that run beside each other are done sooner: as nodes of a CUDA graph.
+
+    On an H200 forward and backward of TTT-Linear (B1 T32768) take 5918 us so, 6605 one kernel after another; launched one by
+    one 8025 and 6620, since each time one stream waits for the other it takes longer than what is won.
+    """
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 class _Side:
     """A stream beside another one, and its events: to make one takes the host longer than to launch a kernel."""
 

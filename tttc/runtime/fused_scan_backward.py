@@ -9,13 +9,20 @@ from tttc._scan_op import interned, scan_info
 from tttc.codegen.torch_scan_backward import run_backward, saved_leaves
 from tttc.ir.errors import NotLowerable
 from tttc.pipeline import build_program
-from tttc.runtime.fused_scan import LIBRARY, floating_leaves, grouped, runs_by_kernels
+from tttc.runtime.fused_scan import (
+    LIBRARY,
+    floating_leaves,
+    fused_scan,
+    grouped,
+    runs_by_kernels,
+)
 from tttc.runtime.ranges import scan_range
 from tttc.runtime.replay import remembered
 from tttc.runtime.staged import Launcher
 from tttc.runtime.triton_scan_backward import run_backward_kernels
 
 Tensor = torch.Tensor
+BACKENDS = (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)
 RECOMPUTED = 16  # mini-batches at a time, where the forward saved no states
 
 
@@ -198,7 +205,9 @@ class _FusedScan(torch.autograd.Function):
             needs and x.is_floating_point()
             for x, needs in zip(flat, ctx.needs_input_grad[3:], strict=True)
         ]
-        made = torch.ops.tttc.fused_scan_backward(
+        alone = not torch.is_grad_enabled() and _nothing_watches()
+        run = fused_scan_backward if alone else torch.ops.tttc.fused_scan_backward
+        made = run(
             list(grads[: ctx.results]),
             *grouped(flat, ctx.counts),
             list(saved[len(flat) :]),
@@ -209,8 +218,20 @@ class _FusedScan(torch.autograd.Function):
         return (None, None, None, *(next(remaining) if w else None for w in wanted))
 
 
+def _nothing_watches() -> bool:
+    """Whether no mode, tracer or transform would see an operator that is called now."""
+    return (
+        torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not torch.compiler.is_compiling()
+    )
+
+
 def _below(keyset, *arguments):
+    after = keyset & torch._C._after_ADInplaceOrView_keyset
     with torch._C._AutoDispatchBelowAutograd():
+        if after.highestPriorityTypeId() in BACKENDS:  # nothing but the dispatcher is between
+            return fused_scan(*arguments)
         return torch.ops.tttc.fused_scan.default.redispatch(
             keyset & torch._C._after_autograd_keyset, *arguments
         )

@@ -11,6 +11,7 @@ from collections.abc import Callable, Hashable, Sequence
 import torch
 
 from tttc.ir.program import Program
+from tttc.runtime.beside import pays
 from tttc.runtime.launch import launch, precision
 from tttc.runtime.recorder import Recorder
 from tttc.runtime.staged import Launcher
@@ -38,7 +39,7 @@ def remembered(program: Program, call: Hashable, inputs: list[Tensor], run: Run)
         return run(inputs, launch)
     memory = program.calls
     layout = tuple([(x.dtype, x.shape, x.stride(), x.data_ptr() % 16) for x in inputs])
-    key = (call, tuple(program.schedules.items()), device, precision(), layout)
+    key = (call, tuple(program.schedules.items()), device, precision(), pays(), layout)
     known = memory.get(key)
     if isinstance(known, Tape):
         return known(inputs)

@@ -14,6 +14,7 @@ from tttc.codegen.torch_scan import squeeze_features
 from tttc.codegen.torch_scan_backward import Leaves, derive, live_cotangents
 from tttc.ir.body import role
 from tttc.ir.program import Program
+from tttc.runtime import beside
 from tttc.runtime.chunked import Chunked, chunked, is_tall, programs_a_tile
 from tttc.runtime.launch import launch
 from tttc.runtime.overlap import Overlap, group_size, overlaps
@@ -189,7 +190,7 @@ def run_backward_kernels(
     sums: dict[str, Tensor] = {}
     nothing: list[Tensor | None] = [None] * len(on_anchor)
     overlap = Overlap(launcher)
-    few = setting.crowd == 0
+    few = setting.crowd == 0 and beside.pays()
     known = sorted({i for group in given[:2] for i, x in enumerate(group) if x is not None})
     given_states = live_cotangents(program, leaves, known)
 
