@@ -26,6 +26,9 @@ from tttc.lowering import DirectScans, lower_scans, lower_torch_scans
 from tttc.options import Options, check_options, of_mode, warn_once
 from tttc.passes.fuse import decompositions, fuse
 from tttc.progress import phase
+from tttc.warm.frames import WarmFrames, code_of
+from tttc.warm.graphs import keep_captured, keep_graph
+from tttc.warm.recording import outermost
 
 if TYPE_CHECKING:
     from tttc.runtime.blocks import Program
@@ -49,6 +52,7 @@ def _compile_graph(
         made(fused)
     # The regions' kernels run on a GPU (or in Triton's interpreter), their torch operations elsewhere.
     _recorder.kernels(lower_regions(fused, "torch" if options.backend == "torch" else "triton"))
+    keep_graph(direction, fused)
     after = _recorder.graph("fused", fused)
     run = make_boxed_func(_recorder.watched(before, _recorder.watched(after, fused.forward)))
     return run if graphs is None else graphs.replayed(run, gm, direction)
@@ -87,6 +91,7 @@ def compile_graph(
     with not_collected(), _recorder.attempt(), capturing(False), compiling as made:
         regions.put_in_place(gm)
         made(gm)
+        keep_captured(gm)
         stage = _recorder.graph("captured", gm)
         lower_torch_scans(gm, options)
         lower_scans(gm, options)
@@ -94,15 +99,16 @@ def compile_graph(
         compiler = functools.partial(
             _compile_graph, options=options, blocks=blocks, graphs=_cuda_graphs(options)
         )
-        run = through_autograd(
-            gm,
-            example_inputs,
-            fw_compiler=functools.partial(compiler, direction="forward"),
-            bw_compiler=functools.partial(compiler, direction="backward"),
-            inference_compiler=functools.partial(compiler, direction="inference"),
-            decompositions=decompositions(),
-            partition_fn=functools.partial(_partition, blocks=blocks),
-        )
+        with outermost():
+            run = through_autograd(
+                gm,
+                example_inputs,
+                fw_compiler=functools.partial(compiler, direction="forward"),
+                bw_compiler=functools.partial(compiler, direction="backward"),
+                inference_compiler=functools.partial(compiler, direction="inference"),
+                decompositions=decompositions(),
+                partition_fn=functools.partial(_partition, blocks=blocks),
+            )
         return _recorder.watched(stage, run)
 
 
@@ -180,12 +186,27 @@ def _shared_backend(options: Options) -> Callable[..., Any]:
     return functools.partial(compile_graph, options=options)
 
 
+def _dynamo(loops: Loops, backend: Callable[..., Any], options: Options) -> Callable[..., Any]:
+    """The model under TorchDynamo, as ``torch.compile(..., dynamic=True)`` has it; frames may come from disk."""
+    code = None if loops.any else code_of(loops.target)
+    if code is None or torch.compiler.is_exporting():
+        return torch.compile(loops.target, backend=backend, dynamic=True)
+    made = torch._TorchCompileWrapper(backend, None, None, True)
+    context: Any = torch._dynamo.optimize(backend=made, dynamic=True)
+    callback = getattr(context, "callback", None)
+    if callback is not None:  # else TorchDynamo is switched off
+        convert = callback._torchdynamo_orig_backend
+        callback._torchdynamo_orig_backend = WarmFrames(convert, code, options)
+    compiled: Callable[..., Any] = context(loops.target)
+    return compiled
+
+
 def _compiled_call(target: Callable[..., Any], options: Options) -> Callable[..., Any]:
     backend = _shared_backend(options)
     if _recorder.recording():  # who looks on wants to see it compiled
         backend = functools.partial(compile_graph, options=options)
     loops = Loops(target)
-    compiled = torch.compile(loops.target, backend=backend, dynamic=True)
+    compiled = _dynamo(loops, backend, options)
     direct = DirectScans(options)
     config = {
         # Under dynamic=True Dynamo makes symbols of floats (an eps, a base), can't keep them and starts over.
