@@ -16,7 +16,11 @@ from types import ModuleType
 from typing import Any
 
 log = logging.getLogger("tttc.kernels")
-KINDS = ("kernels", "schedules")  # the folders of the cache: what `tttc cache` shows and clears
+KINDS = (
+    "kernels",
+    "schedules",
+    "programs",
+)  # the folders of the cache: what `tttc cache` shows and clears
 _lock = threading.Lock()
 _modules: dict[tuple[str, bool], ModuleType] = {}
 
@@ -27,13 +31,13 @@ def cache_dir() -> Path:
     return Path(root) if root else Path.home() / ".cache" / "tttc"
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write ``text`` so that another process sees the whole file or none of it."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a text, or bytes, so that another process sees the whole file or none of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, partial = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as out:
-            out.write(text)
+        with os.fdopen(handle, "wb") as out:
+            out.write(content.encode() if isinstance(content, str) else content)
         os.replace(partial, path)
     except BaseException:
         Path(partial).unlink(missing_ok=True)

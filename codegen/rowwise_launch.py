@@ -132,5 +132,9 @@ def _new_kernel(region: FusedRegion) -> Kernel | None:
         emitted = emit(region.graph_module)
     except NotEmittableError:
         return None
-    kernel = Kernel(emitted.name, emitted.source, dict(emitted.config))
-    return _kernels.setdefault((emitted.name, emitted.source), kernel)
+    return shared_kernel(emitted.name, emitted.source, dict(emitted.config))
+
+
+def shared_kernel(name: str, source: str, config: dict[str, Any]) -> Kernel:
+    """The kernel of this source: the same object for whoever asks."""
+    return _kernels.setdefault((name, source), Kernel(name, source, config))

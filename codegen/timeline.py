@@ -29,17 +29,41 @@ SCHEDULERS = 4  # of a multiprocessor: each issues one instruction a cycle
 MEMORY_LATENCY = 650
 COPY_LATENCY = 30  # from shared memory
 ARITHMETIC_LATENCY = 6
-SUM_LATENCY = 120  # five exchanges within a warp
-BARRIER = 40  # what warps wait for each other
-PRODUCT_LATENCY = 110  # operands to shared memory and back, first result
 STEP_LATENCY = 16  # of a matrix unit, for 16 more of the inner dimension
-OPERAND_COST = (
-    2.5  # instructions for each number of an operand: rounded, stored, loaded as the unit takes it
-)
 SPILLED_COST = 30  # instructions for each number that is stored and loaded again in every turn
 SLACK = 1.2  # the assembler computes a few values again rather than keep them
 OVERHEAD_REGISTERS = 44  # addresses, masks, counters
-REGISTER_FACTOR = 1.25  # layouts, and what the assembler keeps alive longer than the graph says
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What differs between renderers; all but plain Triton's from benchmarks/results/2026-11-28-h200-picked.json.
+
+    Attributes:
+        product: cycles from operands to the first result of a product.
+        operand: instructions for each number of an operand: rounded, stored, loaded as the unit takes it.
+        sum: cycles of a sum along rows, within a warp.
+        barrier: cycles that warps wait for each other.
+        registers: of a number that lives in a thread, with what the assembler keeps longer than the graph says.
+        in_shared: whether what is loaded stays in shared memory.
+        shared_pairs: whether warps share products of pairs of tokens; else each makes all of them.
+    """
+
+    product: float = 110
+    operand: float = 2.5
+    sum: float = 120
+    barrier: float = 40
+    registers: float = 1.25
+    in_shared: bool = False
+    shared_pairs: bool = True
+
+
+FIGURES = {
+    "triton": Figures(),
+    "features": Figures(60, 0.65, 26, 105, 0.62, True, False),
+    "warps": Figures(60, 0.65, 26, 105, 0.62, True),
+    "gluon": Figures(60, 0.65, 120, 40, 0.25, True),
+}
 
 
 @dataclass(frozen=True)
@@ -212,7 +236,7 @@ class Timeline:
 
     def costs(self, schedule: Schedule) -> dict[fx.Node, tuple[float, float]]:
         """Of every operator: see :meth:`_cost`."""
-        key = (schedule.num_warps, schedule.nan, schedule.feature_major)
+        key = (schedule.num_warps, schedule.nan, schedule.feature_major, schedule.renderer)
         if key not in self._costs:
             self._costs[key] = {n: self._cost(n, schedule) for n in self.nodes}
         return self._costs[key]
@@ -222,7 +246,10 @@ class Timeline:
         if node.target in VIEWS:
             return 0.0, 0.0
         labels = self._spec_of[node].labels
-        several = BARRIER * (schedule.num_warps.bit_length() - 1) / 2
+        figures = FIGURES[schedule.renderer]
+        several = figures.barrier * (schedule.num_warps.bit_length() - 1) / 2
+        pair = all(map(is_token, dims_of(node))) and len(dims_of(node)) == 2
+        every = 1 if figures.shared_pairs or not pair else schedule.num_warps
         if self.on_unit(node):
             times, depth = 1, 1.0
             if node.target is ops.triangular_solve:
@@ -239,15 +266,15 @@ class Timeline:
             )
             operands = sum(self.elements(dims_of(x)) for x in node.all_input_nodes)
             inner = self.elements(self._spec_of[node].summed[:1] or (TOKEN,))
-            latency = PRODUCT_LATENCY + several + STEP_LATENCY * max(inner // 16, 1)
+            latency = figures.product + several + STEP_LATENCY * max(inner // 16, 1)
             checked = 0
             if node.target is ops.masked_contraction and schedule.nan == "branch":
                 checked = min(self.elements(dims_of(x)) for x in node.all_input_nodes)
-                latency += 0.3 * SUM_LATENCY + 3 * several
-            return times * (OPERAND_COST * operands + busy) + checked, depth * latency
-        count = self.elements(labels) * instructions(node)
+                latency += 0.3 * figures.sum + 3 * several
+            return every * times * (figures.operand * operands + busy) + checked, depth * latency
+        count = every * self.elements(labels) * instructions(node)
         if len(labels) > len(dims_of(node)) or node.target in (ops.reduction, ops.running_product):
-            return count, SUM_LATENCY + several
+            return count, figures.sum + several
         return count, ARITHMETIC_LATENCY
 
     def copies(self, node: fx.Node, schedule: Schedule) -> int:
@@ -267,7 +294,15 @@ class Timeline:
 
     def registers(self, schedule: Schedule) -> int:
         """Registers of a thread: the most that lives at a time, by the order of the operators."""
-        fields = ("num_warps", "order", "feature_major", "late_loads", "prefetch", "repeat_vectors")
+        fields = (
+            "num_warps",
+            "order",
+            "feature_major",
+            "late_loads",
+            "prefetch",
+            "repeat_vectors",
+            "renderer",
+        )
         key = tuple(getattr(schedule, name) for name in fields)
         if key not in self._registers:
             self._registers[key] = self._live(schedule, self.order(schedule.order))
@@ -283,7 +318,8 @@ class Timeline:
     def _live(self, schedule: Schedule, order: Sequence[fx.Node]) -> int:
         last = {self._root(x): i for i, n in enumerate(order) for x in n.all_input_nodes}
         states = {n for n, s in self.loop.sources.items() if s.kind == "state" and n in self.used}
-        loaded = set(self.fetched)
+        figures = FIGURES[schedule.renderer]
+        loaded = set() if figures.in_shared else set(self.fetched)
         renewed = {n for n, s in self.loop.sinks if s.kind in ("state", "sum")}
 
         def taken(node: fx.Node) -> float:
@@ -299,11 +335,11 @@ class Timeline:
 
         held = sum(taken(n) for n in states)
         held += sum(taken(n) for n, s in self.loop.sinks if s.kind == "sum")
-        if schedule.prefetch:
+        if schedule.prefetch and loaded:
             held += sum(self.elements(dims_of(n)) for n in self.fetched) * self.element_size / 4
         live: dict[fx.Node, float] = {}
         if not schedule.late_loads:
-            live = {n: taken(n) for n in self.fetched}
+            live = {n: taken(n) for n in loaded}
         most = held + sum(live.values())
         for i, node in enumerate(order):
             if schedule.late_loads:
@@ -314,7 +350,7 @@ class Timeline:
             for x in [x for x in live if last.get(x, i) <= i and x is not node]:
                 del live[x]
         threads = self.device.warp * schedule.num_warps
-        return OVERHEAD_REGISTERS + math.ceil(REGISTER_FACTOR * most / threads)
+        return OVERHEAD_REGISTERS + math.ceil(figures.registers * most / threads)
 
     def shared(self, schedule: Schedule) -> int:
         """Bytes of shared memory: the operands of the largest product, and what is loaded ahead."""

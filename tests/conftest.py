@@ -9,6 +9,8 @@ import torch
 if not torch.cuda.is_available():
     # Read by triton when it is imported, which torch._dynamo does: nothing that imports that may come before.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# Tests count compilations and change the compiler: what one of them compiled is not for the next.
+os.environ.setdefault("TTTC_WARM", "0")
 _cache = tempfile.TemporaryDirectory(prefix="tttc-tests-")
 os.environ["TTTC_CACHE_DIR"] = _cache.name
 # Workers of pytest-xdist share the cores.

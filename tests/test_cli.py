@@ -16,6 +16,7 @@ from tttc import cli
 from tttc.commands import cache, doctor
 from tttc.commands.model import make_input
 from tttc.models import TTTConfig, TTTLanguageModel
+from tttc.warm.store import path_of
 
 MODULE = """
 import tttc, torch
@@ -328,6 +329,16 @@ def test_cache_of_schedules(monkeypatch, tmp_path, capsys):
     assert run("cache clear --kind schedules") == 0
     assert "deleted 2 entries" in capsys.readouterr().out
     assert [e["kind"] for e in cache.contents()["entries"]] == ["kernels"]
+
+
+def test_cache_of_programs(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("TTTC_CACHE_DIR", str(tmp_path))
+    write_atomically(path_of("forward", 64 * "a"), b"a program")
+    assert run("cache --kind programs --json") == 0
+    (entry,) = json.loads(capsys.readouterr().out)["entries"]
+    assert entry["kind"] == "programs" and entry["size"] == 9
+    assert run("cache clear --kind programs") == 0
+    assert not cache.contents()["entries"] and not (tmp_path / "programs").exists()
 
 
 def test_cache_of_nothing(monkeypatch, tmp_path, capsys):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import importlib.util
 import json
+import math
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,8 +24,12 @@ from tttc.codegen.work import BATCH, HEADS, LENGTH, work
 from tttc.nn import TTTLinear
 from tttc.runtime import triton_scan
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+import held
+
+BENCHMARKS = Path(held.__file__).parent
 RECORDED = BENCHMARKS / "results" / "2026-11-24-h200-schedules.json"
+PICKED = BENCHMARKS / "results" / "2026-11-28-h200-picked.json"
 SHAPES = {"B16 T2048": (16, 2048), "B1 T2048": (1, 2048)}
 
 
@@ -68,6 +73,34 @@ def test_ranks_as_an_h200_did(case):
         assert right >= 0.8 * len(pairs)
         # Of the size of the truth, too.
         assert all(0.3 < 1e6 * estimates[s] / measured[s] < 3 for s in measured)
+
+
+def whole_kernels():
+    """Of a record of shapes, the schedules of whole kernels that were timed: loop, sizes of the call, microseconds."""
+    for row in json.loads(PICKED.read_text())["rows"]:
+        name, *sizes = row["shape"].rsplit("_", 3)
+        d, batch, length = (int(x[1:]) for x in sizes)
+        loop, tokens = held.forward(name, d)
+        part = "scan_full" if loop.tokens else "scan_tokens"
+        timed = {schedule_of(s): us for s, us in row["times"].get(part, {}).items()}
+        timed = {s: us for s, us in timed.items() if not s.segments}  # two kernels
+        calls = batch, held.WIDTH // d, length if loop.tokens else length // tokens
+        if len(timed) > 1:
+            yield row["shape"], loop, calls, timed
+
+
+def test_ranks_every_renderer():
+    far, renderers = {}, set()
+    for shape, loop, sizes, timed in whole_kernels():
+        ranked = [s for s, _ in CostModel(loop, sizes, H200, 2).rank(timed)]
+        best = min(timed.values())
+        far[shape] = timed[ranked[0]] / best
+        assert min(timed[s] for s in ranked[:10]) <= 1.1 * best, shape
+        renderers |= {s.renderer for s in timed if timed[s] == best}
+    assert renderers == {"triton", "features", "warps", "gluon"}
+    assert sum(math.log(x) for x in far.values()) / len(far) <= math.log(1.1)
+    # Of 32 and 64 tokens, whose tiles take more registers, or spill more, than it says.
+    assert sum(x > 1.25 for x in far.values()) <= 4 and max(far.values()) <= 1.7, far
 
 
 def test_work_is_what_arithmetic_says():

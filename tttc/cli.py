@@ -39,7 +39,8 @@ EXIT_CODES = """exit codes:
 """
 ENVIRONMENT = """environment:
   TTTC_LOGS       what to log, in the manner of TORCH_LOGS: TTTC_LOGS="+passes,schedule,kernels"
-  TTTC_CACHE_DIR  where emitted kernels and schedules are kept (default ~/.cache/tttc)
+  TTTC_CACHE_DIR  where kernels, schedules and programs are kept (default ~/.cache/tttc)
+  TTTC_WARM       0: compile in every process, use no program kept by another
   TTTC_TUNE       1: search for schedules on the GPU at hand; TTTC_TUNE_SECONDS: for how long at most (default 11)
   TTTC_PROGRESS   0: show no progress on a terminal
 """
@@ -387,7 +388,7 @@ def _add_cache(commands: Any) -> None:
         commands,
         "cache",
         _cache,
-        "show or clear what is kept on disk: emitted kernels, schedules found by measuring",
+        "show or clear what is kept on disk: emitted kernels, schedules found by measuring, compiled programs",
         "tttc cache\ntttc cache show --entries\ntttc cache clear --older-than 30\ntttc cache clear --kind schedules",
     )
     parser.add_argument("action", nargs="?", choices=("show", "clear"), default="show")

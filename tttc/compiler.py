@@ -31,6 +31,9 @@ from tttc.passes.fuse import decompositions, fuse
 from tttc.passes.merge_equal import merge_equal
 from tttc.passes.totals import totals
 from tttc.progress import phase
+from tttc.warm.frames import WarmFrames, code_of
+from tttc.warm.graphs import keep_captured, keep_graph
+from tttc.warm.recording import outermost
 
 if TYPE_CHECKING:
     from tttc.runtime.blocks import Program
@@ -60,6 +63,7 @@ def _compile_graph(
         made(fused)
     # The regions' kernels run on a GPU (or in Triton's interpreter), their torch operations elsewhere.
     _recorder.kernels(lower_regions(fused, "torch" if options.backend == "torch" else "triton"))
+    keep_graph(direction, fused)
     after = _recorder.graph("fused", fused)
     bind(fused)
     run = make_boxed_func(_recorder.watched(before, _recorder.watched(after, fused.forward)))
@@ -109,6 +113,7 @@ def compile_graph(
     with not_collected(), _recorder.attempt(), capturing(False), compiling as made:
         regions.put_in_place(gm)
         made(gm)
+        keep_captured(gm)
         stage = _recorder.graph("captured", gm)
         lower_torch_scans(gm, options)
         lower_scans(gm, options)
@@ -116,15 +121,16 @@ def compile_graph(
         compiler = functools.partial(
             _compile_graph, options=options, blocks=blocks, graphs=_cuda_graphs(options)
         )
-        run = through_autograd(
-            gm,
-            example_inputs,
-            fw_compiler=functools.partial(compiler, direction="forward"),
-            bw_compiler=functools.partial(compiler, direction="backward"),
-            inference_compiler=functools.partial(compiler, direction="inference"),
-            decompositions=decompositions(),
-            partition_fn=functools.partial(_partition, blocks=blocks),
-        )
+        with outermost():
+            run = through_autograd(
+                gm,
+                example_inputs,
+                fw_compiler=functools.partial(compiler, direction="forward"),
+                bw_compiler=functools.partial(compiler, direction="backward"),
+                inference_compiler=functools.partial(compiler, direction="inference"),
+                decompositions=decompositions(),
+                partition_fn=functools.partial(_partition, blocks=blocks),
+            )
         return _recorder.watched(stage, run)
 
 
@@ -202,12 +208,27 @@ def _shared_backend(options: Options) -> Callable[..., Any]:
     return functools.partial(compile_graph, options=options)
 
 
+def _dynamo(loops: Loops, backend: Callable[..., Any], options: Options) -> Callable[..., Any]:
+    """The model under TorchDynamo, as ``torch.compile(..., dynamic=True)`` has it; frames may come from disk."""
+    code = None if loops.any else code_of(loops.target)
+    if code is None or torch.compiler.is_exporting():
+        return torch.compile(loops.target, backend=backend, dynamic=True)
+    made = torch._TorchCompileWrapper(backend, None, None, True)
+    context: Any = torch._dynamo.optimize(backend=made, dynamic=True)
+    callback = getattr(context, "callback", None)
+    if callback is not None:  # else TorchDynamo is switched off
+        convert = callback._torchdynamo_orig_backend
+        callback._torchdynamo_orig_backend = WarmFrames(convert, code, options)
+    compiled: Callable[..., Any] = context(loops.target)
+    return compiled
+
+
 def _compiled_call(target: Callable[..., Any], options: Options) -> Callable[..., Any]:
     backend = _shared_backend(options)
     if _recorder.recording():  # who looks on wants to see it compiled
         backend = functools.partial(compile_graph, options=options)
     loops = Loops(target)
-    compiled = torch.compile(loops.target, backend=backend, dynamic=True)
+    compiled = _dynamo(loops, backend, options)
     direct = DirectScans(options)
     # What ``config.patch`` does, but that takes as long as ten operators.
     patched = torch._dynamo.config._make_closure_patcher(

@@ -15,6 +15,7 @@ CHANNELS = {
     "fusion": "the regions of the model graph; with + the fused graph",
     "schedule": "the schedule each kernel of a scan is rendered with",
     "kernels": "the file of each kernel and the time of its first launch; with + its source",
+    "warm": "the file that a compiled model comes from or goes to, and why it does not",
     "graphs": "what runs without CUDA graphs where they are asked for, and why",
 }
 LEVELS = {"+": logging.DEBUG, "-": logging.ERROR}

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from tttc import logs
 from tttc._checks import check_mini_batch_size
 from tttc.tuning.choose import tuning_wanted
+from tttc.warm.recording import said
 
 BACKENDS = ("auto", "triton", "torch")
 # Of torch.compile: whether to search for schedules, whether to replay CUDA graphs.
@@ -42,6 +43,7 @@ _warn_lock = threading.Lock()
 
 def warn_once(message: str) -> None:
     """Warn unless the same was said before in this process."""
+    said(message)
     with _warn_lock:
         if message in _warned:
             return

@@ -1,4 +1,4 @@
-"""``tttc cache``: the emitted kernels and the schedules found by measuring, kept on disk."""
+"""``tttc cache``: the emitted kernels, the schedules found by measuring and the compiled programs kept on disk."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from typing import Any
 from tttc.codegen.kernel import KINDS, cache_dir
 
 # What is written there, and nothing else a person may have put beside it.
-OURS = re.compile(r".*_[0-9a-f]{16}(\.cpython-\d+)?(\.opt-\d)?\.(pyc?|json)(\.\w+)?|.*\.partial")
+OURS = re.compile(
+    r".*_[0-9a-f]{16}(\.cpython-\d+)?(\.opt-\d)?\.(pyc?|json|program)(\.\w+)?|.*\.partial"
+)
 
 
 @dataclass(frozen=True)
