@@ -209,6 +209,15 @@ def test_nothing_large_is_kept(monkeypatch):
     assert not any(key[1] == (80,) for key in remembered._made)
 
 
+def test_not_every_size_is_kept(monkeypatch):
+    _, fused = traced(turned, torch.randn(2, 3, 40, 64))
+    monkeypatch.setattr(remembered, "MOST_KEPT", 3)
+    for T in range(2, 9):
+        x = torch.randn(2, 3, T, 64)
+        torch.testing.assert_close(fused(x), turned(x))
+    assert [sizes for _, sizes, _ in remembered._made] == [(6,), (7,), (8,)]
+
+
 def test_what_looks_at_operators_sees_all_of_them():
     _, fused = traced(turned, torch.randn(2, 3, 40, 64))
     x = torch.randn(2, 3, 40, 64)

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 MOST_BYTES = 64 << 20  # of all that is remembered
+MOST_KEPT = 256
 _lock = threading.Lock()
 _made: OrderedDict[Any, tuple[torch.Tensor, ...]] = OrderedDict()  # the latest last
 
@@ -59,7 +60,7 @@ class Remembered(torch.nn.Module):
             return result
         with _lock:
             _made[key] = result
-            while sum(map(_bytes, _made.values())) > MOST_BYTES:
+            while len(_made) > MOST_KEPT or sum(map(_bytes, _made.values())) > MOST_BYTES:
                 _made.popitem(last=False)
         return result
 
