@@ -95,11 +95,17 @@ class _Statements:
             refs = [a for a in step.args if isinstance(a, Ref)]
             self.blocks.append(step.by_row or step.by_column or any(self.blocks[r] for r in refs))
             lines.append(f"{self.values[-1]} = {text}")
+        totals = {}
         for store in self.space.stores:
-            lines.append(self.store(f"y{outputs.index(store.node)}", store))
+            pointer = f"y{outputs.index(store.node)}"
+            if store.total:
+                value = self.values[store.value]
+                totals[pointer] = (value, NAMES[self.held(store.value)])
+            else:
+                lines.append(self.store(pointer, store))
         order = list(self.names.arguments.values())
         read = sorted(self.read, key=order.index)
-        return Body(lines, read, self.packed, self.strides)
+        return Body(lines, read, self.packed, self.strides, totals)
 
     def operand(self, step: Step, i: int, dtype: torch.dtype) -> str:
         arg = step.args[i]

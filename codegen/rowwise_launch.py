@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import threading
 from collections.abc import Callable
 from typing import Any, Literal
@@ -22,6 +24,46 @@ _kernels: dict[tuple[str, str], Kernel] = {}
 _by_structure: dict[Any, Kernel | None] = {}
 
 
+MOST_KNOWN = 512  # layouts of a kernel's arguments that are remembered
+
+
+class Start:
+    """A Triton function, launched by what Triton found for arguments laid out the same way.
+
+    Triton works out for each argument what it may compile in, whenever a kernel is launched: that takes the host longer
+    than many a kernel takes the GPU.
+    """
+
+    def __init__(self, kernel: Kernel, name: str, function: Any) -> None:
+        self.kernel, self.name, self.function = kernel, name, function
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        """The kernel over a grid."""
+        return functools.partial(self._start, grid)
+
+    def _start(self, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+        layout: list[Any] = [self.name, arguments[0].get_device()]
+        for x in arguments:
+            if type(x) is int:
+                layout.append((x == 1, x % 16 == 0, -(2**31) <= x < 2**31))
+            else:
+                layout.append((x.dtype, x.data_ptr() % 16 == 0))
+        key = tuple(layout)
+        found = self.kernel.compiled.get(key)
+        if found is not None:
+            compiled, known = found
+            compiled[(*grid, 1, 1)[:3]](*arguments, *known)
+            return
+        compiled = self.function[grid](*arguments, **constants)
+        # The interpreter compiles nothing; AMD's compiler also asks for the size of a tensor.
+        if compiled is not None and torch.version.hip is None:
+            if len(self.kernel.compiled) >= MOST_KNOWN:
+                self.kernel.compiled.clear()
+            # The options of a launch come after the constants, and are compiled in as these are.
+            known = tuple(v for k, v in constants.items() if k in self.function.arg_names)
+            self.kernel.compiled[key] = compiled, known
+
+
 class Launch:
     """Runs a region's kernel on the devices it is for; imported and compiled when first run."""
 
@@ -32,18 +74,24 @@ class Launch:
 
     def __call__(self, *args: Any) -> Any:
         """The region's outputs, or None where it has to run by torch operations."""
-        device = args[self.first_tensor].device
-        if device.type != "cuda":
-            if device.type != "cpu" or not triton.knobs.runtime.interpret:
+        first = args[self.first_tensor]
+        if not first.is_cuda:
+            if first.device.type != "cpu" or not triton.knobs.runtime.interpret:
                 return None
-        elif device.index != torch.cuda.current_device():
-            with torch.cuda.device(device):
+        elif first.get_device() != torch.cuda.current_device():
+            with torch.cuda.device(first.get_device()):
                 return self._run(*args)
         return self._run(*args)
 
     def _run(self, *args: Any) -> Any:
         if self._launch is None:
-            self._launch = self.kernel.module().launch
+            launch = self.kernel.module().launch
+            starts = {
+                k: Start(self.kernel, k, p.default)
+                for k, p in inspect.signature(launch).parameters.items()
+                if p.default is not p.empty
+            }
+            self._launch = functools.partial(launch, **starts)
         return self._launch(*args)
 
 

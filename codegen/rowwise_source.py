@@ -16,6 +16,7 @@ from tttc.ir.row_space import RowSpace
 
 _TILE = 1024  # elements a program holds of each value, where a row is not longer
 _PER_WARP = 256
+_PROGRAMS = 1056  # that add up rows: as many of them as a large GPU runs at a time
 _MAX_ROWS = 2**31 - _TILE  # row numbers are 32 bits wide
 
 
@@ -63,22 +64,26 @@ class Body:
     read: list[str]  # pointers
     packed: set[str]  # those whose strides follow from their shapes
     strides: dict[str, str]  # stride arguments, and how the launcher finds them
+    totals: dict[
+        str, tuple[str, str]
+    ]  # of outputs that all rows add up to, what a row adds, and its type
 
 
 def kernel_file(name: str, names: Names, grid: Grid, body: Body, outputs: list[fx.Node]) -> str:
     """Python source that defines ``name``, a Triton kernel, and ``launch``."""
     # What these use of sizes and indices has to be known before the signature is written.
-    setup = _setup(names, grid)
+    around, setup = _setup(names, grid, bool(body.totals))
     rows, columns = names.size(grid.row_count), names.size(grid.space.column.size)
     allocations = [_allocation(i, n, names) for i, n in enumerate(outputs)]
     results = [f"y{i}" for i in range(len(outputs))]
-    pointers = [*body.read, *results]
-    parameters = ", ".join([*pointers, "rows", *names.sizes, *body.strides])
-    passed = ", ".join([*pointers, "rows", *names.sizes, *body.strides.values()])
+    partial = {y: f"t{y[1:]}" for y in body.totals}
+    pointers = [*body.read, *(partial.get(y, y) for y in results)]
+    counts = ["rows", "count"] if body.totals else ["rows"]
+    parameters = ", ".join([*pointers, *counts, *names.sizes, *body.strides])
+    passed = ", ".join([*pointers, *counts, *names.sizes, *body.strides.values()])
     options = ", ".join(f"{k}={v}" for k, v in grid.config.items())
     programs = f"-(-rows // {grid.rows})" if grid.rows > 1 else "rows"
-    if grid.blocked:
-        programs = f"{programs} * -(-({columns}) // {grid.columns})"
+    most = _MAX_ROWS
     launch = []
     for tensor in body.read:
         if tensor in body.packed:
@@ -87,12 +92,33 @@ def kernel_file(name: str, names: Names, grid: Grid, body: Body, outputs: list[f
     # Products come after what they are products of.
     for size in sorted(found, key=lambda n: (n.startswith("p"), n)):
         launch += [f"{size} = {found[size]}"]
-    launch += [f"rows = {rows}", f"programs = {programs}"]
-    launch += [f"if programs == 0 or programs >= 2**31 or rows > {_MAX_ROWS}:", "    return None"]
-    launch += [*allocations, f"{name}[(programs,)]({passed}, {options})"]
+    launch += [f"rows = {rows}"]
+    if body.totals:
+        launch += [f"count = min({programs}, {_PROGRAMS})"]
+        programs, most = "count", _MAX_ROWS // 2
+    if grid.blocked:
+        programs = f"{programs} * -(-({columns}) // {grid.columns})"
+    launch += [f"programs = {programs}"]
+    launch += [f"if programs == 0 or programs >= 2**31 or rows > {most}:", "    return None"]
+    launch += allocations
+    device = next(a for a in names.arguments.values() if a.startswith("x"))
+    for y, t in partial.items():
+        dtype = body.totals[y][1].replace("tl.", "torch.")
+        launch += [f"{t} = torch.empty((count, {columns}), dtype={dtype}, device={device}.device)"]
+    launch += [f"start[(programs,)]({passed}, {options})"]
+    starts, second = [f"start={name}"], []
+    if body.totals:
+        second = _add_up(partial)
+        pairs = ", ".join(f"{t}, {y}" for y, t in partial.items())
+        starts += ["finish=add_up"]
+        grid_of = f"(-(-({columns}) // 16), {len(partial)})"
+        launch += [f"finish[{grid_of}]({pairs}, count, {columns}, ROWS=128, COLS=16, num_warps=4)"]
     launch += [f"return {', '.join(results)}"]
-    text = "\n".join(body.lines)
+    text = "\n".join([*body.lines, *(value for value, _ in body.totals.values())])
     helpers = [code for h, code in HELPERS.items() if re.search(rf"(?<![.\w]){h}\b", text)]
+    lines = [*around, *setup, *body.lines]
+    if body.totals:
+        lines = [*around, *_looped([*setup, *body.lines], body, grid, columns, partial)]
     return "\n".join(
         [
             f'"""{name}: {rows} rows of {columns}."""',
@@ -105,10 +131,11 @@ def kernel_file(name: str, names: Names, grid: Grid, body: Body, outputs: list[f
             "",
             "@triton.jit",
             f"def {name}({parameters}, ROWS: tl.constexpr, COLS: tl.constexpr):",
-            *(f"    {line}" for line in [*setup, *body.lines]),
+            *(f"    {line}" for line in lines),
             "",
             "",
-            f"def launch({', '.join(names.arguments.values())}):",
+            *second,
+            f"def launch({', '.join([*names.arguments.values(), *starts])}):",
             '    """Run the kernel; None for sizes it is not made for."""',
             *(f"    {line}" for line in launch),
             "",
@@ -116,23 +143,65 @@ def kernel_file(name: str, names: Names, grid: Grid, body: Body, outputs: list[f
     )
 
 
+def _looped(
+    lines: list[str], body: Body, grid: Grid, columns: str, partial: dict[str, str]
+) -> list[str]:
+    """The lines for some rows after others, and what these add up to."""
+    out = [f"sum_{y} = tl.zeros((ROWS, COLS), {dtype})" for y, (_, dtype) in body.totals.items()]
+    out += ["for at in range(program * ROWS, rows, count * ROWS):"]
+    for y, (value, _) in body.totals.items():
+        lines = [
+            *lines,
+            f"sum_{y} += {f'tl.where(row_ok, {value}, 0)' if grid.rows > 1 else value}",
+        ]
+    out += [f"    {line}" for line in lines]
+    mask = ", mask=col_ok" if grid.masked else ""
+    for y, t in partial.items():
+        total = f"tl.sum(sum_{y}, 0, keep_dims=True)" if grid.rows > 1 else f"sum_{y}"
+        out += [f"tl.store({t} + program.to(tl.int64) * {columns} + col, {total}{mask})"]
+    return out
+
+
+def _add_up(partial: dict[str, str]) -> list[str]:
+    """The kernel that adds up what programs added up."""
+    parameters = ", ".join(f"{t}, {y}" for y, t in partial.items())
+    lines = [
+        "@triton.jit",
+        f"def add_up({parameters}, count, columns, ROWS: tl.constexpr, COLS: tl.constexpr):",
+        "    col = tl.program_id(0) * COLS + tl.arange(0, COLS)[None, :]",
+    ]
+    for i, (y, t) in enumerate(partial.items()):
+        lines += [
+            f"    if tl.program_id(1) == {i}:",
+            f"        total = tl.zeros((ROWS, COLS), {t}.dtype.element_ty)",
+            "        for at in range(0, count, ROWS):",
+            "            row = at + tl.arange(0, ROWS)[:, None]",
+            "            ok = (row < count) & (col < columns)",
+            f"            total += tl.load({t} + row * columns + col, mask=ok, other=0)",
+            "        result = tl.sum(total, 0, keep_dims=True)",
+            f"        tl.store({y} + col, result, mask=col < columns)",
+        ]
+    return [*lines, "", ""]
+
+
 def _atom(text: str) -> str:
     return text if re.fullmatch(r"\w+", text) else f"({text})"
 
 
-def _setup(names: Names, grid: Grid) -> list[str]:
-    """Where a program stands."""
+def _setup(names: Names, grid: Grid, looped: bool) -> tuple[list[str], list[str]]:
+    """Where a program stands, and where among its rows, which may follow each other."""
     columns = names.text(grid.space.column.size)
     lines = ["program = tl.program_id(0)"]
     if grid.blocked:
         lines += [f"blocks = tl.cdiv({columns}, COLS)"]
         lines += ["block = program % blocks", "program = program // blocks"]
-    lines += ["row_number = program * ROWS + tl.arange(0, ROWS)[:, None]"]
-    lines += ["row = row_number.to(tl.int64)", "row_ok = row < rows"]
     start = "block * COLS + " if grid.blocked else ""
     lines += [f"col = {start}tl.arange(0, COLS)[None, :]"]
     if grid.masked:
         lines += [f"col_ok = col < {columns}"]
+    around, lines = lines, []
+    lines += [f"row_number = {'at' if looped else 'program * ROWS'} + tl.arange(0, ROWS)[:, None]"]
+    lines += ["row = row_number.to(tl.int64)", "row_ok = row < rows"]
     variables = grid.space.rows
     for i, variable in enumerate(variables):
         if variable in names.row_indices:
@@ -144,7 +213,7 @@ def _setup(names: Names, grid: Grid) -> list[str]:
             if numel(tuple(v.size for v in variables[:i])) != 1:
                 place = f"{place} % {_atom(names.text(variable.size))}"
             lines += [f"{variable.name} = ({place}).to(tl.int64)"]
-    return lines
+    return around, lines
 
 
 def _allocation(i: int, node: fx.Node, names: Names) -> str:

@@ -13,7 +13,7 @@ from tttc.passes.decompositions import decompositions
 from tttc.passes.partition import Partition
 
 from tttc.ir.index_maps import as_expr, shape_of
-from tttc.ir.region import FusedRegion
+from tttc.ir.region import FusedRegion, outlined
 from tttc.ir.row_space import COMPUTE, is_known, is_size, value_of
 from tttc.ir.structure import Structures
 
@@ -85,15 +85,17 @@ def fuse(gm: fx.GraphModule) -> fx.GraphModule:
     for group in nx.lexicographical_topological_sort(partition.order, key=rank):
         members = partition.members[group]
         single = next(iter(members))
-        if len(members) == 1:
-            if single.op == "get_attr":
+        nodes = memory.closure(members)
+        # One operation alone is as good as a kernel, but for what it would have made for it.
+        if len(members) == 1 and (group not in partition.fusable or memory.reads_memory(nodes)):
+            if single.op in ("get_attr", "call_module"):
                 modules[single.target] = operator.attrgetter(single.target)(gm)
             if single.target in COMPUTE and is_known(single):
                 before.append(memory.traffic(members))
                 after.append(before[-1])
             new(single)
             continue
-        nodes, outputs = memory.closure(members), memory.outputs(members)
+        outputs = memory.outputs(members)
         inputs = _inputs(nodes, sizes)
         order = {n: i for i, n in enumerate(inputs)}
         # Operands in the order of the nodes, arguments in the region's: both must agree.
@@ -102,7 +104,7 @@ def fuse(gm: fx.GraphModule) -> fx.GraphModule:
         if key not in names:
             names[key] = f"fused_{len(modules)}"
             moved = sympy.expand(sympy.Add(*(memory.traffic({n}) for n in members)))
-            module = _outlined(gm, nodes, inputs, outputs)
+            module = outlined(gm, nodes, inputs, outputs)
             modules[names[key]] = FusedRegion(module, moved, memory.traffic(members))
         region = modules[names[key]]
         before.append(region.bytes_before)
@@ -145,19 +147,3 @@ def _inputs(nodes: list[fx.Node], sizes: dict[sympy.Expr, fx.Node]) -> list[fx.N
         if symbol not in shown and symbol in sizes:
             inputs.append(sizes[symbol])
     return inputs
-
-
-def _outlined(
-    gm: fx.GraphModule, nodes: list[fx.Node], inputs: list[fx.Node], outputs: list[fx.Node]
-) -> fx.GraphModule:
-    """Nodes as a graph of their own."""
-    graph = fx.Graph()
-    env: dict[fx.Node, fx.Node] = {}
-    for node in inputs:
-        env[node] = graph.placeholder(node.name)
-        env[node].meta = {"val": node.meta["val"]}
-    for node in nodes:
-        env[node] = graph.node_copy(node, env.__getitem__)
-    results = tuple(env[n] for n in outputs)
-    graph.output(results[0] if len(results) == 1 else results)
-    return fx.GraphModule(gm, graph, class_name="Region")

@@ -23,12 +23,12 @@ def merge_equal(graph: fx.Graph) -> bool:
 
     Returns whether it did: where something is written into, equal operations may differ, and the graph stays as it is.
     """
-    if any(_writes(n) for n in graph.nodes):
+    if any(writes(n) for n in graph.nodes):
         return False
-    given_out = {s for n in graph.output_node().all_input_nodes for s in _storages(n)}
+    given_out = {s for n in graph.output_node().all_input_nodes for s in storages(n)}
     first: dict[Any, fx.Node] = {}
     for node in list(graph.nodes):
-        if not _repeatable(node) or not given_out.isdisjoint(_storages(node)):
+        if not repeatable(node) or not given_out.isdisjoint(storages(node)):
             continue
         same = first.setdefault(
             (node.target, _plain(node.args), _plain(tuple(node.kwargs.items()))), node
@@ -39,12 +39,12 @@ def merge_equal(graph: fx.Graph) -> bool:
     return True
 
 
-def _writes(node: fx.Node) -> bool:
+def writes(node: fx.Node) -> bool:
     schema = getattr(node.target, "_schema", None)
     return schema is not None and schema.is_mutable
 
 
-def _repeatable(node: fx.Node) -> bool:
+def repeatable(node: fx.Node) -> bool:
     """Whether a node computes the same each time: an operator that neither draws random numbers nor leaves memory
     as it found it, a pick, a sum of sizes."""
     target = node.target
@@ -54,7 +54,7 @@ def _repeatable(node: fx.Node) -> bool:
     return target is operator.getitem or getattr(target, "__module__", None) == "_operator"
 
 
-def _storages(node: fx.Node) -> Iterator[StorageWeakRef]:
+def storages(node: fx.Node) -> Iterator[StorageWeakRef]:
     """The memory of a node's value, if it is a tensor with any."""
     value = node.meta.get("val")
     if isinstance(value, torch.Tensor):

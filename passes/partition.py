@@ -11,6 +11,7 @@ import networkx as nx
 import sympy
 import torch
 from torch import fx
+from tttc.passes.from_sizes import made_anywhere
 
 from tttc.ir.index_maps import VIEWS, numel, shape_of
 from tttc.ir.row_space import COMPUTE, FREE, is_known, nominal, row_space, value_of
@@ -25,7 +26,9 @@ class Memory:
 
     def __init__(self, graph: fx.Graph) -> None:
         self.nodes = list(graph.nodes)
-        self.free = {n for n in self.nodes if n.target in FREE and is_known(n)}
+        free = {n for n in self.nodes if n.target in FREE and is_known(n)}
+        self.computed = made_anywhere(graph) - free  # free as well, in a kernel
+        self.free = free | self.computed
         self.kept = [n for n in self.nodes if n not in self.free]
         self.sources = {n: list(self._sources(n)) for n in self.kept}
         tensors = {n: t for n in self.nodes if (t := value_of(n)) is not None}
@@ -57,6 +60,10 @@ class Memory:
                     inside.add(operand)
                     stack.append(operand)
         return sorted(inside)
+
+    def reads_memory(self, nodes: Iterable[fx.Node]) -> bool:
+        """Whether all that nodes read is there, or there to look at, before they run."""
+        return self.computed.isdisjoint(nodes)
 
     def inputs(self, members: set[fx.Node]) -> dict[fx.Node, set[fx.Node]]:
         """Tensors read from outside, and through which views."""

@@ -28,3 +28,27 @@ def constant_floats():
 
     with torch._dynamo.config.patch(specialize_float=True):
         yield
+
+
+@pytest.fixture
+def interpreter(monkeypatch, tmp_path):
+    """Row-wise kernels run by Triton's interpreter; the names of those that ran."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("TTTC_CACHE_DIR", str(tmp_path))
+    from tttc.codegen import rowwise_launch
+    from tttc.codegen.kernel import Kernel
+
+    launched = []
+    original = Kernel.module
+
+    def module(self):
+        launched.append(self.name)
+        return original(self)
+
+    monkeypatch.setattr(Kernel, "module", module)
+    # Launchers keep the function they imported: under another setting it would be the wrong one.
+    rowwise_launch._by_structure.clear()
+    rowwise_launch._kernels.clear()
+    yield launched
+    rowwise_launch._by_structure.clear()
+    rowwise_launch._kernels.clear()

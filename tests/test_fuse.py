@@ -23,6 +23,7 @@ from tttc.codegen.resources import TARGETS, Request, measure
 from tttc.codegen.rowwise import parts
 from tttc.codegen.rowwise_launch import lower_regions
 from tttc.codegen.rowwise_ops import FORMS
+from tttc.passes.bind import bind
 from tttc.passes.fuse import FusionReport, decompositions, fuse
 
 from tttc.ir.region import FusedRegion
@@ -201,28 +202,6 @@ def concrete(value):
         return hint(value)
     data = torch.empty_strided([*map(hint, value.shape)], [*map(hint, value.stride())])
     return data.uniform_(0.5, 1.5).to(value.dtype)
-
-
-@pytest.fixture
-def interpreter(monkeypatch, tmp_path):
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setenv("TTTC_CACHE_DIR", str(tmp_path))
-    launched = []
-    original = Kernel.module
-
-    def module(self):
-        launched.append(self.name)
-        return original(self)
-
-    monkeypatch.setattr(Kernel, "module", module)
-    # Launchers keep the function they imported: under another setting it would be the wrong one.
-    from tttc.codegen import rowwise_launch
-
-    rowwise_launch._by_structure.clear()
-    rowwise_launch._kernels.clear()
-    yield launched
-    rowwise_launch._by_structure.clear()
-    rowwise_launch._kernels.clear()
 
 
 @pytest.mark.parametrize("block", BLOCKS)
@@ -586,3 +565,22 @@ def request_of(region):
     }
     options = {"num_warps": kernel.config["num_warps"]}
     return Request.of(kernel, signature, constexprs=constants, options=options)
+
+
+def test_what_runs_calls_operators_directly():
+    def fn(x, w):
+        y = torch.mm(x.view(-1, 24), w.t().t())
+        z = torch.ops.aten._unsafe_view(y, [2, -1, 24]).view(2, -1, 3, 8).transpose(1, 2)
+        return z, y.t().t(), y.view(4, -1), y
+
+    x, w = torch.randn(2, 5, 24), torch.randn(24, 24)
+    gm = capture(fn, x, w, dynamic=False)
+    bound = bind(fuse(gm))
+    for got, want in zip(bound(x, w), fn(x, w), strict=True):
+        assert got.stride() == want.stride()
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+    called = [n.target for n in bound.graph.nodes if n.op == "call_function"]
+    assert not any(isinstance(t, torch._ops.OpOverload) for t in called)
+    assert (
+        called.count(torch.Tensor.view) == 3 and called.count(torch.t) == 2
+    )  # y, and another tensor that is y

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import tttc
-from tttc.nn import TTTMLP, CausalConv, TTTLinear, TTTState
+from tttc.nn import TTTMLP, CausalConv, TTTLinear, TTTState, layers
 from tttc.nn.rotary import rotary
 
 EPS = 1e-6
@@ -316,6 +316,26 @@ def test_rotary_depends_on_the_distance_only():
     near = (rotary(q, place, 100.0) * rotary(k, place + 3, 100.0)).sum(-1)
     torch.testing.assert_close(near, near[:, :1].expand(1, 12))
     assert rotary(q.bfloat16(), place, 100.0).dtype == torch.bfloat16
+
+
+def test_rotary_of_tokens_before_heads():
+    x, place = torch.randn(2, 12, 3, 8), torch.arange(12)
+    expected = rotary(x.transpose(1, 2), place, 100.0)
+    assert torch.equal(rotary(x, place[:, None], 100.0).transpose(1, 2), expected)
+
+
+@pytest.mark.parametrize("share_qk", [False, True])
+def test_tokens_lie_as_projections_leave_them(share_qk, monkeypatch):
+    """A kernel that takes segments of sequences as sequences reads them in place."""
+    seen = []
+
+    def scan(step, init, tokens, *args, **kwargs):
+        seen.append(tokens)
+        return tttc.scan(step, init, tokens, *args, **kwargs)
+
+    monkeypatch.setattr(layers, "scan", scan)
+    TTTLinear(32, 2, share_qk=share_qk)(torch.randn(2, 24, 32))
+    assert [x.stride() for x in seen[0][:3]] == [(24 * 32, 16, 32, 1)] * 3
 
 
 # --- errors ---------------------------------------------------------------------------------------

@@ -14,7 +14,9 @@ from functorch.compile import min_cut_rematerialization_partition
 from torch import fx
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import aot_module_simplified
+from torch.utils.checkpoint import CheckpointPolicy
 
+from tttc.passes.from_sizes import from_sizes, is_small
 from tttc.passes.merge_equal import merge_equal
 
 
@@ -47,7 +49,13 @@ def through_autograd(
 def cut(
     joint: fx.GraphModule, inputs: Any, **options: Any
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """A graph of a forward and its backward, cut where least has to be saved; a ``partition_fn`` of AOTAutograd."""
+    """A graph of a forward and its backward, cut where least has to be saved; a ``partition_fn`` of AOTAutograd.
+
+    What follows from sizes alone is not saved: a backward has it from them as well.
+    """
     left = not merge_equal(joint.graph) and torch._functorch.config.cse
+    for node in from_sizes(joint.graph):
+        if is_small(node):
+            node.meta.setdefault("recompute", CheckpointPolicy.MUST_RECOMPUTE)
     with torch._functorch.config.patch(cse=left):
         return min_cut_rematerialization_partition(joint, inputs, **options)

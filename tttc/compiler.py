@@ -24,7 +24,12 @@ from tttc.codegen.rowwise_launch import lower_regions
 from tttc.ir.errors import CheckError, NotLowerable
 from tttc.lowering import DirectScans, lower_scans, lower_torch_scans
 from tttc.options import Options, check_options, of_mode, warn_once
+from tttc.passes.bind import bind
+from tttc.passes.few_places import few_places
+from tttc.passes.from_sizes import remember
 from tttc.passes.fuse import decompositions, fuse
+from tttc.passes.merge_equal import merge_equal
+from tttc.passes.totals import totals
 from tttc.progress import phase
 from tttc.warm.frames import WarmFrames, code_of
 from tttc.warm.graphs import keep_captured, keep_graph
@@ -46,16 +51,33 @@ def _compile_graph(
     """An ATen graph, forward or backward, as AOTAutograd hands it over: what only moves memory is fused."""
     _keep_saved_tensors()
     put_back(gm, blocks)
+    if direction == "inference":
+        merge_equal(gm.graph)  # of the others it was done before they were cut
     before = _recorder.graph("aten", gm)
     with phase("fusion", "fusing") as made:
+        few_places(gm)
+        totals(gm)
+        # What a CUDA graph reads lies in memory of its own.
+        remember(gm, _given_out(gm.graph, direction), kept=graphs is None)
         fused = fuse(gm)
         made(fused)
     # The regions' kernels run on a GPU (or in Triton's interpreter), their torch operations elsewhere.
     _recorder.kernels(lower_regions(fused, "torch" if options.backend == "torch" else "triton"))
     keep_graph(direction, fused)
     after = _recorder.graph("fused", fused)
+    bind(fused)
     run = make_boxed_func(_recorder.watched(before, _recorder.watched(after, fused.forward)))
     return run if graphs is None else graphs.replayed(run, gm, direction)
+
+
+def _given_out(graph: fx.Graph, direction: Direction) -> list[fx.Node]:
+    """The results of a graph that its caller gets; the others of a forward are kept for its backward."""
+    results: Any = graph.output_node().args[0]
+    context = torch._guards.TracingContext.try_get()
+    metadata = None if context is None else context.fw_metadata
+    if direction == "forward" and metadata is not None:
+        results = results[: metadata.num_forward_returns]
+    return [n for n in results if isinstance(n, fx.Node)]
 
 
 def _partition(
@@ -208,12 +230,13 @@ def _compiled_call(target: Callable[..., Any], options: Options) -> Callable[...
     loops = Loops(target)
     compiled = _dynamo(loops, backend, options)
     direct = DirectScans(options)
-    config = {
+    # What ``config.patch`` does, but that takes as long as ten operators.
+    patched = torch._dynamo.config._make_closure_patcher(
         # Under dynamic=True Dynamo makes symbols of floats (an eps, a base), can't keep them and starts over.
-        "specialize_float": True,
-        "recompile_limit": COMPILATIONS,
-        "accumulated_recompile_limit": 8 * COMPILATIONS,
-    }
+        specialize_float=True,
+        recompile_limit=COMPILATIONS,
+        accumulated_recompile_limit=8 * COMPILATIONS,
+    )
 
     def refuse(error: NotLowerable) -> None:
         if options.strict:
@@ -239,16 +262,19 @@ def _compiled_call(target: Callable[..., Any], options: Options) -> Callable[...
         collecting, first = not_collected() if first else nullcontext(), False
         if loops.any:
             loops.prepare(args, kwargs, refuse, options.verify)
-        patched = torch._dynamo.config.patch(config)
         once = regions.traced_once(whole)
         backend = _tracing.use_backend(direct)
-        with collecting, loops.replaced(), backend, capturing(True), once, patched:
+        replaced = loops.replaced() if loops.any else nullcontext()
+        with collecting, replaced, backend, capturing(True), once:
+            restored = patched()
             try:
                 return compiled(*args, **kwargs)
             except torch._dynamo.exc.BackendCompilerFailed as error:
                 if isinstance(error.inner_exception, (NotLowerable, CheckError)):
                     raise error.inner_exception from None
                 raise
+            finally:
+                restored()
 
     return call
 

@@ -36,3 +36,22 @@ class FusedRegion(torch.nn.Module):
             if out is not None:
                 return out
         return self.graph_module(*args)
+
+    # Nobody hooks into a region, and PyTorch looks for hooks at each call.
+    __call__ = forward
+
+
+def outlined(
+    gm: fx.GraphModule, nodes: list[fx.Node], inputs: list[fx.Node], outputs: list[fx.Node]
+) -> fx.GraphModule:
+    """Nodes as a graph of their own; a tensor, or a tuple of several."""
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    for node in inputs:
+        env[node] = graph.placeholder(node.name)
+        env[node].meta = {"val": node.meta["val"]}
+    for node in nodes:
+        env[node] = graph.node_copy(node, env.__getitem__)
+    results = tuple(env[n] for n in outputs)
+    graph.output(results[0] if len(results) == 1 else results)
+    return fx.GraphModule(gm, graph, class_name="Region")

@@ -6,7 +6,13 @@
       v0 = load x at (r0, r1, c);  v1 = mean of v0 over c;  v2 = sub(v0, v1);  ...
 
 Every node is evaluated at the positions its users read it at, starting from the outputs. Operations that only
-move data disappear into those positions; a concatenation becomes a choice between two of them.
+move data disappear into those positions; a concatenation becomes a choice between two of them, or, where it cuts rows
+into equal parts, no choice at all: columns are then those of one part, and each output is stored part by part.
+
+    y = cat([a*cos - b*sin, b*cos + a*sin], -1)        # a, b: the halves of x: [T, d]
+
+    rows t: T, columns c: d / 2
+      a = load x at (t, c);  b = load x at (t, c + d/2);  store y at (t, c), and at (t, c + d/2)
 """
 
 from __future__ import annotations
@@ -14,7 +20,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from math import gcd
+from typing import Any, cast
 
 import sympy
 import torch
@@ -29,6 +36,7 @@ from tttc.ir.index_maps import (
     Shape,
     as_expr,
     broadcast,
+    divide,
     is_at_least,
     is_below,
     numel,
@@ -43,6 +51,9 @@ prims = torch.ops.prims
 
 MAX_COLUMNS = 16384
 MAX_LOADS_OF_ONE_INPUT = 4
+MAX_PARTS = 4  # of a row
+MIN_PART = 16  # columns: what memory gives at a time, at two bytes each
+MAX_REPEATS = 4  # how often as many values of a slow function may be computed as there are
 
 CASTS = frozenset([aten._to_copy.default, prims.convert_element_type.default])
 
@@ -66,6 +77,8 @@ POINTWISE = CASTS | frozenset(
         aten.where.self,
     ]
 )
+# Many instructions, with a branch for large arguments: computed once rather than wherever they are broadcast to.
+SLOW = frozenset([aten.cos.default, aten.sin.default])
 REDUCTIONS = frozenset([aten.sum.dim_IntList, aten.mean.dim, aten.amax.default, aten.amin.default])
 CHOICES = frozenset(
     [
@@ -93,7 +106,17 @@ RANGES: dict[Any, Callable[[fx.Node], tuple[Any, Any]]] = {
 }
 # Nothing to compute and nothing to keep: copied into every region that reads through them.
 FREE = frozenset([*VIEWS, *CONSTANTS, *RANGES])
-COMPUTE = frozenset([*POINTWISE, *REDUCTIONS, *CHOICES, *COPIES])
+
+
+def total(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The sum ``[C]`` of all rows of ``x [..., C]``, rounded once; a kernel adds up some rows, a second one these sums."""
+    return x.sum(tuple(range(x.dim() - 1))).to(dtype)
+
+
+TOTALS = frozenset([total])
+# Reads at places that a tensor of integers says; known where these follow from the position.
+LOOKUPS = frozenset([aten.index.Tensor])
+COMPUTE = frozenset([*POINTWISE, *REDUCTIONS, *TOTALS, *CHOICES, *COPIES, *LOOKUPS])
 DTYPES = frozenset(
     [
         *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
@@ -137,11 +160,12 @@ class Step:
 
 @dataclass(frozen=True)
 class Store:
-    """An output: the step that computes it and the position it belongs at."""
+    """An output: the step that computes it and the position it belongs at; ``total`` where all rows add up to it."""
 
     node: fx.Node
     value: Ref
     index: Index
+    total: bool = False
 
 
 @dataclass(frozen=True)
@@ -185,6 +209,9 @@ def is_known(node: fx.Node) -> bool:
             return False
         if tensor is not None and (tensor.dtype not in DTYPES or tensor.device != value.device):
             return False
+    if node.target in LOOKUPS:
+        index = tuple(IndexVariable(f"i{d}", n) for d, n in enumerate(shape_of(value)))
+        return looked_up(node, index) is not None
     allowed: dict[Any, set[str]] = {
         # Layout and device are those of the operand (above); any order in memory can be written.
         aten._to_copy.default: {"dtype", "layout", "device", "memory_format"},
@@ -199,13 +226,72 @@ def is_known(node: fx.Node) -> bool:
     return set(node.kwargs) <= allowed.get(node.target, set())
 
 
+def looked_up(node: fx.Node, index: Index) -> Index | None:
+    """The position in its operand that a lookup reads for one in its result; None where that is in no closed form."""
+    source, places = node.args
+    assert isinstance(source, fx.Node)
+    first = places[0] if isinstance(places, (list, tuple)) and len(places) == 1 else None
+    tensor = value_of(first) if isinstance(first, fx.Node) else None
+    if not isinstance(first, fx.Node) or tensor is None:
+        return None
+    at = _whole(first, index[: tensor.dim()])
+    size = shape_of(source.meta["val"])[0]
+    if at is None or not is_at_least(at, sympy.Integer(0)) or not is_below(at, size):
+        return None
+    return (at, *index[tensor.dim() :])
+
+
+def _whole(node: fx.Node, index: Index) -> sympy.Expr | None:
+    """An integer tensor at a position, as an expression in the position; None where there is none."""
+    tensor = value_of(node)
+    if tensor is None or tensor.dtype not in (torch.int64, torch.int32):
+        return None
+
+    def operand(arg: Any) -> sympy.Expr | None:
+        value = value_of(arg) if isinstance(arg, fx.Node) else None
+        if isinstance(arg, fx.Node) and value is not None:
+            return _whole(arg, broadcast(index, shape_of(value)))
+        if isinstance(arg, fx.Node) and not is_size(arg):
+            return None
+        if isinstance(arg, (int, torch.SymInt, fx.Node)) and not isinstance(arg, bool):
+            return as_expr(arg)
+        return None
+
+    if node.target in RANGES:
+        start, step = map(operand, RANGES[node.target](node))
+        return None if start is None or step is None else tidy(start + step * index[0])
+    if node.target in VIEWS:
+        return _whole(_operand(node), operand_index(node, index))
+    if node.kwargs and node.target not in CASTS:
+        return None
+    found = [operand(arg) for arg in node.args]
+    if not found or any(x is None for x in found):
+        return None
+    if node.target in CASTS:
+        return found[0]
+    if len(found) != 2:
+        return None
+    a, b = cast("list[sympy.Expr]", found)
+    if node.target in (aten.add.Tensor, aten.add.Scalar):
+        return tidy(a + b)
+    if node.target in (aten.sub.Tensor, aten.sub.Scalar):
+        return tidy(a - b)
+    if node.target in (aten.mul.Tensor, aten.mul.Scalar):
+        return tidy(a * b)
+    if node.target is aten.remainder.Scalar and b.is_positive:
+        return divide(a, b)[1] if is_at_least(a, sympy.Integer(0)) else None
+    return None
+
+
 def row_space(members: Iterable[fx.Node], outputs: Sequence[fx.Node]) -> RowSpace | None:
     """The row space that evaluates ``outputs`` from whatever ``members`` read, or None where none was found."""
     inside = set(members)
     shapes: list[Shape] = []
     reductions = [n for n in inside if n.target in REDUCTIONS]
-    for node in sorted(reductions) or sorted(outputs, key=_nominal_numel, reverse=True):
-        if node.target in REDUCTIONS:
+    sums = [n for n in outputs if n.target in TOTALS]
+    results = [n for n in outputs if n.target not in TOTALS]
+    for node in sorted(reductions) or sorted(results, key=_nominal_numel, reverse=True) or sums:
+        if node.target in REDUCTIONS | TOTALS:
             operand = node.args[0]
             assert isinstance(operand, fx.Node)
             shape = shape_of(operand.meta["val"])
@@ -215,16 +301,50 @@ def row_space(members: Iterable[fx.Node], outputs: Sequence[fx.Node]) -> RowSpac
             shapes.append(shape)
     for (
         output
-    ) in outputs:  # the same rows, cut up as an output has them, may be what permutations need
+    ) in results:  # the same rows, cut up as an output has them, may be what permutations need
         shape = shape_of(output.meta["val"])
         if reductions and shape not in shapes and shape and shape[-1] == shapes[0][-1]:
             shapes.append(shape)
     for shape in shapes[:6]:
-        try:
-            return _Planner(inside, shape, bool(reductions)).plan(outputs)
-        except _NoRowSpaceError:
-            continue
+        parts = 1 if reductions or sums or not shape else _parts(inside, shape[-1])
+        for n in dict.fromkeys((parts, 1)):
+            try:
+                space = _Planner(inside, shape, bool(reductions), n).plan(outputs)
+            except _NoRowSpaceError:
+                continue
+            if n == 1 or not any(s.kind == "choose" for s in space.steps):
+                return space
     return None
+
+
+def _parts(inside: set[fx.Node], columns: sympy.Expr) -> int:
+    """Into how many equal parts concatenations and scatters cut rows."""
+    if not columns.is_Integer or columns < 2 * MIN_PART:
+        return 1
+    width = int(columns)
+    for node in inside:
+        for cut in _cuts(node, columns):
+            width = gcd(width, int(cut)) if cut.is_Integer else 1
+    parts = int(columns) // width
+    return parts if width >= MIN_PART and parts <= MAX_PARTS else 1
+
+
+def _cuts(node: fx.Node, columns: sympy.Expr) -> list[sympy.Expr]:
+    """Where, or how far apart, a concatenation or scatter cuts rows of so many columns."""
+    if node.target not in (aten.cat.default, aten.slice_scatter.default):
+        return []
+    shape = shape_of(node.meta["val"])
+    last = len(shape) - 1
+    if not shape or shape[-1] != columns:
+        return []
+    if node.target is aten.cat.default:
+        pieces: Any = node.args[0]
+        sizes = [shape_of(p.meta["val"]) for p in pieces]
+        return [s[-1] for s in sizes] if _axis(node, 1, 0, len(shape)) == last else []
+    source: Any = node.args[1]
+    start = as_expr((*node.args, None, None)[3] or 0)
+    size = shape_of(source.meta["val"])[-1]
+    return [start, size] if _axis(node, 2, 0, len(shape)) == last else []
 
 
 def _nominal_numel(node: fx.Node) -> int:
@@ -238,11 +358,12 @@ def nominal(expr: sympy.Expr) -> int:
 
 
 class _Planner:
-    def __init__(self, inside: set[fx.Node], shape: Shape, whole_rows: bool) -> None:
+    def __init__(self, inside: set[fx.Node], shape: Shape, whole_rows: bool, parts: int) -> None:
         self.inside = inside
+        self.parts = parts
         *rows, columns = shape or (sympy.Integer(1),)
         self.rows = tuple(IndexVariable(f"r{i}", n) for i, n in enumerate(rows))
-        self.column = IndexVariable("c", columns)
+        self.column = IndexVariable("c", columns / parts)
         self.shape: Shape = (*rows, columns)
         self.whole_rows = whole_rows
         if whole_rows and not (columns.is_Integer and 0 < columns <= MAX_COLUMNS):
@@ -252,6 +373,7 @@ class _Planner:
         self.everywhere: Index = tuple(
             zero if v.size == 1 else v for v in (*self.rows, self.column)
         )
+        self.positions = nominal(numel(self.shape))
         self.memo: dict[Any, Ref] = {}
         self.onto: dict[fx.Node, Index] = {}  # where a node is read once at each of its positions
         self.reduced: set[fx.Node] = set()
@@ -259,14 +381,35 @@ class _Planner:
 
     def plan(self, outputs: Sequence[fx.Node]) -> RowSpace:
         stores = []
-        for node in sorted(
-            outputs, reverse=True
-        ):  # users first, so that their reads place what they read
-            index = self.onto.get(node) or self.place(shape_of(node.meta["val"]))
-            stores.append(Store(node, self.value(node, index, frozenset(), True), index))
+        *rows, column = self.everywhere
+        for part in range(self.parts):
+            self.everywhere = (*rows, column + part * self.column.size)
+            self.onto = {}
+            for node in sorted(
+                outputs, reverse=True
+            ):  # users first, so that their reads place what they read
+                if node.target in TOTALS:
+                    stores.append(self.total(node))
+                    continue
+                index = self.onto.get(node) or self.place(shape_of(node.meta["val"]))
+                if part == 0 or any(i.has(self.column) for i in index):
+                    value = self.value(node, index, frozenset(), True)
+                    stores.append(Store(node, value, index))
         order = {node: i for i, node in enumerate(outputs)}
         stores.sort(key=lambda s: order[s.node])
         return RowSpace(self.rows, self.column, self.whole_rows, tuple(self.steps), tuple(stores))
+
+    def total(self, node: fx.Node) -> Store:
+        operand = _operand(node)
+        shape = shape_of(operand.meta["val"])
+        if numel(shape) != numel(self.shape):
+            raise _NoRowSpaceError
+        index = self.onto.get(operand) or self.place(shape)
+        *rows, column = index
+        if column != self.everywhere[-1] or any(i.has(self.column) for i in rows):
+            raise _NoRowSpaceError
+        value = self.value(operand, index, frozenset(), True)
+        return Store(node, value, (column,), total=True)
 
     def place(self, shape: Shape) -> Index:
         """The position in an output of this shape that belongs to the place in the row space."""
@@ -320,6 +463,13 @@ class _Planner:
             if not all(isinstance(_number(x), (int, sympy.Expr)) for x in (start, step)):
                 raise _NoRowSpaceError
             return self.add("index", node, args=(as_expr(start) + as_expr(step) * index[0],))
+        if node.target in LOOKUPS:
+            place = looked_up(node, index)
+            if place is None:
+                raise _NoRowSpaceError
+            return self.value(_operand(node), place, guard, False)
+        if node.target in TOTALS:  # known when all rows are done
+            raise _NoRowSpaceError
         if node.target in REDUCTIONS:
             return self.reduce(node, index, guard)
         if node.target in CHOICES:
@@ -338,7 +488,11 @@ class _Planner:
         args = [operand(arg) for arg in node.args]
         if "alpha" in node.kwargs:
             args.append(_number(node.kwargs["alpha"]))
-        return self.add("pointwise", node, args=tuple(args))
+        made = self.add("pointwise", node, args=tuple(args))
+        each = self.steps[made].by_row and self.steps[made].by_column
+        if node.target in SLOW and each and self.positions > MAX_REPEATS * nominal(numel(shape)):
+            raise _NoRowSpaceError  # cheaper as two kernels
+        return made
 
     def reduce(self, node: fx.Node, index: Index, guard: Guard) -> Ref:
         operand = _operand(node)
@@ -404,11 +558,12 @@ class _Planner:
         after = (*index[:axis], tidy(index[axis] - size), *index[axis + 1 :])
         zero = sympy.Integer(0)
         others = Bound(after[axis], zero, _rest(rest, axis))
+        beyond = guard if _holds(others) else guard | {others}
         return self.choice(
             node,
             Bound(index[axis], zero, size),
             lambda g: self.value(first, index, g, False),
-            lambda: self.choose_part(node, rest, axis, after, guard | {others}),
+            lambda: self.choose_part(node, rest, axis, after, beyond),
             guard,
         )
 
@@ -438,11 +593,16 @@ class _Planner:
         outer: Callable[[], Ref],
         guard: Guard,
     ) -> Ref:
-        if is_at_least(bound.index, bound.low) and is_below(bound.index, bound.high):
+        if _holds(bound):
             return inner(guard)
         if is_below(bound.index, bound.low) or is_at_least(bound.index, bound.high):
             return outer()
         return self.add("choose", node, args=(bound, inner(guard | {bound}), outer()))
+
+
+def _holds(bound: Bound) -> bool:
+    """Whether a bound is known to hold everywhere."""
+    return is_at_least(bound.index, bound.low) and is_below(bound.index, bound.high)
 
 
 def _rest(parts: Sequence[fx.Node], axis: int) -> sympy.Expr:

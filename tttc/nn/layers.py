@@ -143,9 +143,12 @@ class TTTLayer(nn.Module):
         place = 0 if state is None else state.scan.place
         position = (torch.arange(x.shape[1], device=x.device) + place) % self.mini_batch_size
         q, k, conv = self._queries_and_keys(x, None if state is None else state.conv)
-        q = rotary(self._split_heads(q), position, self.rope_theta)
-        k = rotary(self._split_heads(k), position, self.rope_theta)
-        v = self._split_heads(self.v_proj(x))
+        q, k, v = (self._split_heads(y) for y in (q, k, self.v_proj(x)))
+        # Turned where projections leave them: segments of sequences that lie so are read in place.
+        q, k = (
+            rotary(y.transpose(1, 2), position[:, None], self.rope_theta).transpose(1, 2)
+            for y in (q, k)
+        )
         # All leaves in one dtype, so that the outputs of the scan come in it too.
         eta, tau = self._learning_rates(x).to(v.dtype), self._taus(position).to(v.dtype)
         new, z = scan(

@@ -8,8 +8,8 @@ import torch
 def rotary(x: torch.Tensor, position: torch.Tensor, theta: float) -> torch.Tensor:
     """Rotate the pairs ``(x[i], x[i + d/2])`` of each token by ``position * theta ** (-2 i / d)``.
 
-    ``x`` is ``[..., T, d]`` with d even, ``position`` an integer ``[T]``; the result is like x. Angles
-    and products are taken in float32 at least.
+    ``x`` is ``[..., d]`` with d even, ``position`` an integer for each token, as ``[T]`` for ``[B, H, T, d]`` or
+    ``[T, 1]`` for ``[B, T, H, d]``; the result is like x. Angles and products are taken in float32 at least.
 
     Example:
         >>> x = torch.randn(2, 4, 10, 8)
@@ -22,7 +22,7 @@ def rotary(x: torch.Tensor, position: torch.Tensor, theta: float) -> torch.Tenso
     wide = torch.promote_types(x.dtype, torch.float32)
     half = x.shape[-1] // 2
     exponent = torch.arange(half, device=x.device, dtype=wide) / -half
-    angle = position.to(wide)[:, None] * theta**exponent
+    angle = position.to(wide)[..., None] * theta**exponent
     cos, sin = angle.cos(), angle.sin()
     first, second = x[..., :half].to(wide), x[..., half:].to(wide)
     turned = torch.cat([first * cos - second * sin, second * cos + first * sin], -1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import types
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -69,10 +69,12 @@ def _launched(kernel: Kernel, arguments: list[Any]) -> Launched | None:
         def __getitem__(self, grid: Any) -> Any:
             return lambda *given, **options: calls.append((list(given), options))
 
-    module = kernel.module()
-    names = {**vars(module), kernel.name: Recorder()}
-    types.FunctionType(module.launch.__code__, names)(*arguments)
-    return calls[0] if calls else None
+    launch = kernel.module().launch
+    starts = [
+        k for k, p in inspect.signature(launch).parameters.items() if p.default is not p.empty
+    ]
+    launch(*arguments, **dict.fromkeys(starts, Recorder()))
+    return calls[0] if calls else None  # a second one adds up what programs added up
 
 
 def _request(kernel: Kernel, given: list[Any], options: dict[str, Any]) -> Request | None:
