@@ -63,9 +63,8 @@ def _compile_graph(
         made(fused)
     # The regions' kernels run on a GPU (or in Triton's interpreter), their torch operations elsewhere.
     _recorder.kernels(lower_regions(fused, "torch" if options.backend == "torch" else "triton"))
-    keep_graph(direction, fused)
     after = _recorder.graph("fused", fused)
-    bind(fused)
+    keep_graph(direction, bind(fused))
     run = make_boxed_func(_recorder.watched(before, _recorder.watched(after, fused.forward)))
     return run if graphs is None else graphs.replayed(run, gm, direction)
 

@@ -15,6 +15,7 @@ from torch.fx.graph_module import _exec_with_source
 
 from tttc.codegen.rowwise_launch import Launch, shared_kernel
 from tttc.ir.region import FusedRegion
+from tttc.ir.remembered import Remembered
 from tttc.runtime.fused_scan_backward import scan_arguments
 from tttc.warm.recording import NotKept, current
 
@@ -27,12 +28,14 @@ class Source:
         text: a function ``forward``.
         names: its globals.
         regions: graphs that it calls, each with its kernel (name, source, launch options, place of the first tensor).
+        remembered: graphs of sizes alone that it calls, each with where its tensors lie and whether they are kept.
         steps: the keys of scans in it, with their mini-batch sizes and devices.
     """
 
     text: str
     names: dict[str, Any]
     regions: dict[str, tuple[Source, tuple[Any, ...] | None]]
+    remembered: dict[str, tuple[Source, torch.device, bool]]
     steps: dict[str, set[tuple[int, torch.device]]]
 
 
@@ -81,18 +84,23 @@ def written(gm: fx.GraphModule) -> Source:
         NotKept: where it holds tensors, or something that is no region.
     """
     regions: dict[str, tuple[Source, tuple[Any, ...] | None]] = {}
+    remembered: dict[str, tuple[Source, torch.device, bool]] = {}
     steps: dict[str, set[tuple[int, torch.device]]] = {}
     for node in gm.graph.nodes:
         places = scan_arguments(node)
         if node.op == "get_attr":
             raise NotKept("a graph holds a tensor")
-        if node.op == "call_module" and node.target not in regions:
-            regions[node.target] = _written_region(gm.get_submodule(node.target))
+        called = gm.get_submodule(node.target) if node.op == "call_module" else None
+        if isinstance(called, Remembered):
+            inner = written(called.graph_module)
+            remembered[node.target] = inner, called.device, called.kept
+        elif called is not None and node.target not in regions:
+            regions[node.target] = _written_region(called)
         elif places is not None:
             key, size = (node.args[places[x]] for x in ("key", "mini_batch_size"))
             steps.setdefault(key, set()).add((size, node.meta["val"][0].device))
     code = gm.graph.python_code("self")
-    return Source(code.src, dict(code.globals), regions, steps)
+    return Source(code.src, dict(code.globals), regions, remembered, steps)
 
 
 def _written_region(region: nn.Module) -> tuple[Source, tuple[Any, ...] | None]:
@@ -126,4 +134,7 @@ def read(source: Source, steps: dict[str, str]) -> Callable[..., Any]:
         if kernel is not None:
             region.launch = Launch(shared_kernel(*kernel[:3]), kernel[3])
         graph.add_module(name, region)
+    for name, (inner, device, kept) in source.remembered.items():
+        made = Remembered(read(inner, steps), inner.text, device, kept)
+        graph.add_module(name, made)
     return types.MethodType(names["forward"], graph)
