@@ -24,7 +24,7 @@ from tttc.codegen.torch_scan import run_program
 
 from tttc._scan_op import scan_info
 from tttc.ir.program import Program
-from tttc.runtime import launch, triton_scan
+from tttc.runtime import forward_kernels, launch, triton_scan
 
 SIZES = {k.replace(" ", ""): v for k, v in SHAPES.items()}
 
@@ -121,7 +121,7 @@ def main() -> None:
         case = make_case(name, batch, length)
         program = case.program()
         part = "tokens" if program.sequential else "full"
-        loop = triton_scan._loop(program, part, False)
+        loop = forward_kernels.forward_loop(program, part, False)
         plain, gluon = (
             # Without what runs instead: a kernel that does not fit is to say so.
             replace(heuristics.default_schedule(loop, 2, gluon=x), instead=None)

@@ -18,7 +18,7 @@ from scans import make_case
 from schedules import WIDTH, words
 from tttc.codegen.loop import Loop
 
-from tttc.runtime import triton_scan
+from tttc.runtime import forward_kernels
 from tttc.tuning.plan import Plan, by_rules, setting_of
 
 Row = dict[str, Any]
@@ -32,7 +32,7 @@ def forward(name: str, d: int) -> tuple[Loop, int]:
     program = case.program()
     turns = case.flat().tokens[0].shape[2] // program.unit
     part = "tokens" if program.sequential else "full"
-    return triton_scan._loop(program, part, False), tokens // turns
+    return forward_kernels.forward_loop(program, part, False), tokens // turns
 
 
 def rules_now(shape: str) -> Plan:

@@ -27,7 +27,7 @@ from tttc.codegen.stages import stages
 from tttc.codegen.torch_scan_backward import live_cotangents, saved_leaves
 
 from tttc._scan_op import scan_info
-from tttc.runtime import fused_scan, launch, triton_scan, triton_scan_backward
+from tttc.runtime import forward_kernels, fused_scan, launch, triton_scan, triton_scan_backward
 from tttc.runtime.ahead import compiler_for
 from tttc.tuning.search import time_on_device, variants
 
@@ -64,7 +64,7 @@ class Bench:
         """The whole loop of the direction."""
         if self.direction == "forward":
             part = "tokens" if self.program.sequential else "full"
-            return triton_scan._loop(self.program, part, False)
+            return forward_kernels.forward_loop(self.program, part, False)
         live = live_cotangents(self.program, self.leaves, set())
         return triton_scan_backward.backward_loop_of(self.program, self.part, self.leaves, live)
 

@@ -22,7 +22,7 @@ from tttc.codegen.schedule import Schedule
 from tttc.codegen.work import BATCH, HEADS, LENGTH, work
 
 from tttc.nn import TTTLinear
-from tttc.runtime import triton_scan
+from tttc.runtime import forward_kernels
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 import held
@@ -40,7 +40,7 @@ def loop_of(name):
     sys.modules["scans"] = module
     spec.loader.exec_module(module)
     program = module.make_case(name, 1, 128, 2, device="cpu").program()
-    return triton_scan._loop(program, "tokens" if program.sequential else "full", False)
+    return forward_kernels.forward_loop(program, "tokens" if program.sequential else "full", False)
 
 
 def schedule_of(words):
@@ -105,7 +105,7 @@ def test_ranks_every_renderer():
 
 def test_work_is_what_arithmetic_says():
     _, program, _ = call_of(TTTLinear, T=32, d=16, b=8)
-    loop = triton_scan._loop(program, "full", False)
+    loop = forward_kernels.forward_loop(program, "full", False)
     made = work(loop, Schedule(), 2)
     assert {BATCH, HEADS, LENGTH} <= made.traffic.free_symbols
     table = made.table(loop, 16, 32, 2048)
@@ -124,7 +124,7 @@ def test_work_is_what_arithmetic_says():
 
 def test_estimates_move_as_they_must():
     _, program, _ = call_of(TTTLinear, T=32, d=16, b=8)
-    loop = triton_scan._loop(program, "full", False)
+    loop = forward_kernels.forward_loop(program, "full", False)
     plain = Schedule(num_warps=4, order="products_first")
 
     def seconds(sizes, device=H200, schedule=plain):

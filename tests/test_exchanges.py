@@ -10,7 +10,7 @@ from test_warps import WARPS, case_of
 from tttc.codegen.exchanges import fewer_barriers
 from tttc.codegen.render import render
 
-from tttc.runtime import triton_scan
+from tttc.runtime import forward_kernels
 
 
 class Room:
@@ -108,7 +108,9 @@ def test_copies_start_where_what_they_fill_is_read_no_more_before_a_barrier():
 
 @pytest.mark.parametrize("b", [16, 32])
 def test_a_mini_batch_of_an_mlp_waits_four_times(b):
-    loop = triton_scan._loop(case_of(name=f"ttt_mlp_b{b}").program(), "full", False, settled=False)
+    loop = forward_kernels.forward_loop(
+        case_of(name=f"ttt_mlp_b{b}").program(), "full", False, settled=False
+    )
     source = render(loop, WARPS).source
     (first, *_) = re.findall(r"    for n in range\(0, N\):\n(.*?)\n    async_copy", source, re.S)
     rooms = re.findall(r"^ +(\w+) = gl.allocate_shared_memory", source, re.M)

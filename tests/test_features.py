@@ -13,7 +13,7 @@ from marks import interpreted
 from test_gluon import assert_close, backward, exact, forward
 from tttc.codegen.schedule import Schedule
 
-from tttc.runtime import launch, triton_scan
+from tttc.runtime import forward_kernels, launch, segmented_scan
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 from scans import make_case
@@ -35,7 +35,7 @@ def run(call):
 
 
 def loop_of(case):
-    return triton_scan._loop(case.program(), "full", False)
+    return forward_kernels.forward_loop(case.program(), "full", False)
 
 
 @interpreted
@@ -115,7 +115,7 @@ def test_what_is_not_finite_stays_after_its_token(argument, value):
     ],
 )
 def test_segments_beside_each_other(batch, T, kernels, monkeypatch):
-    monkeypatch.setattr(triton_scan, "mini_batches_of", lambda *_: 4)
+    monkeypatch.setattr(segmented_scan, "mini_batches_of", lambda *_: 4)
     case = make_case("ttt_linear_b16", batch, T, heads=2, d=32, device="cpu", dtype=torch.float32)
     launches = []
 

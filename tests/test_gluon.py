@@ -25,7 +25,7 @@ from tttc.codegen.torch_scan_backward import live_cotangents, saved_leaves
 from tttc._scan_op import scan_info
 from tttc.ir.build import dims_of
 from tttc.ir.errors import KernelTooLarge, NotLowerable
-from tttc.runtime import fused_scan, launch, triton_scan, triton_scan_backward
+from tttc.runtime import forward_kernels, fused_scan, launch, triton_scan, triton_scan_backward
 
 sys.path[:0] = [
     str(Path(__file__).parent.parent / place) for place in ("benchmarks", "examples/rules")
@@ -183,7 +183,10 @@ def loops():
     leaves = fused_scan.floating_leaves(call.tokens, call.shared)
     live = live_cotangents(program, leaves, set())
     whole = triton_scan_backward.backward_loop_of(program, "token", leaves, live)
-    return {s.name: s for s in (triton_scan._loop(program, "tokens", False), *stages(whole, 3))}
+    return {
+        s.name: s
+        for s in (forward_kernels.forward_loop(program, "tokens", False), *stages(whole, 3))
+    }
 
 
 def test_large_tiles_are_for_warpgroups_where_there_are_some():
@@ -223,7 +226,7 @@ def test_states_are_saved_as_products_read_them():
     )
     assert [x.dtype for x in saved] == [torch.bfloat16, torch.float32] * 2
     assert [x.stride()[3:] for x in (saved[0], saved[2])] == [(1, 64), (64, 1)]
-    source = render(triton_scan._loop(program, "tokens", False, tuple(saved_leaves(program, leaves))), GLUON).source  # fmt: skip
+    source = render(forward_kernels.forward_loop(program, "tokens", False, tuple(saved_leaves(program, leaves))), GLUON).source  # fmt: skip
     assert "gl.store(saved_carry_0_ptr" in source and "carry_0_s.load(" in source
 
 
@@ -232,7 +235,7 @@ def test_what_has_no_gluon_form_stays_plain(name, d):
     case = make_case(name, 1, 128, heads=1, d=d, device="cpu")
     program = case.program()
     part = "tokens" if program.sequential else "full"
-    loop = triton_scan._loop(program, part, False)
+    loop = forward_kernels.forward_loop(program, part, False)
     with pytest.raises(NotLowerable):
         render(loop, GLUON)
     assert heuristics.default_schedule(loop, 1, gluon=True).renderer != "gluon"

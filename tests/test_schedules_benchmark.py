@@ -15,6 +15,7 @@ import torch
 from marks import interpreted
 from tttc.codegen.resources import Request, ResourceError, Resources
 
+from tttc.runtime import segmented_scan
 from tttc.tuning import search
 from tttc.tuning.choose import timed_by
 
@@ -120,7 +121,7 @@ def test_sequences_in_segments_are_two_searches(small, monkeypatch):
     long = ("ttt_linear_b4", 8, 1, 136)
     with timed_by(by_schedule):
         assert schedules.asked_in_segments(long, "cpu") == []
-        monkeypatch.setattr(schedules.triton_scan, "_warps_of_segments", lambda *_: 4)
+        monkeypatch.setattr(segmented_scan, "warps_of_segments", lambda *_: 4)
         whole = schedules.asked(long, "forward", "cpu")
         first, second = schedules.asked_in_segments(long, "cpu")
     assert (whole[1].length, first[1].length, second[1].length) == (

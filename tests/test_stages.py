@@ -20,7 +20,7 @@ from tttc._checks import check_scan_inputs
 from tttc._scan_op import interned
 from tttc.nn import TTTMLP, TTTLinear
 from tttc.pipeline import build_program
-from tttc.runtime import replay, staged, triton_scan, triton_scan_backward
+from tttc.runtime import forward_kernels, replay, staged, triton_scan_backward
 from tttc.runtime.launch import launch
 from tttc.scan import _flatten
 
@@ -141,7 +141,7 @@ def test_large_tiles_have_warps_that_hold_them():
     schedules = {}
     for b in (16, 64, 128):
         _, program, _ = call_of(TTTLinear, T=b, d=64, b=b)
-        loop = triton_scan._loop(program, "full", False)
+        loop = forward_kernels.forward_loop(program, "full", False)
         schedules[b] = default_schedule(loop, crowd=2)
     assert schedules[16].num_warps < schedules[64].num_warps <= schedules[128].num_warps
     found = [x for b, s in schedules.items() for x in launches(TTTLinear, b, 128, schedule=s)]

@@ -25,7 +25,7 @@ import tttc
 from tttc import compiler
 from tttc.nn import TTTLinear
 from tttc.pipeline import _programs
-from tttc.runtime import triton_scan
+from tttc.runtime import forward_kernels
 from tttc.tuning import choose, remembered, search
 from tttc.tuning.choose import timed_by
 from tttc.tuning.plan import Plan, Setting, setting_of
@@ -93,7 +93,7 @@ def files(folder):
 def small_loop():
     """A loop like the layer's, and a size class."""
     _, program, _ = call_of(TTTLinear, T=8, d=8, b=4)
-    return triton_scan._loop(program, "full", False), Setting(2, 5, 6, torch.bfloat16)
+    return forward_kernels.forward_loop(program, "full", False), Setting(2, 5, 6, torch.bfloat16)
 
 
 def some_plan(loop, **choices):

@@ -17,7 +17,7 @@ from tttc.codegen.resources import measure
 from tttc.codegen.schedule import Schedule
 
 from tttc.ir.errors import NotLowerable
-from tttc.runtime import launch, triton_scan
+from tttc.runtime import forward_kernels, launch, triton_scan
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 from scans import make_case
@@ -36,7 +36,7 @@ def run(call):
 
 
 def loop_of(case):
-    return triton_scan._loop(case.program(), "full", False)
+    return forward_kernels.forward_loop(case.program(), "full", False)
 
 
 @interpreted
@@ -97,7 +97,7 @@ def test_a_wide_state_is_shared_by_warps():
     chosen = heuristics.default_schedule(loop, 1, gluon=True)
     assert chosen.renderer == "warps" and chosen.instead.renderer == "triton"
     assert heuristics.default_schedule(loop, 1).renderer == "triton"
-    larger = triton_scan._loop(
+    larger = forward_kernels.forward_loop(
         case_of(d=64).program(), "full", True
     )  # with sums that nobody else reads
     assert heuristics.default_schedule(larger, 1, gluon=True).renderer == "triton"

@@ -64,8 +64,7 @@ def _compile_graph(
     # The regions' kernels run on a GPU (or in Triton's interpreter), their torch operations elsewhere.
     _recorder.kernels(lower_regions(fused, "torch" if options.backend == "torch" else "triton"))
     after = _recorder.graph("fused", fused)
-    bind(fused)
-    keep_graph(direction, fused)
+    keep_graph(direction, bind(fused))
     run = make_boxed_func(_recorder.watched(before, _recorder.watched(after, fused.forward)))
     return run if graphs is None else graphs.replayed(run, gm, direction)
 

@@ -7,7 +7,6 @@ from collections import OrderedDict
 from typing import Any
 
 import torch
-from torch import fx
 
 MOST_BYTES = 64 << 20  # of all that is remembered
 MOST_KEPT = 256
@@ -30,7 +29,11 @@ class Remembered(torch.nn.Module):
     """
 
     def __init__(
-        self, graph_module: fx.GraphModule, key: Any, device: torch.device, kept: bool = True
+        self,
+        graph_module: Any,
+        key: Any,
+        device: torch.device,
+        kept: bool = True,
     ) -> None:
         super().__init__()
         self.graph_module = graph_module

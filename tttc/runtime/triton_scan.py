@@ -2,233 +2,25 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 
-from tttc.codegen.devices import device_of
 from tttc.codegen.heuristics import hopper
-from tttc.codegen.loop import Loop, constant_tensors, scan_loop
-from tttc.codegen.schedule import Schedule
+from tttc.codegen.loop import constant_tensors
 from tttc.codegen.torch_scan import run_program, squeeze_features
 from tttc.ir.errors import KernelTooLarge
 from tttc.ir.program import Program
-from tttc.passes.prune_state import live_states
-from tttc.runtime.chunked import Chunked, chunked, is_tall, programs_a_tile
+from tttc.runtime.chunked import Chunked, programs_a_tile
+from tttc.runtime.forward_kernels import scan_kernels
 from tttc.runtime.launch import launch
-from tttc.runtime.segments import mini_batches_of, segments
-from tttc.runtime.staged import Launcher, Staged, mini_batches_at_once, run_staged, staged
-from tttc.tuning.choose import plan_for
-from tttc.tuning.plan import Plan, Setting, by_rules, setting_of, split_of
+from tttc.runtime.segmented_scan import by_segments
+from tttc.runtime.staged import Launcher, Staged, mini_batches_at_once, run_staged
+from tttc.tuning.plan import setting_of
 from tttc.tuning.search import Call
 
 Tensor = torch.Tensor
-PLAIN = Setting()
-_lock = threading.Lock()
-
-
-def scan_kernels(
-    program: Program,
-    part: str,
-    states: bool = True,
-    schedule: Schedule | None = None,
-    save: tuple[int, ...] = (),
-    setting: Setting = PLAIN,
-    interval: int = 1,
-    call: Call | None = None,
-    split: int = 1,
-    outputs: bool = True,
-) -> Staged | Chunked:
-    """The kernels of a part of a program, rendered once.
-
-    Args:
-        part: "full" (all mini-batches), "continued" (one mini-batch from any carry) or "tokens" (token after
-            token).
-        states: whether final states are wanted.
-        schedule: None for the one chosen for the part, else the default.
-        save: state leaves to store at every ``interval``-th mini-batch.
-        setting: the size class of the call, which the default depends on.
-        interval: of the mini-batches at which states are stored.
-        call: arguments to search for a schedule on, where none is known.
-        split: programs that share a tile, where tokens are tall ones (:mod:`tttc.runtime.chunked`).
-        outputs: whether outputs are wanted.
-
-    Raises:
-        NotLowerable: where an operator has no Triton form.
-    """
-    with _lock:
-        schedule = schedule or program.schedules.get(part)
-        which = (part, states, save, interval, outputs)
-
-        def loop(settled: bool = True) -> Loop:
-            return _loop(program, part, states, save, interval, settled, outputs)
-
-        if part == "tokens" and is_tall(program):
-            tall = (*which, "tall", split)
-            if tall not in program.kernels:
-                program.kernels[tall] = chunked(loop(), split)
-            if program.kernels[tall] is not None:
-                return program.kernels[tall]
-        plan = None
-        if schedule is None:
-            plan = plan_for(program, which, loop, setting, call=call)
-            plan = plan or _by_rules(program, which, loop, setting)
-        key = (*which, schedule or plan)
-        if key not in program.kernels:
-            whole = loop()
-            first = plan.schedules[0][1] if plan else schedule
-            assert first is not None
-            if (
-                first.renderer == "warps"
-            ):  # a sum of what they share is an exchange: added up once, not sooner
-                whole = loop(settled=False)
-            # Outputs made in parallel need the state of every mini-batch.
-            count = 1 if interval > 1 else first.stages
-            program.kernels[key] = staged(whole, count, plan.schedule if plan else lambda _: first)
-        return program.kernels[key]
-
-
-def _by_rules(program: Program, which: tuple, loop: Callable[[], Loop], setting: Setting) -> Plan:
-    """The plan that rules give a loop of a program; size classes that are split alike share it."""
-    sized = (which, setting)
-    if sized not in program.rules:
-        whole = loop()
-        split = split_of(whole, setting)
-        known = (which, setting.crowd, setting.gluon, split)
-        if known not in program.rules:
-            program.rules[known] = by_rules(whole, setting, split=split)
-        program.rules[sized] = program.rules[known]
-    return program.rules[sized]
-
-
-def _loop(
-    program: Program,
-    part: str,
-    states: bool,
-    save: tuple[int, ...] = (),
-    interval: int = 1,
-    settled: bool = True,
-    outputs: bool = True,
-) -> Loop:
-    plain = {"tokens": program.token, "continued": program.continued}.get(part, program.full)
-    body = program.settled.get(part, plain) if settled else plain
-    assert body is not None
-    wanted = range(body.states) if states else save
-    live = live_states(body, wanted, range(len(body.results) - body.states))
-    return scan_loop(
-        f"scan_{part}" if outputs else f"scan_{part}_states",
-        body,
-        program.unit,
-        live,
-        save=set(save),
-        interval=interval,
-        continued=part == "continued",
-        store_state=states,
-        outputs=outputs,
-    )
-
-
-def _by_segments(
-    program: Program,
-    given: Mapping[str, Tensor],
-    batch: int,
-    heads: int,
-    length: int,
-    setting: Setting,
-    states: bool,
-    save: tuple[int, ...],
-    interval: int,
-    call: Call | None,
-    launcher: Launcher,
-) -> dict[str, Tensor] | None:
-    """The states of every so many mini-batches, then segments beside each other; None where that is not done.
-
-    Returns the new states.
-    """
-    b, dtype, device = program.unit, setting.dtype, setting.device
-    warps = 0 if interval > 1 else _warps_of_segments(program, states, save, setting)
-    processors = device_of(device).processors
-    each = mini_batches_of(batch * heads, length // b, processors, warps) if warps else 0
-    if not each:
-        return None
-    count, tokens = length // (each * b), each * b
-    rest = length - count * tokens
-    parts = {}
-    for name, x in given.items():
-        if name.startswith(("token_", "output_")):
-            part = segments(x, count, tokens, copy=x.ndim == 3 and name.startswith("token_"))
-        elif name.startswith("saved_"):
-            part = segments(x, count, each)
-        else:
-            continue
-        if part is None:
-            return None
-        parts[name] = part
-    if batch > 1 and rest:
-        return None
-    full = _loop(program, "full", states, save)
-    begun = {
-        f"saved_{name}": torch.empty(
-            (batch, count + bool(rest), heads, *given[name].shape[2:]), device=given[name].device
-        ).transpose(1, 2)
-        for name in sorted({s.name for _, s in full.sinks if s.kind == "state"})
-    }
-    leaves = tuple(int(name.rpartition("_")[2]) for name in begun)
-
-    def told(given: Mapping[str, Tensor], batch: int, length: int) -> Call | None:
-        return None if call is None else Call(given, batch, heads, length, 0, dtype)
-
-    first = {n: x for n, x in given.items() if not n.startswith(("output_", "saved_"))} | begun
-    # Where nobody asks for the last state, as far as the last segment begins: that state is stored by its first mini-batch.
-    until = length if states else min(length, (count + bool(rest) - 1) * tokens + b)
-    kernels = scan_kernels(
-        program, "full", states, save=leaves, setting=setting, interval=each, call=told(first, batch, until),
-        outputs=False,
-    )  # fmt: skip
-    new = run_staged(kernels, first, batch, heads, until, 0, dtype, launcher)
-
-    def anchors(at: slice, of: int) -> dict[str, Tensor]:
-        """Where segments begin."""
-        found = {}
-        for name, x in given.items():
-            if f"saved_{name}" in begun:
-                found[name] = begun[f"saved_{name}"][:, :, at].transpose(1, 2).flatten(0, 1)
-            elif name.startswith("anchor_"):
-                found[name] = x.unsqueeze(1).expand(-1, of, *x.shape[1:]).flatten(0, 1)
-        return found
-
-    several = setting_of(batch * count * heads, each, dtype, device, setting.gluon)
-    second = {**given, **parts, **anchors(slice(0, count), count)}
-    kernels = scan_kernels(
-        program, "full", False, save=save, setting=several, call=told(second, batch * count, tokens)
-    )
-    run_staged(kernels, second, batch * count, heads, tokens, 0, dtype, launcher)
-    if rest:
-        last = {
-            n: x[:, :, count * tokens :]
-            for n, x in given.items()
-            if n.startswith(("token_", "output_"))
-        }
-        last |= {n: x[:, :, count * each :] for n, x in given.items() if n.startswith("saved_")}
-        last = {**given, **last, **anchors(slice(count, count + 1), 1)}
-        run_staged(kernels, last, batch, heads, rest, 0, dtype, launcher)
-    return new
-
-
-def _warps_of_segments(
-    program: Program, states: bool, save: tuple[int, ...], setting: Setting
-) -> int:
-    """Warps of the kernel that handles segments, 0 where rules ask for none."""
-    if "full" in program.schedules:
-        chosen = program.schedules["full"]
-    else:
-        with _lock:
-            which = ("full", states, save, 1, True)
-            plan = _by_rules(program, which, lambda: _loop(program, "full", states, save), setting)
-        chosen = plan.schedules[0][1]
-    return chosen.num_warps if chosen.segments else 0
 
 
 def suits_gluon(program: Program, tokens: Sequence[Tensor], dtype: torch.dtype) -> bool:
@@ -327,7 +119,7 @@ def run_kernels(
         call = Call(given, batch, heads, count, place, output_dtype) if searched else None
         stored = tuple(save or ()) if part in ("full", "tokens") else ()
         if part == "full":
-            made = _by_segments(program, given, batch, heads, count, setting, states, stored, interval, call, launcher)  # fmt: skip
+            made = by_segments(program, given, batch, heads, count, setting, states, stored, interval, call, launcher)  # fmt: skip
             if made is not None:
                 now_carry = [made.get(f"new_anchor_{i}", x) for i, x in enumerate(now_carry)]
                 now_anchor = now_carry

@@ -16,6 +16,7 @@ from tttc.ir.body import role
 from tttc.ir.program import Program
 from tttc.runtime import beside
 from tttc.runtime.chunked import Chunked, chunked, is_tall, programs_a_tile
+from tttc.runtime.forward_kernels import PLAIN
 from tttc.runtime.launch import launch
 from tttc.runtime.overlap import Overlap, group_size, overlaps
 from tttc.runtime.saved_states import empty_states
@@ -29,7 +30,7 @@ from tttc.runtime.staged import (
     staged,
     staged_launches,
 )
-from tttc.runtime.triton_scan import PLAIN, run_kernels, suits_gluon
+from tttc.runtime.triton_scan import run_kernels, suits_gluon
 from tttc.tuning.choose import plan_for
 from tttc.tuning.plan import Setting, setting_of
 from tttc.tuning.search import Call
@@ -53,7 +54,7 @@ def backward_kernels(
     """The kernels of the VJP of a body ("full", "continued" or "token"), rendered once.
 
     ``live``: the states that have cotangents, all where None; ``onto``: those whose cotangents are handed on, the same
-    where None. ``setting``, ``call`` and ``split``: as of :func:`tttc.runtime.triton_scan.scan_kernels`.
+    where None. ``setting``, ``call`` and ``split``: as of :func:`tttc.runtime.forward_kernels.scan_kernels`.
 
     Raises:
         NotLowerable: where an operator has no derivative or no Triton form.

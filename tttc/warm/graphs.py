@@ -27,31 +27,16 @@ class Source:
     Attributes:
         text: a function ``forward``.
         names: its globals.
-        parts: graphs that it calls: regions with their kernels, and what follows from sizes.
+        regions: graphs that it calls, each with its kernel (name, source, launch options, place of the first tensor).
+        remembered: graphs of sizes alone that it calls, each with where its tensors lie and whether they are kept.
         steps: the keys of scans in it, with their mini-batch sizes and devices.
     """
 
     text: str
     names: dict[str, Any]
-    parts: dict[str, Region | OfSizes]
+    regions: dict[str, tuple[Source, tuple[Any, ...] | None]]
+    remembered: dict[str, tuple[Source, torch.device, bool]]
     steps: dict[str, set[tuple[int, torch.device]]]
-
-
-@dataclass
-class Region:
-    """A fused region, and its kernel: name, source, launch options, place of the first tensor among the arguments."""
-
-    source: Source
-    kernel: tuple[Any, ...] | None
-
-
-@dataclass
-class OfSizes:
-    """What a graph remembers for sizes."""
-
-    source: Source
-    device: torch.device
-    kept: bool
 
 
 # Of the operators in a captured graph those whose meaning is a version's of PyTorch, or this package's.
@@ -98,32 +83,35 @@ def written(gm: fx.GraphModule) -> Source:
     Raises:
         NotKept: where it holds tensors, or something that is no region.
     """
-    parts: dict[str, Region | OfSizes] = {}
+    regions: dict[str, tuple[Source, tuple[Any, ...] | None]] = {}
+    remembered: dict[str, tuple[Source, torch.device, bool]] = {}
     steps: dict[str, set[tuple[int, torch.device]]] = {}
     for node in gm.graph.nodes:
         places = scan_arguments(node)
         if node.op == "get_attr":
             raise NotKept("a graph holds a tensor")
-        if node.op == "call_module" and node.target not in parts:
-            parts[node.target] = _written_part(gm.get_submodule(node.target))
+        called = gm.get_submodule(node.target) if node.op == "call_module" else None
+        if isinstance(called, Remembered):
+            inner = written(called.graph_module)
+            remembered[node.target] = inner, called.device, called.kept
+        elif called is not None and node.target not in regions:
+            regions[node.target] = _written_region(called)
         elif places is not None:
             key, size = (node.args[places[x]] for x in ("key", "mini_batch_size"))
             steps.setdefault(key, set()).add((size, node.meta["val"][0].device))
     code = gm.graph.python_code("self")
-    return Source(code.src, dict(code.globals), parts, steps)
+    return Source(code.src, dict(code.globals), regions, remembered, steps)
 
 
-def _written_part(part: nn.Module) -> Region | OfSizes:
-    if isinstance(part, Remembered):
-        return OfSizes(written(part.graph_module), part.device, part.kept)
-    if not isinstance(part, FusedRegion):
-        raise NotKept(f"a graph calls a {type(part).__name__}")
-    launch = part.launch
+def _written_region(region: nn.Module) -> tuple[Source, tuple[Any, ...] | None]:
+    if not isinstance(region, FusedRegion):
+        raise NotKept(f"a graph calls a {type(region).__name__}")
+    launch = region.launch
     kernel = None
     if isinstance(launch, Launch):
         made = launch.kernel
         kernel = (made.name, made.source, dict(made.config), launch.first_tensor)
-    return Region(written(part.graph_module), kernel)
+    return written(region.graph_module), kernel
 
 
 def read(source: Source, steps: dict[str, str]) -> Callable[..., Any]:
@@ -141,16 +129,12 @@ def read(source: Source, steps: dict[str, str]) -> Callable[..., Any]:
     names = dict(source.names)
     _exec_with_source(text, names)
     graph = nn.Module()
-    for name, part in source.parts.items():
-        graph.add_module(name, _read_part(part, steps))
+    for name, (inner, kernel) in source.regions.items():
+        region = FusedRegion(read(inner, steps), sympy.Integer(0), sympy.Integer(0))  # type: ignore[arg-type]
+        if kernel is not None:
+            region.launch = Launch(shared_kernel(*kernel[:3]), kernel[3])
+        graph.add_module(name, region)
+    for name, (inner, device, kept) in source.remembered.items():
+        made = Remembered(read(inner, steps), inner.text, device, kept)
+        graph.add_module(name, made)
     return types.MethodType(names["forward"], graph)
-
-
-def _read_part(part: Region | OfSizes, steps: dict[str, str]) -> nn.Module:
-    run: Any = read(part.source, steps)
-    if isinstance(part, OfSizes):
-        return Remembered(run, part.source.text, part.device, part.kept)
-    region = FusedRegion(run, sympy.Integer(0), sympy.Integer(0))
-    if part.kernel is not None:
-        region.launch = Launch(shared_kernel(*part.kernel[:3]), part.kernel[3])
-    return region
