@@ -10,6 +10,8 @@ import torch
 import tttc
 import tttc.compiler
 from tttc._garbage import not_collected
+from tttc.nn import TTTLinear
+from tttc.runtime import fused_scan_backward
 
 
 def test_collected_again_whatever_happens():
@@ -51,3 +53,16 @@ def test_only_the_first_call_of_a_model_compiles(monkeypatch):
         compiled(torch.randn(3, 4))
     assert seen and not any(seen)
     assert running == [False, True] and gc.isenabled()
+
+
+def test_only_the_first_backward_of_a_program_derives_it(monkeypatch):
+    seen = []
+    run = fused_scan_backward.run_backward
+    monkeypatch.setattr(
+        fused_scan_backward, "run_backward", lambda *args: seen.append(gc.isenabled()) or run(*args)
+    )
+    layer = TTTLinear(8, 2, mini_batch_size=4)
+    compiled = tttc.compile(layer, backend="torch", strict=True)
+    for _ in range(2):
+        compiled(torch.randn(1, 8, 8)).sum().backward()
+    assert seen == [False, True] and gc.isenabled()

@@ -41,6 +41,7 @@ class Program:
     calls: dict = field(default_factory=dict)  # what was done for arguments laid out in one way
     constants: dict = field(default_factory=dict)  # of the bodies, by device
     gradients: dict = field(default_factory=dict)  # what backends derive from the bodies' VJPs
+    reversed: bool = False  # whether a backward has run
     save_interval: int | None = None  # mini-batches between saved states; None: chosen by cost
     tall: bool | None = (
         None  # tokens are tiles of more rows than a program holds; None: not asked yet

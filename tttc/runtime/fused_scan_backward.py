@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import fx
 
+from tttc._garbage import not_collected
 from tttc._scan_op import interned, scan_info
 from tttc.codegen.torch_scan_backward import run_backward, saved_leaves
 from tttc.ir.errors import NotLowerable
@@ -62,7 +65,10 @@ def fused_scan_backward(
         return _run(program, all_, *these, wanted, *rest, launcher)
 
     flat = [x for group in groups for x in group]
-    with scan_range("backward", key, layer):
+    # The first backward of a program derives it.
+    collecting = nullcontext() if program.reversed else not_collected()
+    with scan_range("backward", key, layer), collecting:
+        program.reversed = True
         call = ("backward", counts, given, tuple(wanted), rest)
         return remembered(program, call, [*(g for g in grads if g is not None), *flat], run)
 
