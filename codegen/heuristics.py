@@ -294,10 +294,11 @@ def _large(loop: Loop) -> Schedule:
 def _shared_by_warps(loop: Loop) -> list[Schedule]:
     """Where each warp holds a piece of the widest dimension of the state; empty where the loop has no such kernel.
 
-    On an H200 TTT-MLP of mini-batches of 16 tokens takes 2793, 696, 10958 and 5589 us (B16 T2048, B1 T2048, B1 T32768,
-    B8 T8192) where plain Triton takes 5329, 1449, 23033 and 10677 (benchmarks/results/2026-11-28-h200-warps.json). Care
-    for what is not finite (a second pass that is not taken) costs 0.3 %. Of schedules like it 16 warps took 4051 us at B16
-    T2048 where 8 took 3021; TTT-Linear, its state spread likewise, was slower than in plain Triton.
+    On an H200 TTT-MLP of mini-batches of 16 tokens takes 2220, 484, 7150 and 4600 us at most (B16 T2048, B1 T2048, B1
+    T32768, B8 T8192) where plain Triton takes 5329, 1449, 23033 and 10677. Before warps waited for each other only four times a
+    mini-batch (:mod:`tttc.codegen.exchanges`) it took 2793, 696, 10958 and 5589
+    (benchmarks/results/2026-11-28-h200-warps.json). Care for what is not finite (a second pass that is not taken) costs
+    0.3 %. Of schedules like it 16 warps took 4051 us at B16 T2048 where 8 took 3021; TTT-Linear, its state spread likewise, was slower than in plain Triton.
     """
     reasons = (
         (
