@@ -81,13 +81,16 @@ class FeatureLayouts(NamedLayouts):
         return self._named("VECTOR", f"gl.BlockedLayout([1], [32], [{self.warps}], [0])")
 
     def shared(self, columns: int, size: int) -> str:
-        """A matrix in shared memory whose rows are read without conflicts either way."""
+        """A matrix in shared memory whose rows are read without conflicts either way.
+
+        Eight rows are read at a time, 16 bytes of each: those that lie over each other in the banks are moved apart.
+        """
         each = min(16 // size, columns)
-        line = 128 // size  # numbers that one row of banks holds
-        phase = max(1, line // columns)
+        phase = max(1, 128 // size // columns)  # rows that lie beside each other in the banks
+        lines = min(8 // phase, columns // each) if phase < 8 else 1
         return self._named(
             f"SHARED_{columns}x{size}",
-            f"gl.SwizzledSharedLayout({each}, {phase}, {max(1, min(8, columns // each) // phase)}, [1, 0])",
+            f"gl.SwizzledSharedLayout({each}, {phase}, {lines}, [1, 0])",
         )
 
     def numbers(self, axes: int = 1) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from marks import interpreted
 from test_gluon import assert_close, backward, exact, forward
+from tttc.codegen.feature_layouts import FeatureLayouts
 from tttc.codegen.schedule import Schedule
 
 from tttc.runtime import forward_kernels, launch, segmented_scan
@@ -101,6 +103,18 @@ def test_what_is_not_finite_stays_after_its_token(argument, value):
     assert wanted.isnan().any() and not wanted[:, :, :22].isnan().any()
     seen = argument in ("k", "v")  # by sums over tokens, also those before
     assert bool(careless[0][0][0, 1, 16:22].isnan().any()) == seen
+
+
+@pytest.mark.parametrize("columns", [16, 32, 64, 128])
+@pytest.mark.parametrize("size", [2, 4])
+def test_eight_rows_are_read_without_bank_conflicts(columns, size):
+    layouts = FeatureLayouts(4)
+    name = layouts.shared(columns, size)
+    (line,) = (x for x in layouts.lines() if x.startswith(f"{name} "))
+    each, phase, lines = map(int, re.findall(r"\d+", line.partition("Layout(")[2])[:3])
+    for chunk in range(columns // each):  # of 16 bytes
+        at = [r * columns // each + (chunk ^ (r // phase % lines)) for r in range(8)]
+        assert len({x % 8 for x in at}) == 8
 
 
 @interpreted

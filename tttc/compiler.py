@@ -216,7 +216,9 @@ def _dynamo(loops: Loops, backend: Callable[..., Any], options: Options) -> Call
     context: Any = torch._dynamo.optimize(backend=made, dynamic=True)
     callback = getattr(context, "callback", None)
     convert = getattr(callback, "_torchdynamo_orig_backend", None)
-    if callback is not None and convert is not None:  # else TorchDynamo is switched off, or works in another way
+    if (
+        callback is not None and convert is not None
+    ):  # else TorchDynamo is switched off, or works in another way
         callback._torchdynamo_orig_backend = WarmFrames(convert, code, options)
     compiled: Callable[..., Any] = context(loops.target)
     return compiled
