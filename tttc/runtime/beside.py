@@ -20,7 +20,7 @@ def pays() -> bool:
     On an H200 forward and backward of TTT-Linear (B1 T32768) take 5918 us so, 6605 one kernel after another; launched one by
     one 8025 and 6620, since each time one stream waits for the other it takes longer than what is won.
     """
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 class _Side:
