@@ -9,6 +9,7 @@ import os
 import sys
 import tempfile
 import threading
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,8 @@ from types import ModuleType
 from typing import Any
 
 log = logging.getLogger("tttc.kernels")
+_lock = threading.Lock()
+_warned: set[Path] = set()
 KINDS = (
     "kernels",
     "schedules",
@@ -42,6 +45,15 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     except BaseException:
         Path(partial).unlink(missing_ok=True)
         raise
+
+
+def warn_about(path: Path, what: str) -> None:
+    """Say what is wrong with a file of ours, once."""
+    with _lock:
+        if path in _warned:
+            return
+        _warned.add(path)
+    warnings.warn(f"tttc: {path} {what}", RuntimeWarning, stacklevel=3)
 
 
 @dataclass

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from marks import interpreted, on_gpu
+from test_cuda_graphs import warmed_up
 from test_replay import replaying  # noqa: F401
 from test_stages import call_of, gradients
 from tttc.codegen.schedule import Schedule
@@ -91,12 +92,7 @@ def test_beside_each_other_on_a_gpu(monkeypatch):
 
     wanted = step()
     assert not begun, "launched one by one it does not pay"
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
+    warmed_up(step)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         gradient = step()

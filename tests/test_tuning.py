@@ -15,6 +15,7 @@ import pytest
 import torch
 from marks import interpreted
 from test_stages import call_of
+from tttc.codegen import kernel
 from tttc.codegen.candidates import CHOICES, candidates, neighbours, plans, shortlist
 from tttc.codegen.kernel import write_atomically
 from tttc.codegen.resources import ResourceError, Resources
@@ -53,7 +54,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("TTTC_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(search, "TRIED", 3)
     monkeypatch.setattr(search, "CHANGED", 2)
-    remembered._damaged.clear()
+    kernel._warned.clear()
     torch._dynamo.reset()
     forget()
     yield tmp_path
@@ -233,7 +234,7 @@ def test_files_that_are_no_text_or_no_files(folder):
         assert remembered.recall(loop, setting) is None
     path.unlink()
     path.mkdir()
-    remembered._damaged.clear()
+    kernel._warned.clear()
     with pytest.warns(RuntimeWarning, match=r"could not be written"):
         made = remembered.remember(loop, setting, some_plan(loop), 1e-3, 3)
     assert made == some_plan(loop)

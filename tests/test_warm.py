@@ -7,6 +7,9 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
+
+from tttc.warm import asked
 
 MODEL = """
 import torch
@@ -401,3 +404,14 @@ def test_two_processes_at_once(tmp_path):
     assert len(folder.programs()) == 1
     assert not list((folder.cache / "programs").glob("*.partial"))
     assert folder.process('run("same", x)')["same"]["compiled"] == 0
+
+
+def test_asked_for_where_it_has_been_tried(monkeypatch):
+    monkeypatch.delenv("TTTC_WARM", raising=False)
+    for gpu in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        assert asked() is not gpu
+        for word, wanted in (("0", False), ("1", True)):
+            with monkeypatch.context() as said:
+                said.setenv("TTTC_WARM", word)
+                assert asked() is wanted

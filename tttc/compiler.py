@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
@@ -31,7 +32,7 @@ from tttc.passes.fuse import decompositions, fuse
 from tttc.passes.merge_equal import merge_equal
 from tttc.passes.totals import totals
 from tttc.progress import phase
-from tttc.warm.frames import WarmFrames, code_of
+from tttc.warm import asked
 from tttc.warm.graphs import keep_captured, keep_graph
 from tttc.warm.recording import outermost
 
@@ -208,19 +209,35 @@ def _shared_backend(options: Options) -> Callable[..., Any]:
 
 
 def _dynamo(loops: Loops, backend: Callable[..., Any], options: Options) -> Callable[..., Any]:
-    """The model under TorchDynamo, as ``torch.compile(..., dynamic=True)`` has it; frames may come from disk."""
-    code = None if loops.any else code_of(loops.target)
-    if code is None or torch.compiler.is_exporting():
-        return torch.compile(loops.target, backend=backend, dynamic=True)
+    """The model under TorchDynamo; its frames come from disk where that is asked for."""
+    if asked() and not loops.any and not torch.compiler.is_exporting():
+        warm = _warm(loops.target, backend, options)
+        if warm is not None:
+            return warm
+    compiled: Callable[..., Any] = torch.compile(loops.target, backend=backend, dynamic=True)
+    return compiled
+
+
+def _warm(
+    target: Callable[..., Any], backend: Callable[..., Any], options: Options
+) -> Callable[..., Any] | None:
+    """As ``torch.compile(..., dynamic=True)`` has it, but that frames may come from disk; None where they can't."""
+    try:
+        from tttc.warm.frames import WarmFrames, code_of  # on parts of PyTorch that it may move
+    except (ImportError, AttributeError) as error:
+        logging.getLogger("tttc.warm").info("not under PyTorch %s: %s", torch.__version__, error)
+        return None
+    code = code_of(target)
+    if code is None:
+        return None
     made = torch._TorchCompileWrapper(backend, None, None, True)
     context: Any = torch._dynamo.optimize(backend=made, dynamic=True)
     callback = getattr(context, "callback", None)
     convert = getattr(callback, "_torchdynamo_orig_backend", None)
-    if (
-        callback is not None and convert is not None
-    ):  # else TorchDynamo is switched off, or works in another way
-        callback._torchdynamo_orig_backend = WarmFrames(convert, code, options)
-    compiled: Callable[..., Any] = context(loops.target)
+    if callback is None or convert is None:
+        return None  # TorchDynamo is switched off, or works in another way
+    callback._torchdynamo_orig_backend = WarmFrames(convert, code, options)
+    compiled: Callable[..., Any] = context(target)
     return compiled
 
 

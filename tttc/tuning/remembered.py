@@ -11,21 +11,17 @@ import importlib.metadata
 import json
 import logging
 import platform
-import threading
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tttc.codegen.kernel import cache_dir, write_atomically
+from tttc.codegen.kernel import cache_dir, warn_about, write_atomically
 from tttc.codegen.loop import Loop
 from tttc.tuning.plan import Plan, Setting, digest
 
 FORMAT = 1
 log = logging.getLogger("tttc.schedule")
-_lock = threading.Lock()
-_damaged: set[Path] = set()
 
 
 def versions() -> dict[str, str]:
@@ -80,7 +76,9 @@ def remember(loop: Loop, setting: Setting, plan: Plan, seconds: float, timed: in
     try:
         write_atomically(path, json.dumps(found, indent=1))
     except OSError as error:
-        _warn(path, f"could not be written ({error}): the schedule is searched for again next time")
+        warn_about(
+            path, f"could not be written ({error}): the schedule is searched for again next time"
+        )
     return Plan.of(found["plan"], _origin(found))
 
 
@@ -93,7 +91,7 @@ def recall(loop: Loop, setting: Setting) -> Plan | None:
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as error:
-        _warn(path, f"cannot be read ({error})")
+        warn_about(path, f"cannot be read ({error})")
         return None
     try:
         found = json.loads(text)
@@ -105,7 +103,7 @@ def recall(loop: Loop, setting: Setting) -> Plan | None:
         if not plan.fits(loop):
             raise ValueError("it is of other kernels")
     except (ValueError, RecursionError) as error:
-        _warn(path, f"is damaged ({error}): the schedule is chosen as if it were not there")
+        warn_about(path, f"is damaged ({error}): the schedule is chosen as if it were not there")
         return None
     log.info("%s: %s", loop.name, _origin(found))
     return plan
@@ -117,11 +115,3 @@ def _origin(found: dict[str, Any]) -> str:
         raise ValueError("expected seconds, timed and when")
     device = found["key"]["device"]["name"]
     return f"measured: {seconds * 1e6:.0f} us for the loop, the fastest of {timed} timed on {device}, {when}"
-
-
-def _warn(path: Path, what: str) -> None:
-    with _lock:
-        if path in _damaged:
-            return
-        _damaged.add(path)
-    warnings.warn(f"tttc: {path} {what}", RuntimeWarning, stacklevel=2)

@@ -12,3 +12,16 @@ TorchDynamo asks a callback for the code of a frame it has none for. Under :func
 :class:`tttc.warm.frames.WarmFrames`, which answers from disk where it can and else passes the question on. What it answers with
 is an entry of TorchDynamo's own cache: guards are checked by TorchDynamo, and a guard that fails compiles anew.
 """
+
+import os
+
+import torch
+
+
+def asked() -> bool:
+    """Whether programs are kept on disk and used: as ``TTTC_WARM`` says, 0 or 1.
+
+    Without it where there is no GPU: none of this has run on one yet.
+    """
+    said = os.environ.get("TTTC_WARM")
+    return not torch.cuda.is_available() if said is None else said != "0"

@@ -20,7 +20,7 @@ from torch._dynamo.utils import CleanupHook, CleanupManager
 from tttc import _recorder
 from tttc._garbage import not_collected
 from tttc.options import Options, warn_once
-from tttc.warm import autograd, constants, graphs, guards, recording, steps, store
+from tttc.warm import asked, autograd, constants, graphs, guards, recording, steps, store
 from tttc.warm.key import key_of
 from tttc.warm.names import Codes, check_codes
 from tttc.warm.recording import NotKept, Recording
@@ -45,7 +45,7 @@ class Entry:
 def wanted(options: Options) -> bool:
     """Whether programs are kept on disk for these options, and used."""
     return (
-        os.environ.get("TTTC_WARM") != "0"
+        asked()
         and not torch.compiler.config.force_disable_caches
         and os.environ.get("TORCH_COMPILE_DEBUG") != "1"
         and not options.verify

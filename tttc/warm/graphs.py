@@ -11,7 +11,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx, nn
-from torch.fx.graph_module import _exec_with_source
+from torch.fx import graph_module
 
 from tttc.codegen.rowwise_launch import Launch, shared_kernel
 from tttc.ir.region import FusedRegion
@@ -127,7 +127,7 @@ def read(source: Source, steps: dict[str, str]) -> Callable[..., Any]:
     keys = "|".join(re.escape(repr(key)) for key in source.steps)
     text = re.sub(keys, renewed, source.text) if keys else source.text
     names = dict(source.names)
-    _exec_with_source(text, names)
+    graph_module._exec_with_source(text, names)
     graph = nn.Module()
     for name, (inner, kernel) in source.regions.items():
         region = FusedRegion(read(inner, steps), sympy.Integer(0), sympy.Integer(0))  # type: ignore[arg-type]

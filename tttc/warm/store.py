@@ -7,21 +7,17 @@ import hashlib
 import importlib
 import io
 import pickle
-import threading
 import types
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch._guards import Source, TracingContext, tracing
 
-from tttc.codegen.kernel import cache_dir, write_atomically
+from tttc.codegen.kernel import cache_dir, warn_about, write_atomically
 from tttc.warm.recording import NotKept
 
 FORMAT = b"tttc program 1\n"
-_lock = threading.Lock()
-_damaged: set[Path] = set()
 
 
 class _Pickler(pickle.Pickler):
@@ -68,7 +64,7 @@ def write(path: Path, key: str, entry: Any) -> None:
     try:
         write_atomically(path, FORMAT + hashlib.sha256(body).digest() + body)
     except OSError as error:
-        _warn(path, f"could not be written ({error}): the next process compiles again")
+        warn_about(path, f"could not be written ({error}): the next process compiles again")
 
 
 def read(path: Path, key: str) -> Any:
@@ -81,12 +77,12 @@ def read(path: Path, key: str) -> Any:
     except FileNotFoundError:
         return None
     except OSError as error:
-        _warn(path, f"cannot be read ({error})")
+        warn_about(path, f"cannot be read ({error})")
         return None
     at = len(FORMAT) + 32
     body = content[at:]
     if content[:at] != FORMAT + hashlib.sha256(body).digest():
-        _warn(path, "is damaged: its program is compiled as if it were not there")
+        warn_about(path, "is damaged: its program is compiled as if it were not there")
         return None
     try:
         with tracing(TracingContext(None)):  # some sources of guards ask for one when they are made
@@ -94,11 +90,3 @@ def read(path: Path, key: str) -> Any:
     except Exception as error:  # what it names is not there any more
         raise NotKept(f"it can't be read: {error}") from None
     return entry if found == key else None
-
-
-def _warn(path: Path, what: str) -> None:
-    with _lock:
-        if path in _damaged:
-            return
-        _damaged.add(path)
-    warnings.warn(f"tttc: {path} {what}", RuntimeWarning, stacklevel=2)
