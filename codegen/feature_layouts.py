@@ -5,6 +5,7 @@ from __future__ import annotations
 from tttc.codegen.named_layouts import LANES, NamedLayouts
 
 ROWS = 16  # of a product that a warp makes at a time
+OVER = 8  # of them in the lanes that have the same columns
 
 
 class FeatureLayouts(NamedLayouts):
@@ -32,40 +33,56 @@ class FeatureLayouts(NamedLayouts):
         self.product()
         return self._named("ACROSS", "gl.SliceLayout(0, PRODUCT)")
 
-    def parts(self, columns: int) -> str:
-        """What every warp has of sums along rows, all parts of a column in the threads that have the column."""
+    def halving(self, columns: int, together: int) -> list[str]:
+        """Sums along rows on their way to one number a lane: one half of the rows at each step is in another register.
+
+        Of ``together`` sums whose columns alternate. A lane that passes on a row takes columns of another one instead.
+        """
+        low = together.bit_length() - 1
         bits = columns.bit_length() - 1
-        parts = [[1 << k, 0] for k in range(self.warps.bit_length() - 1)]
-        registers = [*parts, [0, 1], *([0, 1 << k] for k in range(3, bits))]
-        lanes = [[0, 2], [0, 4], [0, 0], [0, 0], [0, 0]]
-        warps = [[0, 0]] * (self.warps.bit_length() - 1)
+        free = [1 << k for k in range(bits) if k not in (low + 1, low + 2)]
+        lanes = [[0, 0, 1 << (low + 1)], [0, 0, 1 << (low + 2)], [0, 1, 0], [0, 2, 0], [0, 4, 0]]
+        made = []
+        for lane, column in zip((4, 3, 2), free, strict=False):
+            row = lanes[lane]
+            lanes[lane] = [0, 0, column]
+            registers = [row, *([0, 0, c] for c in free[len(made) + 1 :])]
+            made.append(
+                self._named(
+                    f"HALVING_{together}x{columns}_{len(made)}",
+                    self._linear(registers, lanes, self._warp_bits(3), [self.warps, 2 * row[1], columns]),
+                )
+            )
+        return made
+
+    def parts(self, columns: int) -> str:
+        """What every warp has of sums along rows, all parts of a column in one lane."""
+        numbers = [[0, 1 << k] for k in range(columns.bit_length() - 1)]
+        registers = [[1 << k, 0] for k in range(self.warps.bit_length() - 1)]
+        lanes = [*numbers, *([[0, 0]] * 5)][:5]
         return self._named(
             f"PARTS_{columns}",
-            f"gl.DistributedLinearLayout(reg_bases={registers}, lane_bases={lanes}, warp_bases={warps}, "
-            f"block_bases=[], shape=[{self.warps}, {columns}])",
+            self._linear(registers + numbers[5:], lanes, [[0, 0]] * len(registers), [self.warps, columns]),
         )
 
-    def rows_of_lanes(self, columns: int) -> str:
-        """What every row of lanes has of sums along rows, spread over all threads: the rows of a column in one warp."""
-        rows = (8 * self.warps).bit_length() - 1
-        row, column = (
-            [[1 << k, 0] for k in range(rows)],
-            [[0, 1 << k] for k in range(columns.bit_length() - 1)],
-        )
-        registers, lanes = row[:2], row[2:]
-        free = 5 - len(lanes)
-        lanes += column[:free]
-        across = self.warps.bit_length() - 1
-        warps, registers = column[free : free + across], registers + column[free + across :]
-        return self._named(
-            f"ROWS_OF_LANES_{columns}",
-            f"gl.DistributedLinearLayout(reg_bases={registers}, lane_bases={lanes}, warp_bases={warps}, "
-            f"block_bases=[], shape=[{8 * self.warps}, {columns}])",
-        )
+    def everywhere(self, columns: int, together: int) -> str:
+        """Sums along rows in every thread that has their columns; of ``together`` sums whose columns alternate."""
+        low = together.bit_length() - 1
+        bits = columns.bit_length() - 1
+        registers = [[1 << k] for k in range(bits) if k not in (low + 1, low + 2)]
+        lanes = [[1 << (low + 1)], [1 << (low + 2)], [0], [0], [0]]
+        warps = [[0]] * (self.warps.bit_length() - 1)
+        return self._named(f"EVERYWHERE_{together}x{columns}", self._linear(registers, lanes, warps, [columns]))
 
-    def columns_apart(self) -> str:
-        """A matrix in shared memory whose columns lie together."""
-        return self._named("COLUMNS_APART", "gl.SwizzledSharedLayout(4, 1, 8, [0, 1])")
+    def _warp_bits(self, axes: int) -> list[list[int]]:
+        """The first axis over warps."""
+        return [[1 << k, *([0] * (axes - 1))] for k in range(self.warps.bit_length() - 1)]
+
+    def _linear(self, registers: object, lanes: object, warps: object, shape: list[int]) -> str:
+        return (
+            f"gl.DistributedLinearLayout(reg_bases={registers}, lane_bases={lanes}, warp_bases={warps}, "
+            f"block_bases=[], shape={shape})"
+        )
 
     def memory(self, rows: int, columns: int, size: int) -> str:
         """Rows as memory is read and written best: 16 bytes a thread; ``size``: bytes of a number."""

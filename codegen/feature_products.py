@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import fx
-from tttc.codegen.feature_layouts import ROWS
-from tttc.codegen.feature_memory import FeatureMemory
+from tttc.codegen.feature_sums import FeatureSums
 from tttc.codegen.feature_tiles import Placed
 from tttc.codegen.triton_functions import FUNCTIONS
 from tttc.codegen.triton_tiles import Tile
@@ -18,7 +17,7 @@ from tttc.ir.errors import NotLowerable
 from tttc.ir.spec import Dims, parse, parse_relation
 
 
-class FeatureProducts(FeatureMemory):
+class FeatureProducts(FeatureSums):
     """One operator after another."""
 
     def emit(self, node: fx.Node) -> None:
@@ -216,32 +215,3 @@ class FeatureProducts(FeatureMemory):
             given.append((value, every))
         for node, made in zip(nodes, self._sums_of_features(given), strict=True):
             self.tiles[node] = made
-
-    def _sums_of_features(self, given: list[tuple[str, Dims]]) -> list[Placed]:
-        """Sums along rows: each warp adds up its own, the parts are added up through shared memory."""
-        rooms = []
-        for value, (rows, columns) in given:
-            room, width = f"{self.fresh('parts')}_s", self.side(columns)
-            blocks = self.side(rows) // (ROWS * self.warps)
-            if self.schedule.few_shuffles:
-                shape, layout = [8 * self.warps, width], self.layouts.columns_apart()
-                value = f"gl.sum(gl.sum(gl.reshape({value}, {[blocks, self.warps, 2, 8, width]}), 2), 0)"
-                value = f"gl.reshape({value}, {shape})"
-            else:
-                shape, layout = [self.warps, width], self.layouts.numbers(2)
-                value = f"gl.sum(gl.sum(gl.reshape({value}, {[blocks, self.warps, ROWS, width]}), 0), 1)"
-            self.rooms.append(f"{room} = gl.allocate_shared_memory(gl.float32, {shape}, {layout})")
-            self.write(f"{room}.store({value})")
-            rooms.append((room, columns))
-        made = []
-        for room, columns in rooms:
-            width, natural = self.side(columns), self.natural((columns,))
-            layout = (
-                self.layouts.rows_of_lanes(width)
-                if self.schedule.few_shuffles
-                else self.layouts.parts(width)
-            )
-            value = f"gl.sum({room}.load({layout}), 0)"
-            made.append(self.let("c", f"gl.convert_layout({value}, {natural})", (columns,)))
-        self._start_next()
-        return made

@@ -131,7 +131,8 @@ def run(call: Any) -> None:
         **{n: lambda *args, **kwargs: None for n in ("NVMMADistributedLayout", "BlockedLayout", "SliceLayout", "NVMMASharedLayout",
                                                       "DotOperandLayout", "SwizzledSharedLayout", "DistributedLinearLayout")},
         expand_dims=lambda x, axis: x.unsqueeze(axis), broadcast=torch.broadcast_tensors,
-        reshape=lambda x, shape: x.reshape(shape),
+        reshape=lambda x, shape: x.reshape(shape), gather=lambda x, index, axis: x.gather(axis, index),
+        join=lambda x, y: torch.stack([x, y], -1), split=lambda x: x.unbind(-1),
         full=lambda shape, value, dtype, layout: torch.full(shape, value, dtype=dtype),
     )  # fmt: skip
 
