@@ -55,15 +55,22 @@ class FeatureLayouts(NamedLayouts):
             )
         return made
 
-    def parts(self, columns: int) -> str:
+    def parts_apart(self, columns: int) -> str:
         """What every warp has of sums along rows, all parts of a column in one lane."""
         numbers = [[0, 1 << k] for k in range(columns.bit_length() - 1)]
-        registers = [[1 << k, 0] for k in range(self.warps.bit_length() - 1)]
         lanes = [*numbers, *([[0, 0]] * 5)][:5]
-        return self._named(
-            f"PARTS_{columns}",
-            self._linear(registers + numbers[5:], lanes, [[0, 0]] * len(registers), [self.warps, columns]),
-        )
+        return self._parts_in(f"PARTS_APART_{columns}", numbers[5:], lanes, columns)
+
+    def parts(self, columns: int) -> str:
+        """What every warp has of sums along rows, all parts of a column in every thread that has the column."""
+        numbers = [[0, 1], *([0, 1 << k] for k in range(3, columns.bit_length() - 1))]
+        lanes = [[0, 2], [0, 4], [0, 0], [0, 0], [0, 0]]
+        return self._parts_in(f"PARTS_{columns}", numbers, lanes, columns)
+
+    def _parts_in(self, name: str, numbers: list[list[int]], lanes: list[list[int]], columns: int) -> str:  # fmt: skip
+        parts = self._warp_bits(2)
+        layout = self._linear(parts + numbers, lanes, [[0, 0]] * len(parts), [self.warps, columns])
+        return self._named(name, layout)
 
     def everywhere(self, columns: int, together: int) -> str:
         """Sums along rows in every thread that has their columns; of ``together`` sums whose columns alternate."""

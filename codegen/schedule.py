@@ -35,7 +35,7 @@ class Schedule:
             "features": each warp has some features of every value, rows of tiles whose columns are tokens.
         segments: where programs are few, another kernel makes the states of every so many mini-batches first, and this
             one then handles segments of a sequence beside each other.
-        few_shuffles: sums along rows pass through shared memory twice instead of from lane to lane.
+        few_shuffles: lanes that add up rows pass on half of their numbers at each step, instead of all.
         reload: large arguments are loaded again where they are read again, not kept in shared memory.
         early: matrices are on their way into shared memory from a product before they are read.
         widest: feature dimensions wider than this are divided into pieces, None for no such limit.

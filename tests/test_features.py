@@ -53,7 +53,7 @@ def test_forward_computes_what_the_program_says(T, nan):
 def test_other_pieces(warps, d, b):
     case = case_of(name=f"ttt_linear_b{b}", d=d)
     for few in (False, True):
-        schedule = replace(FEATURES, num_warps=warps)
+        schedule = replace(FEATURES, num_warps=warps, few_shuffles=few)
         assert_close(forward(case, schedule, run), exact(case), 1e-5)
 
 
