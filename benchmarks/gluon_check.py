@@ -20,6 +20,7 @@ import triton
 from scans import SHAPES, Case, make_case
 from sweep_schedules import Bench
 from tttc.codegen import heuristics
+from tttc.codegen.crowding import Crowd
 from tttc.codegen.torch_scan import run_program
 
 from tttc._scan_op import scan_info
@@ -124,7 +125,7 @@ def main() -> None:
         loop = forward_kernels.forward_loop(program, part, False)
         plain, gluon = (
             # Without what runs instead: a kernel that does not fit is to say so.
-            replace(heuristics.default_schedule(loop, 2, gluon=x), instead=None)
+            replace(heuristics.default_schedule(loop, Crowd.TWO, gluon=x), instead=None)
             for x in (False, True)
         )
         wanted = exact(case, program) if batch * length <= 4096 else None

@@ -151,10 +151,11 @@ def peer_row(peer: Any, shape: str, batch: int, length: int) -> dict[str, Any]:
     def forward() -> Any:
         return peer(*leaves, **rest)
 
+    cotangent = torch.ones_like(raw["v"])
+
     def train() -> None:
         out = peer(*leaves, **rest)
-        out = out[0] if isinstance(out, tuple) else out
-        torch.autograd.grad(out, leaves, torch.ones_like(out))
+        torch.autograd.grad(out[0] if isinstance(out, tuple) else out, leaves, cotangent)
 
     row = {"case": f"fla {peer.__name__}", "shape": shape, **median(forward)}
     row |= prefixed("graph_", replayed(forward))
@@ -200,9 +201,10 @@ def training_rows() -> list[dict[str, Any]]:
                     call.anchor, [], tokens, call.shared, call.key, case.mini_batch_size, 0, "auto", False, interval
                 )[0]  # fmt: skip
 
-            def train(run=run, leaves=leaves):
-                out = run()
-                return torch.autograd.grad(out, leaves, torch.ones_like(out))
+            cotangent = torch.ones_like(run().detach())
+
+            def train(run=run, leaves=leaves, cotangent=cotangent):
+                return torch.autograd.grad(run(), leaves, cotangent)
 
             row: dict[str, Any] = {"case": name, "shape": shape}
             if shape == "B1 T2048":
@@ -237,10 +239,10 @@ def reduced(case: Case, leaves: list[torch.Tensor]) -> dict[str, float]:
 
     compiled = tttc.compile(scan, strict=True, mode="reduce-overhead")
     tokens = [*leaves, *pytree.tree_leaves(case.tokens)[len(leaves) :]]
+    cotangent = torch.ones_like(compiled(*tokens).detach())
 
     def train() -> list[torch.Tensor]:
-        out = compiled(*tokens)
-        return list(torch.autograd.grad(out, leaves, torch.ones_like(out)))
+        return list(torch.autograd.grad(compiled(*tokens), leaves, cotangent))
 
     return median(train, 60)
 

@@ -19,8 +19,8 @@ from scans import SHAPES, Case, make_case
 from tttc.codegen import stages as stage_pass
 from tttc.codegen.candidates import candidates, shortlist
 from tttc.codegen.cost_model import CostModel
+from tttc.codegen.crowding import crowding
 from tttc.codegen.devices import device_of
-from tttc.codegen.heuristics import crowding
 from tttc.codegen.loop import Loop
 from tttc.codegen.schedule import Schedule
 from tttc.codegen.stages import stages

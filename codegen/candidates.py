@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from tttc.codegen.crowding import Crowd
 from tttc.codegen.feature_rules import feature_candidates
 from tttc.codegen.heuristics import default_schedule
 from tttc.codegen.loop import Loop, used
@@ -101,7 +102,7 @@ CHOICES: tuple[Choice, ...] = (_warps, _orientations, _loads, _orders, _nan, _ve
 
 def candidates(
     loop: Loop,
-    crowd: int,
+    crowd: Crowd,
     backward: bool = False,
     gluon: bool = False,
     split: Split = WHOLE,
@@ -110,7 +111,7 @@ def candidates(
 
     Args:
         loop: of one kernel (a stage, as :func:`tttc.codegen.stages.stages` makes them).
-        crowd: of :func:`tttc.codegen.heuristics.crowding`.
+        crowd: of :func:`tttc.codegen.crowding.crowding`.
         backward: the loop of a VJP.
         gluon: kernels for warpgroups may run.
         split: how the loop of a forward is split.
@@ -128,7 +129,7 @@ def candidates(
 
 
 def plans(
-    loop: Loop, crowd: int, backward: bool = False, split: Split = WHOLE
+    loop: Loop, crowd: Crowd, backward: bool = False, split: Split = WHOLE
 ) -> Iterator[dict[str, Any]]:
     """What all kernels of a loop have in common: how many there are, and how they pass values on.
 

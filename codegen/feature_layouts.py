@@ -50,7 +50,9 @@ class FeatureLayouts(NamedLayouts):
             made.append(
                 self._named(
                     f"HALVING_{together}x{columns}_{len(made)}",
-                    self._linear(registers, lanes, self._warp_bits(3), [self.warps, 2 * row[1], columns]),
+                    self._linear(
+                        registers, lanes, self._warp_bits(3), [self.warps, 2 * row[1], columns]
+                    ),
                 )
             )
         return made
@@ -79,7 +81,9 @@ class FeatureLayouts(NamedLayouts):
         registers = [[1 << k] for k in range(bits) if k not in (low + 1, low + 2)]
         lanes = [[1 << (low + 1)], [1 << (low + 2)], [0], [0], [0]]
         warps = [[0]] * (self.warps.bit_length() - 1)
-        return self._named(f"EVERYWHERE_{together}x{columns}", self._linear(registers, lanes, warps, [columns]))
+        return self._named(
+            f"EVERYWHERE_{together}x{columns}", self._linear(registers, lanes, warps, [columns])
+        )
 
     def _warp_bits(self, axes: int) -> list[list[int]]:
         """The first axis over warps."""

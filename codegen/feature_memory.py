@@ -70,11 +70,14 @@ class FeatureMemory(FeatureTiles):
         for node in self._fetched():
             sides = [self.side(d) for d in self._kept(node)] or [1]
             shared = self.layouts.numbers() if len(sides) == 1 else self.layouts.shared(sides[1], self._size(node))  # fmt: skip
-            shape = ", ".join(map(str, [depth, *sides]))
-            self.write(f"{self._room(node)} = gl.allocate_shared_memory({self._element(node)}, [{shape}], {shared})")  # fmt: skip
+            self.write(
+                self.room(
+                    self._room(node), self._element(node), self._size(node), [depth, *sides], shared
+                )
+            )
 
     def _size(self, node: fx.Node) -> int:
-        return 2 if self._narrow(node) else 4
+        return 2 if len(dims_of(node)) == 2 and self._narrow(node) else 4
 
     def _under_way(self) -> None:
         """Begin with the first mini-batches, all but one of those for which there are rooms."""
@@ -221,7 +224,15 @@ class FeatureMemory(FeatureTiles):
         room = f"{tensor}_there"
         rows, columns = (self.side(d) for d in memory)
         kind = f"{self.argument(tensor)}.dtype.element_ty"
-        self.rooms.append(f"{room} = gl.allocate_shared_memory({kind}, [{rows}, {columns}], {self.layouts.shared(columns, 2)})")  # fmt: skip
+        self.rooms.append(
+            self.room(
+                room,
+                kind,
+                2 if any(map(is_token, dims)) else 4,
+                [rows, columns],
+                self.layouts.shared(columns, 2),
+            )
+        )
         turned = "" if memory == dims else ".permute((1, 0))"
         self.write(f"{room}{turned}.store({value})")
         self.late.append(Late(tensor, room, memory))

@@ -6,8 +6,11 @@ import logging
 from collections.abc import Iterator
 from dataclasses import replace
 
+from tttc.codegen.crowding import Crowd
+from tttc.codegen.devices import H100
 from tttc.codegen.feature_layouts import ROWS
-from tttc.codegen.feature_loop import feature_renderer
+from tttc.codegen.feature_loop import FeatureRenderer, feature_renderer
+from tttc.codegen.forward_rules import is_recurrence
 from tttc.codegen.loop import Loop, used
 from tttc.codegen.schedule import Schedule
 from tttc.codegen.sizes import THREADS, products, state_elements, tile_elements, tile_rows
@@ -24,7 +27,11 @@ MOST_TOKENS = 32
 MOST_PRODUCTS = 12  # of a turn of a loop: values of more of them do not fit beside the state
 STATE = 160  # registers of a thread for the state, at most
 TILE = 32  # registers of a thread for one tile of tokens, at most: several live at a time
-MANY = 4  # warps from which lanes pass sums on through shared memory
+MANY = 4  # warps from which lanes pass on half of what they add up
+REGISTERS = 256  # of a thread for the state and matrices, at most: with few more than there are, few are spilled
+WARPS = 8  # whose registers a multiprocessor has
+DEPTHS = (4, 3)  # mini-batches under way or read, the best first
+RESERVED = 1024  # bytes of shared memory that each program takes beside its own
 
 
 def _features(loop: Loop) -> int:
@@ -33,37 +40,58 @@ def _features(loop: Loop) -> int:
     return max((loop.sizes[d] for d in dims if d in loop.sizes), default=0)
 
 
-def _warps(loop: Loop, crowd: int, backward: bool) -> int:
-    alone = crowd < 2 and tile_rows(loop) > FEW_TOKENS
+def _warps(loop: Loop, crowd: Crowd, backward: bool) -> int:
+    alone = crowd < Crowd.TWO and tile_rows(loop) > FEW_TOKENS
     rows = ROWS if backward or alone else ROWS_OF_A_WARP
-    warps = max(_features(loop) // rows, 2 if crowd == 0 else 1)
+    warps = max(_features(loop) // rows, 2 if crowd < Crowd.ONE else 1)
     while state_elements(loop) > STATE * THREADS * warps:
         warps *= 2
     return warps
 
 
-def _lowerable(loop: Loop, schedule: Schedule) -> bool:
+def _rendered(loop: Loop, schedule: Schedule) -> FeatureRenderer | None:
+    """What renders the kernel, having done so; None where the loop has no such kernel."""
+    renderer = feature_renderer(loop, schedule)
     try:
-        feature_renderer(loop, schedule).render()
+        renderer.render()
     except NotLowerable as problem:
         log.info("%s: no kernel of features over warps: %s", loop.name, problem)
-        return False
-    return True
+        return None
+    return renderer
 
 
-def feature_schedules(loop: Loop, crowd: int, backward: bool) -> list[Schedule]:
+def _fitting(loop: Loop, schedule: Schedule, crowd: Crowd, registers: int | None) -> list[Schedule]:
+    """The schedule with as many mini-batches under way as shared memory has rooms for; empty where it does not fit."""
+    programs = max(WARPS // schedule.num_warps, 1) if crowd == Crowd.TWO else 1
+    for depth in DEPTHS:
+        deep = replace(schedule, num_stages=depth)
+        rendered = _rendered(loop, deep)
+        if rendered is None or (registers is not None and rendered.registers > registers):
+            return []
+        if programs * (rendered.shared_memory + RESERVED) <= H100.shared:
+            return [deep]
+    return []
+
+
+def feature_schedules(loop: Loop, crowd: Crowd, backward: bool) -> list[Schedule]:
     """Where each warp holds some features of every value; empty where the loop has no such kernel or is better without.
 
     On an H200 (microseconds, against plain Triton): TTT-Linear with 64 features in two warps takes 262 at B16 T2048 (340)
     and 652 at B8 T8192 (1010), in four 467 and 916; with 128 features in four warps 336 (696) and 945 (1378), in eight
-    559 and 1107. Of 32 tokens a program that is alone on its multiprocessor takes 941 in four warps (B4 T16384, plain
+    559 and 1107. Of 32 tokens a program that is alone on its multiprocessor takes 934 in four warps (B4 T16384, plain
     Triton 1388) and 1330 in two, where several share one 356 and 303; values made late and given up early then gain 5
-    to 13 %. Sums through shared memory are slower in two warps (704 for 652), faster in four (941 for 1056). Of 64 tokens
-    plain Triton is faster (453 for 517). The recurrence of a backward takes 233 in four warps and 410 in two (265), a
-    backward in one kernel 1250 (1205).
+    to 13 %. Fewer shuffles are slower in two warps (822 for 734, B8 T8192), faster in four (934 for 1021 of 32 tokens).
+    Of 64 tokens plain Triton is faster (453 for 517).
+
+    Forward and backward of TTT-Linear take 1261 with the backward in one such kernel (plain Triton 1549, B16 T2048), with
+    128 features and half as many heads 2541 (3079), with 32 features 750 (1447); of 32 tokens and 32 features 741 (1058),
+    but 2589 (2010) with 64 features: what does not fit is spilled. Where the device is not full the kernel takes as long
+    with any number of programs and three kernels take longer with each: 1955 and 1995 at 64 programs, 1953 and 2623 at
+    128 (T8192). Values made late are 1 to 4 % faster than other orders, in one kernel or three.
     """
-    many = tile_rows(loop) > MOST_TOKENS or products(loop) > MOST_PRODUCTS
-    if loop.parallel or not loop.tokens or many or (backward and crowd > 0):
+    at_once = not backward or is_recurrence(loop)
+    many = tile_rows(loop) > MOST_TOKENS or (at_once and products(loop) > MOST_PRODUCTS)
+    if loop.parallel or not loop.tokens or many:
         return []
     warps = _warps(loop, crowd, backward)
     if tile_elements(loop) > TILE * THREADS * warps:
@@ -76,26 +104,29 @@ def feature_schedules(loop: Loop, crowd: int, backward: bool) -> list[Schedule]:
         ),
         ("num_stages", "tokens are copied three mini-batches ahead: memory takes longer than one"),
     ]  # fmt: skip
-    few = warps >= MANY and not backward
-    order = "least_live" if tile_rows(loop) > FEW_TOKENS else "products_first"
+    few = warps >= MANY or backward
+    order = "least_live" if backward or tile_rows(loop) > FEW_TOKENS else "products_first"
     if few:
         reasons.append(
-            ("few_shuffles", "many warps wait for the unit that passes numbers from lane to lane")
+            (
+                "few_shuffles",
+                "many sums: warps wait for the unit that passes numbers from lane to lane",
+            )
         )
     if not backward:
         reasons.append(
             ("nan", "where the state is not finite at the end, everything is computed once more with care")
         )  # fmt: skip
-    if crowd == 0 and not backward:
+    if crowd < Crowd.ONE and not backward:
         reasons.append(
             ("segments", "some multiprocessors have no program: states come first, then segments beside each other")
         )  # fmt: skip
     schedule = Schedule(
         num_warps=warps, num_stages=4, feature_major=True, renderer="features", few_shuffles=few,
-        order="on_demand" if backward else order, nan="ignored" if backward else "again",
+        order=order, nan="ignored" if backward else "again",
         segments=not backward, repeat_vectors=False, reasons=tuple(reasons),
     )  # fmt: skip
-    return [schedule] if _lowerable(loop, schedule) else []
+    return _fitting(loop, schedule, crowd, None if at_once else REGISTERS)
 
 
 def feature_candidates(loop: Loop, first: Schedule) -> Iterator[Schedule]:
@@ -106,4 +137,4 @@ def feature_candidates(loop: Loop, first: Schedule) -> Iterator[Schedule]:
         replace(first, num_stages=3),
         replace(first, few_shuffles=not first.few_shuffles),
     ]
-    return (x for x in made if x != first and _lowerable(loop, x))
+    return (x for x in made if x != first and _rendered(loop, x) is not None)

@@ -17,6 +17,7 @@ Source: the recursive halving of a reduce-scatter (Thakur, Rabenseifner, Gropp 2
 from __future__ import annotations
 
 from collections.abc import Sequence
+
 from tttc.codegen.feature_layouts import OVER, ROWS
 from tttc.codegen.feature_memory import FeatureMemory
 from tttc.codegen.feature_tiles import Placed
@@ -40,7 +41,9 @@ class FeatureSums(FeatureMemory):
         groups: list[list[tuple[str, Dims]]] = []
         for value, dims in given:
             width = self.side(dims[1])
-            last = groups[-1] if groups and self.schedule.few_shuffles and 2 * width <= LANES else []
+            last = (
+                groups[-1] if groups and self.schedule.few_shuffles and 2 * width <= LANES else []
+            )
             if len(last) == 1 and self.side(last[0][1][1]) == width:
                 last.append((value, dims))
             else:
@@ -57,12 +60,16 @@ class FeatureSums(FeatureMemory):
             values.append(f"gl.sum(gl.sum(gl.reshape({value}, {shape}), 2), 0)")
         value = values[0] if len(values) == 1 else f"gl.join({', '.join(values)})"
         self.write(f"{name} = gl.reshape({value}, {[self.warps, rows, columns]})")
-        for layout in self.layouts.halving(columns, len(these)) if self.schedule.few_shuffles else ():
+        for layout in (
+            self.layouts.halving(columns, len(these)) if self.schedule.few_shuffles else ()
+        ):
             rows //= 2
-            halves = f"gl.reshape(gl.convert_layout({name}, {layout}), {[self.warps, 2, rows, columns]})"
+            halves = (
+                f"gl.reshape(gl.convert_layout({name}, {layout}), {[self.warps, 2, rows, columns]})"
+            )
             self.write(f"{name} = gl.sum({halves}, 1)")
         room = f"{name}_s"
-        self.rooms.append(f"{room} = gl.allocate_shared_memory(gl.float32, {[self.warps, columns]}, {self.layouts.numbers(2)})")  # fmt: skip
+        self.rooms.append(self.room(room, "gl.float32", 4, [self.warps, columns], self.layouts.numbers(2)))  # fmt: skip
         self.write(f"{room}.store(gl.sum({name}, 1))")
         return room
 

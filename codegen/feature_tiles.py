@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,7 +11,9 @@ from typing import Any
 from torch import fx
 from tttc.codegen.feature_layouts import ROWS, FeatureLayouts
 from tttc.codegen.loop import Loop, only_products_read
+from tttc.codegen.ordering import most_live
 from tttc.codegen.schedule import Schedule
+from tttc.codegen.sizes import THREADS, state_elements
 from tttc.codegen.triton_loop import Renderer
 from tttc.codegen.triton_tiles import Tile
 
@@ -49,6 +52,7 @@ class FeatureTiles(Renderer):
         self.turned: dict[tuple[str, str, int], str] = {}  # what was read, by products before
         self.products = 0  # matrix products so far
         self.rooms: list[str] = []  # in shared memory, allocated before the loop
+        self.sizes_of_rooms: dict[str, int] = {}  # of all of them, in bytes
         self.scaled = self._scaled()
         self.home = ""  # the layout of the vector that is being made, where it is not the usual one
         self._check()
@@ -187,6 +191,31 @@ class FeatureTiles(Renderer):
 
     # -- reading ------------------------------------------------------------------------------------------
 
+    def room(self, name: str, kind: str, size: int, shape: list[int], layout: str) -> str:
+        """The line that allocates a room in shared memory; ``size``: bytes of a number."""
+        self.sizes_of_rooms[name] = size * math.prod(shape)
+        return f"{name} = gl.allocate_shared_memory({kind}, {shape}, {layout})"
+
+    @property
+    def shared_memory(self) -> int:
+        """Bytes of shared memory that a rendered kernel takes."""
+        return sum(self.sizes_of_rooms.values())
+
+    @property
+    def registers(self) -> int:
+        """Registers of a thread of a rendered kernel for the state and for the most matrices that live at a time."""
+
+        def size(node: fx.Node) -> int:
+            dims = dims_of(node)
+            if len(dims) < 2 or node in self.loop.sources or self._deferred(node):
+                return 0
+            each = THREADS if all(map(is_token, dims)) else THREADS * self.warps
+            return self._on_chip(node) // each
+
+        return state_elements(self.loop) // (THREADS * self.warps) + most_live(
+            self._sequence(), size
+        )
+
     def placed(self, tile: Tile) -> Placed:
         """The tile as one of this renderer's."""
         if isinstance(tile, Placed):
@@ -238,9 +267,7 @@ class FeatureTiles(Renderer):
             name = self.copies[tile.name] = f"{self.fresh('k')}_s"
             rows, columns = (self.side(d) for d in tile.dims)
             layout = self.layouts.shared(columns, 2)
-            self.rooms.append(
-                f"{name} = gl.allocate_shared_memory(DOT, [{rows}, {columns}], {layout})"
-            )
+            self.rooms.append(self.room(name, "DOT", 2, [rows, columns], layout))
             self.write(f"{name}.store({tile.name}.to(DOT))")
         return self.copies[tile.name]
 

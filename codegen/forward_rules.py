@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from tttc.codegen.crowding import Crowd
 from tttc.codegen.loop import Loop
 from tttc.codegen.schedule import Schedule
 from tttc.codegen.sizes import (
@@ -78,12 +79,12 @@ def _care(loop: Loop, warps: int, hopper: bool) -> tuple[str, tuple[str, str]]:
     return "product", ("nan", "a small product beside each causal one costs least")
 
 
-def _warps(loop: Loop, crowd: int) -> int:
+def _warps(loop: Loop, crowd: Crowd) -> int:
     """Warps that hold a state and its tiles, and more where that leaves the device idle."""
     rows, heavy = tile_rows(loop), products(loop) > MANY_PRODUCTS
     if rows == 1:
-        warps = 2 if crowd == 2 and not heavy else 4
-    elif crowd == 2 and not heavy:
+        warps = 2 if crowd == Crowd.TWO and not heavy else 4
+    elif crowd == Crowd.TWO and not heavy:
         warps = 1
     else:
         padded = wide_tile(loop) * max(UNIT_ROWS // rows, 1)
@@ -96,7 +97,7 @@ def _warps(loop: Loop, crowd: int) -> int:
     return warps
 
 
-def forward_schedules(loop: Loop, crowd: int, hopper: bool) -> list[Schedule]:
+def forward_schedules(loop: Loop, crowd: Crowd, hopper: bool) -> list[Schedule]:
     """Of a loop with a state that leaves registers to tiles, and what runs where that takes too much shared memory.
 
     ``hopper``: on such a GPU.
@@ -109,18 +110,18 @@ def forward_schedules(loop: Loop, crowd: int, hopper: bool) -> list[Schedule]:
     return [best, alone]
 
 
-def _sequential(loop: Loop, crowd: int, hopper: bool) -> Schedule:
+def _sequential(loop: Loop, crowd: Crowd, hopper: bool) -> Schedule:
     rows, turn = tile_rows(loop), turned(loop)
     warps = MOST_WARPS if turn else _warps(loop, crowd)
     state, tile = (
         -(-x // (THREADS * warps)) for x in (state_elements(loop), max(tile_elements(loop), wide_tile(loop)))
     )  # fmt: skip
-    full = "they fill the device" if crowd == 2 else "each must be fast alone"
+    full = "they fill the device" if crowd == Crowd.TWO else "each must be fast alone"
     nan, care = _care(loop, warps, hopper)
     reasons = [
         (
             "num_warps",
-            f"{('fewer than one', 'one', 'two or more')[crowd]} program a multiprocessor: {full}; the state takes {state} "
+            f"{crowd}: {full}; the state takes {state} "
             f"registers of each thread, a tile of tokens up to {tile}, and {products(loop)} products share the others",
         ),
         care,

@@ -10,7 +10,8 @@ import logging
 from dataclasses import replace
 
 import torch
-from tttc.codegen.devices import device_of
+from tttc.codegen.crowding import Crowd
+from tttc.codegen.feature_layouts import ROWS
 from tttc.codegen.feature_rules import feature_schedules
 from tttc.codegen.forward_rules import (
     FEW_PRODUCTS,
@@ -30,6 +31,7 @@ from tttc.codegen.sizes import (
     THREADS,
     fits,
     matrix_elements,
+    product_features,
     products,
     state_elements,
     tile_elements,
@@ -50,7 +52,6 @@ Reasons = tuple[tuple[str, str], ...]
 TILE_REGISTERS = 32  # of a thread, at most, for one tile of tokens, where warps can be added: several live at a time
 STATE_OF_WARPS = 160  # registers of a thread, at most, where warps share the state
 GROUP = 8  # mini-batches a program of a parallel kernel handles
-LEAST_MINI_BATCHES = 8  # from which stages pay
 # Of Gluon kernels, the best first: those that load more than they store, and the others.
 READING: tuple[dict[str, bool], ...] = ({"early": True}, {"early": True, "reload": True})
 WRITING: tuple[dict[str, bool], ...] = ({"prefetch": True, "reload": True}, {"reload": True})
@@ -58,16 +59,7 @@ GROUP_OF_WARPGROUPS = 4  # as GROUP
 WIDEST = 128  # rows of a tile of warpgroups
 
 
-def crowding(programs: int, mini_batches: int, device: torch.device) -> int:
-    """How full a device is of sequential programs: 0 (some multiprocessors have none), 1, or 2 (at least two each).
-
-    Where there are few mini-batches it counts as 1: splitting a kernel in stages would not pay.
-    """
-    each = min(programs // device_of(device).processors, 2)
-    return 1 if each == 0 and mini_batches < LEAST_MINI_BATCHES else each
-
-
-def backward_stages(loop: Loop, crowd: int) -> tuple[int, str]:
+def backward_stages(loop: Loop, crowd: Crowd) -> tuple[int, str]:
     """How many kernels the loop of a VJP is made of, and why."""
     tiles = loop.tokens or tile_rows(loop) > 1
     if loop.once or loop.refresh or not tiles:
@@ -79,7 +71,7 @@ def backward_stages(loop: Loop, crowd: int) -> tuple[int, str]:
             3,
             "triangular systems are solved before the state is known, for all mini-batches at once",
         )
-    if crowd == 0:
+    if crowd < Crowd.ONE:
         return (
             3,
             "some multiprocessors have no program: what the state does not wait for runs in parallel",
@@ -94,12 +86,12 @@ def hopper(device: torch.device) -> bool:
 
 def default_schedule(
     loop: Loop,
-    crowd: int,
+    crowd: Crowd,
     backward: bool = False,
     gluon: bool = False,
     split: Split = WHOLE,
 ) -> Schedule:
-    """The schedule of a loop or of one of its stages, with its reasons; ``crowd``: of :func:`crowding`.
+    """The schedule of a loop or of one of its stages, with its reasons.
 
     ``gluon``: kernels for warpgroups may be chosen, see :func:`hopper`. ``split``: how the loop of a forward is split.
 
@@ -129,6 +121,11 @@ def default_schedule(
     whole = not is_recurrence(loop)
     if choices[0].segments and whole:
         count, why = 1, "warps share the state: one kernel passes no states through memory"
+    if backward and whole and choices[0].renderer == "features" and crowd == Crowd.SOME:
+        count, why = (
+            1,
+            "one kernel is fast alone, and about half of the multiprocessors or more have one",
+        )
     chosen: Schedule | None = None
     for choice in reversed(choices):
         reasons = (("stages", why), vectors, *choice.reasons)
@@ -147,7 +144,7 @@ def default_schedule(
         chosen = replace(
             choice,
             stages=count,
-            segments=choice.segments and crowd == 0 and whole and not backward,
+            segments=choice.segments and crowd < Crowd.ONE and whole and not backward,
             repeat_vectors=False,
             reasons=reasons,
             origin="rules, without a measurement",
@@ -181,7 +178,7 @@ def phase_schedule(loop: Loop, group: int) -> Schedule:
     )  # fmt: skip
 
 
-def _small(loop: Loop, crowd: int) -> Schedule:
+def _small(loop: Loop, crowd: Crowd) -> Schedule:
     """Of a VJP, where the state leaves registers to other tiles."""
     heavy = products(loop) > MANY_PRODUCTS
     order = (
@@ -220,7 +217,7 @@ def _small(loop: Loop, crowd: int) -> Schedule:
             num_warps=warps, num_stages=1 if matrices else 2, late_loads=True, group=GROUP,
             order="least_live" if matrices else "products_first", nan="branch", reasons=reasons,
         )  # fmt: skip
-    warps = 2 if crowd == 2 and not heavy else 4
+    warps = 2 if crowd == Crowd.TWO and not heavy else 4
     elements = state_elements(loop)
     tile = tile_elements(loop)
     while not fits(loop, warps):
@@ -228,9 +225,9 @@ def _small(loop: Loop, crowd: int) -> Schedule:
     while warps < MOST_WARPS and tile > TILE_REGISTERS * THREADS * warps:
         warps *= 2
     taken = -(-elements // (THREADS * warps))
-    full = "each must be fast alone" if crowd < 2 else "they fill it"
+    full = "each must be fast alone" if crowd < Crowd.TWO else "they fill it"
     warps_why = (
-        f"{('fewer than one', 'one', 'two or more')[crowd]} program a multiprocessor: {full}; the state is "
+        f"{crowd}: {full}; the state is "
         f"{elements} numbers, {taken} registers of each thread, a tile of tokens up to {-(-tile // (THREADS * warps))}, "
         f"and {products(loop)} products share the others"
     )
@@ -253,6 +250,8 @@ def _large(loop: Loop) -> Schedule:
     """Where the state takes more registers than are good: whatever else lives shortly, lives shortly."""
     elements = state_elements(loop)
     rows = tile_rows(loop)
+    # Products with 16 features to each warp, or with as many tokens as are as good.
+    tall = rows >= 64 or (loop.parallel and product_features(loop) >= ROWS * MOST_WARPS)
     reasons = [
         (
             "num_warps",
@@ -270,14 +269,14 @@ def _large(loop: Loop) -> Schedule:
         "the state takes most registers: tokens are loaded where they are first needed",
     )
     least = ("order", "the state takes most registers: values are made late and given up early")
-    if rows >= 64:
+    if tall:
         turned = (
             "feature_major",
             f"tiles have {rows} tokens: with features as rows a product of {MOST_WARPS} warps keeps its operands once",
         )
         return Schedule(
             num_warps=MOST_WARPS, num_stages=1, feature_major=True, late_loads=True, order="least_live",
-            nan="branch", reasons=(*reasons, turned, late, least),
+            nan="branch", group=GROUP if loop.parallel and rows < 64 else 1, reasons=(*reasons, turned, late, least),
         )  # fmt: skip
     if loop.once:
         return Schedule(

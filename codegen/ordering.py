@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import fx
 
+from tttc.ir import ops
 from tttc.ir.depth import depths, makes_wait
 
 
@@ -142,3 +143,25 @@ def least_live(
         order += group
         done |= set(group)
     return order
+
+
+def most_live(nodes: Sequence[fx.Node], size: Callable[[fx.Node], int]) -> int:
+    """The most that values take at a time, of nodes computed in this order; what is only renamed is one value."""
+
+    def renamed(node: fx.Node) -> fx.Node:
+        while node.target is ops.rename:
+            (node,) = node.all_input_nodes
+        return node
+
+    last: dict[fx.Node, int] = {}
+    for i, node in enumerate(nodes):
+        last |= {renamed(x): i for x in node.all_input_nodes} | {renamed(node): i}
+    ends: dict[int, int] = {}
+    live = most = 0
+    for i, node in enumerate(nodes):
+        if renamed(node) is node:
+            live += size(node)
+            ends[last[node]] = ends.get(last[node], 0) + size(node)
+        most = max(most, live)
+        live -= ends.pop(i, 0)
+    return most

@@ -17,6 +17,7 @@ from test_stages import call_of
 from tttc.codegen import cost_model
 from tttc.codegen.candidates import candidates
 from tttc.codegen.cost_model import CostModel
+from tttc.codegen.crowding import Crowd
 from tttc.codegen.devices import A100, B200, H100, H200, device_of, from_properties, named
 from tttc.codegen.schedule import Schedule
 from tttc.codegen.work import BATCH, HEADS, LENGTH, work
@@ -140,7 +141,7 @@ def test_estimates_move_as_they_must():
     assert seconds((64, 32, 2048), A100) > seconds((64, 32, 2048), B200)
     tight = CostModel(loop, (1, 32, 2048), H200, 2).estimate(Schedule(num_warps=4, maxnreg=32))
     assert tight.spilled > 0
-    ranked = CostModel(loop, (4, 32, 2048), H200, 2).rank(candidates(loop, 1))
+    ranked = CostModel(loop, (4, 32, 2048), H200, 2).rank(candidates(loop, Crowd.ONE))
     assert [e.seconds for _, e in ranked] == sorted(e.seconds for _, e in ranked)
 
 

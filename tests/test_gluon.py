@@ -13,6 +13,7 @@ import torch
 from marks import interpreted, on_gpu
 from torch.utils import _pytree as pytree
 from tttc.codegen import gluon_loop, heuristics
+from tttc.codegen.crowding import Crowd
 from tttc.codegen.loop import used
 from tttc.codegen.pieces import divided
 from tttc.codegen.render import render
@@ -191,17 +192,19 @@ def loops():
 
 def test_large_tiles_are_for_warpgroups_where_there_are_some():
     for name, loop in loops().items():
-        chosen = heuristics.default_schedule(loop, 1, backward="backward" in name, gluon=True)
+        chosen = heuristics.default_schedule(
+            loop, Crowd.ONE, backward="backward" in name, gluon=True
+        )
         assert chosen.renderer == "gluon"
         while chosen.instead is not None:
             chosen = chosen.instead
         assert chosen.renderer == "triton"
-        assert heuristics.default_schedule(loop, 1).renderer == "triton"
+        assert heuristics.default_schedule(loop, Crowd.ONE).renderer == "triton"
 
 
 def test_copies_come_ahead_where_a_loop_loads_more_than_it_stores():
     chosen = {
-        name: heuristics.default_schedule(loop, 1, backward="backward" in name, gluon=True)
+        name: heuristics.default_schedule(loop, Crowd.ONE, backward="backward" in name, gluon=True)
         for name, loop in loops().items()
     }
     ahead = {name.rpartition("_")[-1]: (s.early, s.prefetch) for name, s in chosen.items()}
@@ -238,7 +241,7 @@ def test_what_has_no_gluon_form_stays_plain(name, d):
     loop = forward_kernels.forward_loop(program, part, False)
     with pytest.raises(NotLowerable):
         render(loop, GLUON)
-    assert heuristics.default_schedule(loop, 1, gluon=True).renderer != "gluon"
+    assert heuristics.default_schedule(loop, Crowd.ONE, gluon=True).renderer != "gluon"
 
 
 def test_a_wide_dimension_is_divided():

@@ -10,6 +10,7 @@ from marks import interpreted, on_gpu
 from test_cuda_graphs import warmed_up
 from test_replay import replaying  # noqa: F401
 from test_stages import call_of, gradients
+from tttc.codegen.crowding import Crowd
 from tttc.codegen.schedule import Schedule
 
 import tttc
@@ -22,7 +23,7 @@ def few(monkeypatch):
     """Programs are few, and so are the mini-batches of a group."""
     of = triton_scan_backward.setting_of
     monkeypatch.setattr(
-        triton_scan_backward, "setting_of", lambda *args: replace(of(*args), crowd=0)
+        triton_scan_backward, "setting_of", lambda *args: replace(of(*args), crowd=Crowd.FEW)
     )
     monkeypatch.setattr(beside, "pays", lambda: True)
     monkeypatch.setattr(triton_scan_backward, "ENOUGH_PROGRAMS", 1)

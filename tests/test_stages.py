@@ -10,6 +10,7 @@ import pytest
 import torch
 from marks import interpreted
 from test_kernels import arguments, launches
+from tttc.codegen.crowding import Crowd
 from tttc.codegen.heuristics import default_schedule
 from tttc.codegen.resources import measure
 from tttc.codegen.schedule import Schedule
@@ -142,7 +143,7 @@ def test_large_tiles_have_warps_that_hold_them():
     for b in (16, 64, 128):
         _, program, _ = call_of(TTTLinear, T=b, d=64, b=b)
         loop = forward_kernels.forward_loop(program, "full", False)
-        schedules[b] = default_schedule(loop, crowd=2)
+        schedules[b] = default_schedule(loop, crowd=Crowd.TWO)
     assert schedules[16].num_warps < schedules[64].num_warps <= schedules[128].num_warps
     found = [x for b, s in schedules.items() for x in launches(TTTLinear, b, 128, schedule=s)]
     # In two warps 64 tokens spill 10 KB, 128 tokens 15.

@@ -6,6 +6,7 @@ import pytest
 import torch
 from test_passes import compiled, layer_arguments
 from torch import fx
+from tttc.codegen.crowding import Crowd
 from tttc.codegen.heuristics import default_schedule
 from tttc.codegen.render import render
 from tttc.codegen.together import groups_of, in_order
@@ -125,7 +126,7 @@ def test_sums_are_made_together():
     """A norm's derivative adds up two things that wait for the same: one call makes both."""
     program = compiled(TTTLinear.step, *layer_arguments(TTTLinear, b=16, d=16), 16)[1]
     loop = backward_loop_of(program, "full", ("token_0", "token_1", "token_2"))
-    source = render(loop, default_schedule(loop, 1, backward=True)).source
+    source = render(loop, default_schedule(loop, Crowd.ONE, backward=True)).source
     assert "def sums_2(" in source and source.count(" = sums_") >= 4
 
 

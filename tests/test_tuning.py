@@ -17,6 +17,7 @@ from marks import interpreted
 from test_stages import call_of
 from tttc.codegen import kernel
 from tttc.codegen.candidates import CHOICES, candidates, neighbours, plans, shortlist
+from tttc.codegen.crowding import Crowd
 from tttc.codegen.kernel import write_atomically
 from tttc.codegen.resources import ResourceError, Resources
 from tttc.codegen.schedule import Schedule
@@ -94,7 +95,9 @@ def files(folder):
 def small_loop():
     """A loop like the layer's, and a size class."""
     _, program, _ = call_of(TTTLinear, T=8, d=8, b=4)
-    return forward_kernels.forward_loop(program, "full", False), Setting(2, 5, 6, torch.bfloat16)
+    return forward_kernels.forward_loop(program, "full", False), Setting(
+        Crowd.TWO, 5, 6, torch.bfloat16
+    )
 
 
 def some_plan(loop, **choices):
@@ -108,7 +111,7 @@ def test_candidates_follow_from_loop_and_fields():
     loop, _ = small_loop()
     for common in plans(loop, 2):
         for part in stages(loop, common["stages"]):
-            found = candidates(part, 2)
+            found = candidates(part, Crowd.TWO)
             assert len(found) == len(set(found)) > 20
             names = {k for choice in CHOICES for option in choice(part, found[0]) for k in option}
             assert names <= set(Schedule().choices())
@@ -244,7 +247,12 @@ def test_another_version_device_size_class_dtype_or_loop_misses(folder, monkeypa
     loop, setting = small_loop()
     plan = remembered.remember(loop, setting, some_plan(loop, num_warps=2), 1e-3, 3)
     assert remembered.recall(loop, setting) == plan
-    for change in ({"crowd": 1}, {"programs": 6}, {"mini_batches": 7}, {"dtype": torch.float16}):
+    for change in (
+        {"crowd": Crowd.ONE},
+        {"programs": 6},
+        {"mini_batches": 7},
+        {"dtype": torch.float16},
+    ):
         assert remembered.recall(loop, replace(setting, **change)) is None
     assert remembered.recall(replace(loop, reverse=True), setting) is None
     for name in ("torch", "triton", "tttc"):

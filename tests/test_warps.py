@@ -12,6 +12,7 @@ import torch
 from marks import interpreted, on_gpu
 from test_gluon import assert_close, exact, forward
 from tttc.codegen import gluon_loop, heuristics
+from tttc.codegen.crowding import Crowd
 from tttc.codegen.render import render
 from tttc.codegen.resources import measure
 from tttc.codegen.schedule import Schedule
@@ -94,13 +95,13 @@ def test_what_is_not_finite_stays_after_its_token(argument, value):
 
 def test_a_wide_state_is_shared_by_warps():
     loop = loop_of(case_of(d=64))
-    chosen = heuristics.default_schedule(loop, 1, gluon=True)
+    chosen = heuristics.default_schedule(loop, Crowd.ONE, gluon=True)
     assert chosen.renderer == "warps" and chosen.instead.renderer == "triton"
-    assert heuristics.default_schedule(loop, 1).renderer == "triton"
+    assert heuristics.default_schedule(loop, Crowd.ONE).renderer == "triton"
     larger = forward_kernels.forward_loop(
         case_of(d=64).program(), "full", True
     )  # with sums that nobody else reads
-    assert heuristics.default_schedule(larger, 1, gluon=True).renderer == "triton"
+    assert heuristics.default_schedule(larger, Crowd.ONE, gluon=True).renderer == "triton"
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from tttc.codegen.crowding import Crowd
 from tttc.codegen.heuristics import default_schedule
 from tttc.codegen.loop import Loop, backward_loop, constant_tensors, used
 from tttc.codegen.schedule import Schedule
@@ -191,7 +192,7 @@ def run_backward_kernels(
     sums: dict[str, Tensor] = {}
     nothing: list[Tensor | None] = [None] * len(on_anchor)
     overlap = Overlap(launcher)
-    few = setting.crowd == 0 and beside.pays()
+    few = setting.crowd < Crowd.ONE and beside.pays()
     known = sorted({i for group in given[:2] for i, x in enumerate(group) if x is not None})
     given_states = live_cotangents(program, leaves, known)
 

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from tttc.codegen.crowding import Crowd, crowding
 from tttc.codegen.devices import device_of
-from tttc.codegen.heuristics import crowding, default_schedule
+from tttc.codegen.heuristics import default_schedule
 from tttc.codegen.loop import Loop
 from tttc.codegen.schedule import Schedule
 from tttc.codegen.stages import stages
@@ -26,14 +27,14 @@ class Setting:
     """The size class of a call, and what it runs on: what a plan is chosen for, beside the loop.
 
     Attributes:
-        crowd: how full the device is of programs (:func:`tttc.codegen.heuristics.crowding`).
+        crowd: how full the device is of programs (:func:`tttc.codegen.crowding.crowding`).
         programs, mini_batches: their numbers of bits: powers of two share a plan.
         dtype: of the tokens.
         device: the call runs on.
         gluon: whether device and tokens are such that kernels for warpgroups may run.
     """
 
-    crowd: int = 1
+    crowd: Crowd = Crowd.ONE
     programs: int = 0
     mini_batches: int = 0
     dtype: torch.dtype = torch.float32

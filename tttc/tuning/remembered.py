@@ -49,7 +49,7 @@ def key_of(loop: Loop, setting: Setting) -> dict[str, Any]:
     return {
         "loop": digest(loop),
         "kernel": loop.name,
-        "crowd": setting.crowd,
+        "crowd": setting.crowd.name,
         "gluon": setting.gluon,
         "programs": setting.programs,
         "mini_batches": setting.mini_batches,
