@@ -1,6 +1,6 @@
 """How long a first call takes: cold, warm from disk, tuned; one layer and many. Each in a process of its own.
 
-    python benchmarks/compile_time.py benchmarks/results/OUT.json [--layers 24] [--runs 3]
+    python benchmarks/compile_time.py benchmarks/results/OUT.json [--layers 24] [--runs 3] [--directions forward training]
 
 Times are seconds from after `import torch` to the first result, `import tttc` among them, of that the first call alone, the
 processor's time of the process from `import tttc` on, and a second call, which only computes; on a GPU in bf16 by kernels,
@@ -29,6 +29,7 @@ CASES = {
     "{n} layers, cold": (0, False, "new"),
     "{n} layers, warm from disk": (0, False, "kept"),
 }
+DIRECTIONS = {"forward": False, "training": True}
 
 
 def child(layers: int, tune: bool, backward: bool) -> None:
@@ -72,6 +73,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--runs", type=int, default=1)
+    parser.add_argument("--directions", nargs="+", default=list(DIRECTIONS), choices=DIRECTIONS)
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
@@ -82,8 +84,8 @@ def main() -> None:
 
     rows: list[dict[str, Any]] = []
     load = [os.getloadavg()[0]]
-    for backward in (False, True):
-        folder = None
+    for direction in options.directions:
+        backward, folder = DIRECTIONS[direction], None
         for name, (layers, tune, cache) in CASES.items():
             arguments = [str(int(x)) for x in (layers or options.layers, tune, backward)]
             row: dict[str, Any] = {

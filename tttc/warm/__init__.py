@@ -15,13 +15,7 @@ is an entry of TorchDynamo's own cache: guards are checked by TorchDynamo, and a
 
 import os
 
-import torch
-
 
 def asked() -> bool:
-    """Whether programs are kept on disk and used: as ``TTTC_WARM`` says, 0 or 1.
-
-    Without it where there is no GPU: none of this has run on one yet.
-    """
-    said = os.environ.get("TTTC_WARM")
-    return not torch.cuda.is_available() if said is None else said != "0"
+    """Whether programs are kept on disk and used: unless ``TTTC_WARM`` is 0."""
+    return os.environ.get("TTTC_WARM", "1") != "0"
