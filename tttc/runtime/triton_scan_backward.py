@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -127,8 +128,17 @@ def _zero(like: Tensor) -> Tensor:
         return like.new_zeros(())  # made by the graph, and of nobody else
     key = (like.device, like.dtype)
     if key not in _zeros:
-        _zeros[key] = like.new_zeros(())
+        # What a thread allocates while it warms up for CUDA graphs is theirs; so another one does.
+        with ThreadPoolExecutor(1) as other:
+            _zeros[key] = other.submit(_written_zero, *key).result()
     return _zeros[key]
+
+
+def _written_zero(device: torch.device, dtype: torch.dtype) -> Tensor:
+    zero = torch.zeros((), device=device, dtype=dtype)
+    if zero.is_cuda:
+        torch.cuda.synchronize(device)  # streams of other threads don't wait for this one's
+    return zero
 
 
 def _together(made: Staged | Chunked, heads: int) -> int:
