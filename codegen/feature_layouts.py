@@ -42,7 +42,7 @@ class FeatureLayouts(NamedLayouts):
         bits = columns.bit_length() - 1
         free = [1 << k for k in range(bits) if k not in (low + 1, low + 2)]
         lanes = [[0, 0, 1 << (low + 1)], [0, 0, 1 << (low + 2)], [0, 1, 0], [0, 2, 0], [0, 4, 0]]
-        made = []
+        made: list[str] = []
         for lane, column in zip((4, 3, 2), free, strict=False):
             row = lanes[lane]
             lanes[lane] = [0, 0, column]

@@ -9,6 +9,7 @@ from torch import fx
 from tttc.passes.backward import Backward
 
 from tttc.ir import ops
+from tttc.ir.apart import apart
 from tttc.ir.body import Body, operands_of, role
 from tttc.ir.build import ancestors, dims_of
 from tttc.ir.program import Program
@@ -222,7 +223,8 @@ def constant_tensors(program: Program, device: torch.device) -> dict[str, torch.
     Copies from the host make it wait for the device, and cannot be captured in a CUDA graph.
     """
     if device not in program.constants:
-        program.constants[device] = {
-            f"constant_{i}": x.to(device) for i, x in enumerate(program.token.constants)
-        }
+        program.constants[device] = apart(
+            device,
+            lambda: {f"constant_{i}": x.to(device) for i, x in enumerate(program.token.constants)},
+        )
     return dict(program.constants[device])

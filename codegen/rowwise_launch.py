@@ -14,6 +14,7 @@ from torch import fx
 from tttc.codegen.kernel import Kernel
 from tttc.codegen.rowwise import emit, parts
 from tttc.codegen.rowwise_ops import NotEmittableError
+from tttc.codegen.triton_ready import wait_for_triton
 
 from tttc.ir.region import FusedRegion
 from tttc.ir.row_space import value_of
@@ -54,6 +55,7 @@ class Start:
             compiled, known = found
             compiled[(*grid, 1, 1)[:3]](*arguments, *known)
             return
+        wait_for_triton()
         compiled = self.function[grid](*arguments, **constants)
         # The interpreter compiles nothing; AMD's compiler also asks for the size of a tensor.
         if compiled is not None and torch.version.hip is None:

@@ -120,7 +120,9 @@ def trained(model, mode, inputs, targets):
 
 @on_gpu
 def test_reduce_overhead_computes_what_calls_do(caplog, monkeypatch):
-    monkeypatch.setattr(triton_scan_backward, "_zeros", {})  # as in a process that does nothing else
+    monkeypatch.setattr(
+        triton_scan_backward, "_zeros", {}
+    )  # as in a process that does nothing else
     model, inputs = model_and_inputs()
     inputs = [*inputs, *(x.flip(0) for x in inputs)]
     targets = [x.float().roll(1, 1) for x in inputs]

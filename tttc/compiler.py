@@ -22,6 +22,7 @@ from tttc.capture import regions
 from tttc.capture.loops import Loops
 from tttc.capture.torch_scan import capturing
 from tttc.codegen.rowwise_launch import lower_regions
+from tttc.codegen.triton_ready import begin_triton
 from tttc.ir.errors import CheckError, NotLowerable
 from tttc.lowering import DirectScans, lower_scans, lower_torch_scans
 from tttc.options import Options, check_options, of_mode, warn_once
@@ -242,6 +243,8 @@ def _warm(
 
 
 def _compiled_call(target: Callable[..., Any], options: Options) -> Callable[..., Any]:
+    if options.backend != "torch":
+        begin_triton()
     backend = _shared_backend(options)
     if _recorder.recording():  # who looks on wants to see it compiled
         backend = functools.partial(compile_graph, options=options)

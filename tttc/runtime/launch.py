@@ -14,6 +14,7 @@ import torch
 from tttc.codegen.assembler import Miscompiled, assembled
 from tttc.codegen.kernel import Kernel
 from tttc.codegen.resources import Request
+from tttc.codegen.triton_ready import wait_for_triton
 from tttc.ir.errors import KernelTooLarge, NotLowerable
 from tttc.progress import phase
 from tttc.runtime.beside import Aside
@@ -199,6 +200,7 @@ def _compiled(call: Launch, arguments: list[Any], constants: dict[str, Any]) -> 
 def _first_launch(call: Launch, arguments: list[Any], known: tuple[Any, ...]) -> None:
     from triton.runtime.errors import OutOfResources
 
+    wait_for_triton()
     kernel = call.kernel
     fast = next(iter(call.tensors.values())).is_cuda and torch.version.hip is None
     constants = call.constants(fast)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -14,6 +13,7 @@ from tttc.codegen.loop import Loop, backward_loop, constant_tensors, used
 from tttc.codegen.schedule import Schedule
 from tttc.codegen.torch_scan import squeeze_features
 from tttc.codegen.torch_scan_backward import Leaves, derive, live_cotangents
+from tttc.ir.apart import apart
 from tttc.ir.body import role
 from tttc.ir.program import Program
 from tttc.runtime import beside
@@ -128,17 +128,9 @@ def _zero(like: Tensor) -> Tensor:
         return like.new_zeros(())  # made by the graph, and of nobody else
     key = (like.device, like.dtype)
     if key not in _zeros:
-        # What a thread allocates while it warms up for CUDA graphs is theirs; so another one does.
-        with ThreadPoolExecutor(1) as other:
-            _zeros[key] = other.submit(_written_zero, *key).result()
+        device, dtype = key
+        _zeros[key] = apart(device, lambda: torch.zeros((), device=device, dtype=dtype))
     return _zeros[key]
-
-
-def _written_zero(device: torch.device, dtype: torch.dtype) -> Tensor:
-    zero = torch.zeros((), device=device, dtype=dtype)
-    if zero.is_cuda:
-        torch.cuda.synchronize(device)  # streams of other threads don't wait for this one's
-    return zero
 
 
 def _together(made: Staged | Chunked, heads: int) -> int:
