@@ -20,6 +20,7 @@ from tttc.codegen.torch_scan_backward import live_cotangents
 from tttc.runtime import fused_scan, triton_scan_backward
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+from rule_cases import rule_case
 from scans import make_case
 
 
@@ -32,7 +33,10 @@ ATTENTION = ("token_0", "token_1", "token_2")  # queries, keys and values
 
 def backward_of(b, d, leaves=None):
     """The loop of a backward to some leaves, or to all."""
-    case = case_of(b, d)
+    return backward_loop(case_of(b, d), leaves)
+
+
+def backward_loop(case, leaves=None):
     program, call = case.program(), case.flat()
     leaves = leaves or fused_scan.floating_leaves(call.tokens, call.shared)
     live = live_cotangents(program, leaves, set())
@@ -77,6 +81,14 @@ def test_a_backward_that_would_spill_is_not(b, d):
     loop = backward_of(b, d)
     assert chosen(loop, Crowd.TWO).renderer == "triton"
     assert chosen(loop, Crowd.SOME).stages == 3
+
+
+@pytest.mark.parametrize("name", ["gated_delta_net", "titans", "several_steps"])
+def test_a_loop_without_such_a_kernel_is_plain(name):
+    loop = backward_loop(rule_case(name, 1, 64, 2, 32, device="cpu"))
+    for crowd in Crowd:
+        for part in stages(loop, chosen(loop, crowd).stages):
+            assert chosen(part, crowd).renderer == "triton"
 
 
 def requests_of(b, d, crowd, name):
