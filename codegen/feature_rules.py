@@ -51,8 +51,8 @@ def _warps(loop: Loop, crowd: Crowd, backward: bool) -> int:
 
 def _rendered(loop: Loop, schedule: Schedule) -> FeatureRenderer | None:
     """What renders the kernel, having done so; None where the loop has no such kernel."""
-    renderer = feature_renderer(loop, schedule)
     try:
+        renderer = feature_renderer(loop, schedule)
         renderer.render()
     except NotLowerable as problem:
         log.info("%s: no kernel of features over warps: %s", loop.name, problem)
