@@ -31,7 +31,9 @@ from tttc.codegen.rowwise_ops import NAMES, NotEmittableError, cast, computed_as
 from tttc.codegen.rowwise_source import Body, Grid, kernel_file
 
 from tttc.ir.index_maps import Index, is_at_least, is_below, shape_of
-from tttc.ir.row_space import Bound, Ref, RowSpace, Step, Store, is_size, row_space
+from tttc.ir.node_values import is_size
+from tttc.ir.row_space import row_space
+from tttc.ir.row_steps import Bound, Ref, RowSpace, Step, Store
 
 aten = torch.ops.aten
 

@@ -19,7 +19,9 @@ from tttc.ir.index_maps import (
     linear,
     shape_of,
 )
-from tttc.ir.row_space import RowSpace, is_size, nominal, value_of
+from tttc.ir.node_values import is_size, value_of
+from tttc.ir.nominal import nominal
+from tttc.ir.row_steps import RowSpace
 
 ROW = IndexVariable("row", sympy.Integer(2**31))
 

@@ -16,8 +16,8 @@ from tttc.codegen.rowwise import emit, parts
 from tttc.codegen.rowwise_ops import NotEmittableError
 from tttc.codegen.triton_ready import wait_for_triton
 
+from tttc.ir.node_values import value_of
 from tttc.ir.region import FusedRegion
-from tttc.ir.row_space import value_of
 from tttc.ir.structure import Structures
 
 _lock = threading.Lock()

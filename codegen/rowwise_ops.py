@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from tttc.ir.row_space import CASTS, Step
+from tttc.ir.row_operators import CASTS
+from tttc.ir.row_steps import Step
 
 aten = torch.ops.aten
 

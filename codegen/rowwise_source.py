@@ -12,7 +12,7 @@ from tttc.codegen.rowwise_index import Names, memory_order
 from tttc.codegen.rowwise_ops import HELPERS
 
 from tttc.ir.index_maps import numel, shape_of
-from tttc.ir.row_space import RowSpace
+from tttc.ir.row_steps import RowSpace
 
 _TILE = 1024  # elements a program holds of each value, where a row is not longer
 _PER_WARP = 256

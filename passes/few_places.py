@@ -10,7 +10,7 @@ from torch._guards import detect_fake_mode
 from tttc.passes.from_sizes import from_sizes
 
 from tttc.ir.index_maps import shape_of
-from tttc.ir.row_space import value_of
+from tttc.ir.node_values import value_of
 
 aten = torch.ops.aten
 FEW = 64

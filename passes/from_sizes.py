@@ -9,22 +9,13 @@ from collections.abc import Collection
 from torch import fx
 from tttc.passes.merge_equal import repeatable, storages, writes
 
-from tttc.ir.index_maps import numel, shape_of
+from tttc.ir.index_maps import VIEWS, numel, shape_of
+from tttc.ir.node_values import is_size, value_of
+from tttc.ir.nominal import nominal
 from tttc.ir.region import outlined
 from tttc.ir.remembered import Remembered
-from tttc.ir.row_space import (
-    COMPUTE,
-    CONSTANTS,
-    FREE,
-    POINTWISE,
-    RANGES,
-    SLOW,
-    VIEWS,
-    is_known,
-    is_size,
-    nominal,
-    value_of,
-)
+from tttc.ir.row_nodes import is_known
+from tttc.ir.row_operators import COMPUTE, CONSTANTS, FREE, POINTWISE, RANGES, SLOW
 from tttc.ir.structure import Structures
 
 MOST = (

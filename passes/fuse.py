@@ -13,8 +13,10 @@ from tttc.passes.decompositions import decompositions
 from tttc.passes.partition import Partition
 
 from tttc.ir.index_maps import as_expr, shape_of
+from tttc.ir.node_values import is_size, value_of
 from tttc.ir.region import FusedRegion, outlined
-from tttc.ir.row_space import COMPUTE, is_known, is_size, value_of
+from tttc.ir.row_nodes import is_known
+from tttc.ir.row_operators import COMPUTE
 from tttc.ir.structure import Structures
 
 __all__ = ["FusionReport", "decompositions", "fuse"]

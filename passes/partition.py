@@ -14,7 +14,11 @@ from torch import fx
 from tttc.passes.from_sizes import made_anywhere
 
 from tttc.ir.index_maps import VIEWS, numel, shape_of
-from tttc.ir.row_space import COMPUTE, FREE, is_known, nominal, row_space, value_of
+from tttc.ir.node_values import value_of
+from tttc.ir.nominal import nominal
+from tttc.ir.row_nodes import is_known
+from tttc.ir.row_operators import COMPUTE, FREE
+from tttc.ir.row_space import row_space
 from tttc.ir.structure import Structures
 
 MAX_NODES = 128

@@ -9,7 +9,10 @@ from torch import fx
 from torch._guards import detect_fake_mode
 
 from tttc.ir.index_maps import VIEWS, numel, shape_of
-from tttc.ir.row_space import CASTS, MAX_COLUMNS, total, value_of
+from tttc.ir.node_values import value_of
+from tttc.ir.row_operators import CASTS
+from tttc.ir.row_planner import MAX_COLUMNS
+from tttc.ir.total import total
 
 aten = torch.ops.aten
 

@@ -26,8 +26,9 @@ from tttc.codegen.rowwise_ops import FORMS
 from tttc.passes.bind import bind
 from tttc.passes.fuse import FusionReport, decompositions, fuse
 
+from tttc.ir.node_values import value_of
 from tttc.ir.region import FusedRegion
-from tttc.ir.row_space import COMPUTE, POINTWISE, value_of
+from tttc.ir.row_operators import COMPUTE, POINTWISE
 
 aten = torch.ops.aten
 D, HEADS = 24, 3  # not powers of two, so that rows need masks

@@ -12,7 +12,7 @@ from tttc.passes.fuse import decompositions, fuse
 from tttc.passes.totals import totals
 
 from tttc.ir.region import FusedRegion
-from tttc.ir.row_space import total
+from tttc.ir.total import total
 
 aten = torch.ops.aten
 

@@ -15,7 +15,7 @@ from torch._guards import TracingContext, detect_fake_mode, tracing
 from tttc import _recorder
 from tttc.aot import cut, through_autograd
 from tttc.ir.index_maps import as_expr, shape_of
-from tttc.ir.row_space import FREE
+from tttc.ir.row_operators import FREE
 from tttc.passes.decompositions import decompositions
 from tttc.runtime.blocks import Block, Program
 

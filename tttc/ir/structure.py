@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from tttc.ir.index_maps import as_expr, shape_of
-from tttc.ir.row_space import is_size, value_of
+from tttc.ir.node_values import is_size, value_of
 
 _numbers: dict[Any, int] = {}
 _count = itertools.count()
