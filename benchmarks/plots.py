@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-from tables import MODELS, NAMES, Record, by_model, records
+from page_tables.names import MODELS, NAMES
+from page_tables.records import Record, records
+from page_tables.whole_models import by_model
 
 matplotlib.use("Agg")
 from matplotlib import pyplot

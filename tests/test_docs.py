@@ -7,7 +7,6 @@ ask of ``tttc``, ``make`` and ``pip`` must exist.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import shlex
@@ -22,6 +21,11 @@ import torch
 from tttc import cli
 
 ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT / "benchmarks"))
+import tables  # noqa: E402
+from page_tables import rules, scans, schedules  # noqa: E402
+from page_tables.records import heading, records  # noqa: E402
+
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 CHANGES = {  # smaller, for the test
@@ -135,25 +139,16 @@ def test_every_page_is_in_the_contents():
 # -- numbers ------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def tables():
-    """``benchmarks/tables.py``, which is a script and not installed."""
-    spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_numbers_are_those_of_the_records(tables, capsys):
+def test_the_numbers_are_those_of_the_records(capsys):
     assert tables.main(["--check"]) == 0, capsys.readouterr().out
-    newest = tables.records("scans")[0]
+    newest = records("scans")[0]
     for page in (ROOT / "README.md", ROOT / "docs" / "numbers.md"):
         assert newest.path.name in page.read_text()
     row = next(r for r in newest.data["forward"] if r["case"] == "ttt_linear_b16")
     assert f"**{row['us']:.0f}**" in (ROOT / "README.md").read_text()
 
 
-def test_a_number_that_no_record_has_is_found(tables, capsys, monkeypatch, tmp_path):
+def test_a_number_that_no_record_has_is_found(capsys, monkeypatch, tmp_path):
     (tmp_path / "docs").mkdir()
     for page in tables.PAGES:
         (tmp_path / page).write_text((ROOT / page).read_text())
@@ -167,7 +162,7 @@ def test_a_number_that_no_record_has_is_found(tables, capsys, monkeypatch, tmp_p
     assert tables.main([]) == 0 and tables.main(["--check"]) == 0
 
 
-def test_tables_are_made_from_the_newest_record(tables, monkeypatch, tmp_path):
+def test_tables_are_made_from_the_newest_record(tmp_path):
     def save(name, date, us, rival):
         times = {"us": us, "training_us": 2 * us}
         record = {
@@ -185,27 +180,26 @@ def test_tables_are_made_from_the_newest_record(tables, monkeypatch, tmp_path):
 
     save("2030-01-01-x1-scans.json", "2030-01-01", 5.0, 4.0)
     save("2030-01-02-x1-scans.json", "2030-01-02", 12_345.0, 24_690.0)
-    newest, older = tables.records("scans", tmp_path)
-    assert tables.by_shape(newest, "us").splitlines()[2:] == [
+    newest, older = records("scans", tmp_path)
+    assert scans.by_shape(newest, "us").splitlines()[2:] == [
         "| TTT-Linear, mini-batch 16 | **12 345** |",
         "| flash-linear-attention, chunk | 24 690 |",
     ]
-    assert "takes 2.0 times as long as ours." in tables.verdict(newest)
-    assert "at B16 T2048 it is 2.0 times as fast as ours." in tables.verdict(newest)  # training
-    assert "at B16 T2048 it is 1.2 times as fast as ours." in tables.verdict(older)
-    assert tables.accuracy(newest).endswith("outputs 1.0e-03 at T2048; gradients 2.0e-03.")
-    assert "2.0 times as fast" in tables.speed(newest) and "NVIDIA X1:" in tables.speed(newest)
-    assert tables.heading(newest).startswith("One NVIDIA X1, 2030-01-02, torch 3.0;")
-    rules = {
+    assert "takes 2.0 times as long as ours." in scans.verdict(newest)
+    assert "at B16 T2048 it is 2.0 times as fast as ours." in scans.verdict(newest)  # training
+    assert "at B16 T2048 it is 1.2 times as fast as ours." in scans.verdict(older)
+    assert scans.accuracy(newest).endswith("outputs 1.0e-03 at T2048; gradients 2.0e-03.")
+    assert "2.0 times as fast" in scans.speed(newest) and "NVIDIA X1:" in scans.speed(newest)
+    assert heading(newest).startswith("One NVIDIA X1, 2030-01-02, torch 3.0;")
+    newest.data = {
         "times": {"delta_net": {"forward": {"tttc": {"us": 10}, "fla": {"us": 20}}}, "titans": {"error": "no"}},
         "errors": {"delta_net": {"form": "dual", "output": 1e-3, "gradient of q": 2e-3}, "lact": {"error": "no"}},
     }  # fmt: skip
-    newest.data = rules
-    assert "| delta net | forward | 10 | fla 20 |" in tables.rules(newest)
-    assert "| delta net | dual | 1.0e-03 | 2.0e-03 |" in tables.rules(newest)
+    assert "| delta net | forward | 10 | fla 20 |" in rules.beside_peers(newest)
+    assert "| delta net | dual | 1.0e-03 | 2.0e-03 |" in rules.beside_peers(newest)
 
 
-def test_picked_schedules_are_counted(tables, tmp_path):
+def test_picked_schedules_are_counted(tmp_path):
     def row(shape, direction="forward", **ratios):
         picks = {k: {"us": x and 50 * x, "of best": x} for k, x in ratios.items()}
         return {"shape": shape, "direction": direction, "timed": 80, "best": {"us": 50.2}, **picks}
@@ -218,12 +212,12 @@ def test_picked_schedules_are_counted(tables, tmp_path):
     ]
     path = tmp_path / "2030-01-01-x1-picked.json"
     path.write_text(json.dumps({"device": "NVIDIA X1", "rows": rows}))
-    (record,) = tables.records("picked", tmp_path)
-    assert tables.picked(record).splitlines()[2:] == [
+    (record,) = records("picked", tmp_path)
+    assert schedules.picked(record).splitlines()[2:] == [
         "| TTT-Linear, mini-batch 16 | d64 B1 T256 | forward | 80 | 50 | 1.00 | 1.10 | 1.10 |",
         "| ttt linear b128 | d32 B2 T65536 | forward | 80 | 50 | 1.02 | 1.25 |  |",
     ]
-    assert tables.picked_verdict(record) == (
+    assert schedules.verdict(record) == (
         "Of 2 shapes, forward, the schedule picked is within 10% of the fastest of all that were timed on: search 2 (at "
         "worst 1.02 times as long, ttt linear b128 d32 B2 T65536); rules 1 (at worst 1.25 times as long, ttt linear b128 "
         "d32 B2 T65536); cost model's first 0 (at worst not timed, ttt linear b128 d32 B2 T65536). Not timed to the end: "

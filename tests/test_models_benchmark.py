@@ -190,7 +190,8 @@ def test_what_one_contender_fails_at_is_missing_alone(tmp_path):
 def test_tables_and_plots_of_a_record(tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="needs the extra plot: pip install 'tttc[plot]'")
     import plots
-    import tables
+    from page_tables import whole_models
+    from page_tables.records import Record
 
     def tokens(context, rate):
         return {
@@ -210,8 +211,8 @@ def test_tables_and_plots_of_a_record(tmp_path, capsys):
               {"size": "125m", "model": "mamba", "what": "graph of training of 8 x 8192", "why": "no memory"}]  # fmt: skip
     path = tmp_path / "2030-01-01-x1-models.json"
     path.write_text(json.dumps(said | {"rows": rows, "tokens": {"125m": 8192}, "failed": failed}))
-    record = tables.Record(path)
-    assert tables.tokens_a_second(record).splitlines()[:6] == [
+    record = Record(path)
+    assert whole_models.tokens_a_second(record).splitlines()[:6] == [
         "| 125m | thousand tokens a second | 4 × 2048 | 1 × 8192 | 8 × 8192 |",
         "| --- | --- | --- | --- | --- |",
         "| forward | TTT-Linear, tttc | 3000 | **3000** | **4500** |",
@@ -219,14 +220,14 @@ def test_tables_and_plots_of_a_record(tmp_path, capsys):
         "| forward | Mamba, mamba-ssm | 2000 | 2000 | 3000 |",
         "| forward | TTT-Linear by hand, torch.compile, CUDA graphs | 1000 | 1000 | 1500 |",
     ]
-    graphs = tables.tokens_a_second(record, "graph_us")
+    graphs = whole_models.tokens_a_second(record, "graph_us")
     assert "| forward | TTT-Linear, tttc | 6000 | **6000** | **9000** |" in graphs
-    assert "| TTT-Linear, tttc | 3.0 | 3.0 | 3.0 |" in tables.models_memory(record)
-    verdict = tables.models_verdict(record)
+    assert "| TTT-Linear, tttc | 3.0 | 3.0 | 3.0 |" in whole_models.memory(record)
+    verdict = whole_models.verdict(record)
     assert "| forward | Transformer | 0.75 | 3.00 | 3.00 |" in verdict
     assert "| training | Mamba, mamba-ssm | 1.50 | 1.50 | 1.50 |" in verdict
     assert "| training | TTT-Linear by hand, torch.compile, CUDA graphs | 3.00 | 3.00 | 3.00 |" in verdict  # fmt: skip
-    assert tables.models_missing(record) == (
+    assert whole_models.missing(record) == (
         "Not measured: 125m TTT-Linear by hand, torch.compile, training of 8 × 8192: a step takes 60 s; 9 s are left."
     )
     scans = tmp_path / "2030-01-01-x1-scans.json"

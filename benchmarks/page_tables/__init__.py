@@ -1,0 +1,1 @@
+"""What the tables and sentences of the pages say of each kind of record."""
