@@ -21,14 +21,13 @@ from dataclasses import replace
 from torch import fx
 from tttc.codegen.feature_memory import Late
 from tttc.codegen.feature_products import FeatureProducts
-from tttc.codegen.gluon_source import START_COPY, in_gluon
+from tttc.codegen.gluon_source import for_warps
 from tttc.codegen.loop import Loop, forgotten
+from tttc.codegen.not_finite import any_not_finite
 from tttc.codegen.schedule import Schedule
 from tttc.codegen.triton_tiles import Tile
-from tttc.codegen.words import WORDS
 
 from tttc.ir.errors import NotLowerable
-from tttc.ir.spec import Dims
 
 
 class FeatureRenderer(FeatureProducts):
@@ -60,9 +59,9 @@ class FeatureRenderer(FeatureProducts):
 
         By a function that is not inlined: registers for care would make the loop without it slow.
         """
-        total = " + ".join(self._total(name, dims) for name, dims in self._state_dims().items())
+        states = any_not_finite((f"{n}_v", len(dims)) for n, dims in self._state_dims().items())
         names = [x for name in self.arguments for x in (name, *self._strides_of(name))]
-        self.write(f"if {total} != 0.0:")
+        self.write(f"if {states}:")
         self.write(f"    carefully({', '.join(names)}, T, H, {', '.join(self.constants)})")
         careful = FeatureRenderer(self.loop, replace(self.schedule, nan="product"))
         careful.render()
@@ -74,21 +73,9 @@ class FeatureRenderer(FeatureProducts):
         ]  # fmt: skip
         self.layouts.definitions |= careful.layouts.definitions
 
-    def _total(self, name: str, dims: Dims) -> str:
-        """A sum that is zero where all of a state is finite."""
-        value = f"{name}_v * 0.0"
-        for axis in reversed(range(len(dims))):
-            value = f"gl.sum({value}, {axis})"
-        return value
-
     def _header(self) -> None:
         super()._header()
-        self.lines, self.body = in_gluon(
-            self.lines,
-            self.body,
-            ["from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2"],
-            [*self.layouts.lines(), *START_COPY.splitlines(), *WORDS.splitlines(), *self.careful],
-        )
+        self.lines, self.body = for_warps(self.lines, self.body, self.layouts.lines(), self.careful)
 
     def _prologue(self) -> None:
         self.write("head = (gl.program_id(0) % H).to(gl.int64)")

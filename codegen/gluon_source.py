@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from tttc.codegen.words import WORDS
+
 START_COPY = """
 
 @gluon.jit
@@ -32,6 +34,18 @@ def in_gluon(
         *header[start + 2 :],
     ]
     return [_named(line) for line in made], [_named(line) for line in body]
+
+
+def for_warps(
+    header: Sequence[str], body: Sequence[str], before: Sequence[str], after: Sequence[str] = ()
+) -> tuple[list[str], list[str]]:
+    """The same for products of single warps, numbers copied by words; definitions before those of copies and after."""
+    return in_gluon(
+        header,
+        body,
+        ["from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2"],
+        [*before, *START_COPY.splitlines(), *WORDS.splitlines(), *after],
+    )
 
 
 def _named(line: str) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from torch import fx
+from tttc.codegen.not_finite import any_not_finite
 from tttc.codegen.triton_tiles import Tile
 
 from tttc.ir.body import operands_of
@@ -104,8 +105,8 @@ def _poison(
     """What is not finite reaches the tokens that are solved after it."""
     pair, depth = system.dims, renderer.indent
     if renderer.schedule.nan == "branch":
-        found = " + ".join(_total(f"{t.name} * 0.0", len(t.dims)) for t in (system, x))
-        renderer.write(f"if {found} != 0.0:")
+        found = any_not_finite((t.name, len(t.dims)) for t in (system, x))
+        renderer.write(f"if {found}:")
         renderer.indent += 1
     bad = "tl.where({0} * 0.0 == 0.0, 0.0, 1.0)".format
     rows = renderer.let("f", f"tl.sum({bad(system.name)}, {pair.index(other)})", (own,))
@@ -127,9 +128,3 @@ def _applied(renderer: Products, pairs: Tile, x: Tile, result: Dims, own: str, o
     seen = Tile(x.name, tuple(other if d == own else d for d in x.dims))
     left, right = (pairs, seen) if result[0] == own else (seen, pairs)
     return renderer._product(left, right, (*result, other), None)
-
-
-def _total(text: str, axes: int) -> str:
-    for axis in reversed(range(axes)):
-        text = f"tl.sum({text}, {axis})"
-    return text

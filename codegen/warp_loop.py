@@ -17,18 +17,17 @@ from __future__ import annotations
 
 from torch import fx
 from tttc.codegen.exchanges import fewer_barriers
-from tttc.codegen.gluon_source import START_COPY, in_gluon
+from tttc.codegen.gluon_source import for_warps
 from tttc.codegen.loop import Loop, forgotten
+from tttc.codegen.not_finite import any_not_finite
 from tttc.codegen.ordering import on_demand, products_first
 from tttc.codegen.schedule import Schedule
 from tttc.codegen.triton_tiles import Tile
 from tttc.codegen.warp_operators import WarpOperators
 from tttc.codegen.warp_tiles import Share
-from tttc.codegen.words import WORDS
 
 from tttc.ir.build import ancestors, dims_of
 from tttc.ir.errors import NotLowerable
-from tttc.ir.spec import Dims
 
 OF_ALL = """
 
@@ -55,8 +54,9 @@ class WarpRenderer(WarpOperators):
         self._parameters()
         self._turns()
         if self.schedule.nan == "again":
-            total = " + ".join(self._total(name, dims) for name, dims in self._state_dims().items())
-            self.write(f"if {total} != 0.0:  # once more, with care for what is not finite")
+            axes = {f"{n}_v": len(d) + self.spread(d) for n, d in self._state_dims().items()}
+            states = any_not_finite(axes.items())
+            self.write(f"if {states}:  # once more, with care for what is not finite")
             self.indent += 1
             self.exact = True
             self._turns()
@@ -66,26 +66,10 @@ class WarpRenderer(WarpOperators):
         self._header()
         return "\n".join([*self.lines, *self.body]) + "\n"
 
-    def _total(self, name: str, dims: Dims) -> str:
-        """A sum that is zero where all of a state is finite."""
-        value = f"{name}_v * 0.0"
-        for axis in reversed(range(len(dims) + self.spread(dims))):
-            value = f"gl.sum({value}, {axis})"
-        return value
-
     def _header(self) -> None:
         super()._header()
-        self.lines, self.body = in_gluon(
-            self.lines,
-            self.body,
-            ["from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2"],
-            [
-                *self.layouts.lines(),
-                *OF_ALL.splitlines(),
-                *START_COPY.splitlines(),
-                *WORDS.splitlines(),
-            ],
-        )
+        before = [*self.layouts.lines(), *OF_ALL.splitlines()]
+        self.lines, self.body = for_warps(self.lines, self.body, before)
 
     def _prologue(self) -> None:
         self.write("head = (gl.program_id(0) % H).to(gl.int64)")

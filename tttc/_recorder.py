@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
+from tttc._within import within
 from tttc.ir.program import Program
 
 if TYPE_CHECKING:
@@ -59,11 +60,8 @@ _current: contextvars.ContextVar[Recording | None] = contextvars.ContextVar(
 def record() -> Iterator[Recording]:
     """Record the compilations that happen within."""
     recording = Recording()
-    token = _current.set(recording)
-    try:
+    with within(_current, recording):
         yield recording
-    finally:
-        _current.reset(token)
 
 
 def recording() -> bool:

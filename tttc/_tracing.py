@@ -10,11 +10,14 @@ import contextlib
 import contextvars
 import types
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import guard_scalar
+
+from tttc._within import within
 
 LEAF = ("leaf",)
 NONE = ("constant", None)
@@ -29,14 +32,9 @@ def active_backend() -> Callable[..., Any] | None:
     return _backend.get()
 
 
-@contextlib.contextmanager
-def use_backend(backend: Callable[..., Any] | None) -> Iterator[None]:
+def use_backend(backend: Callable[..., Any] | None) -> AbstractContextManager[None]:
     """Send scans that run outside a captured graph to ``backend``."""
-    token = _backend.set(backend)
-    try:
-        yield
-    finally:
-        _backend.reset(token)
+    return within(_backend, backend)
 
 
 _on_token: contextvars.ContextVar[Callable[[], None] | None] = contextvars.ContextVar(
@@ -49,14 +47,9 @@ def token_callback() -> Callable[[], None] | None:
     return _on_token.get()
 
 
-@contextlib.contextmanager
-def before_each_token(callback: Callable[[], None]) -> Iterator[None]:
+def before_each_token(callback: Callable[[], None]) -> AbstractContextManager[None]:
     """Have naive loops call ``callback`` before each token; it may raise, to stop a slow one."""
-    token = _on_token.set(callback)
-    try:
-        yield
-    finally:
-        _on_token.reset(token)
+    return within(_on_token, callback)
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from tttc import _tracing
+from tttc._within import within
 from tttc.capture.iterations import NoTokens, whole_iterations
 from tttc.capture.loop_source import LoopSource
 from tttc.capture.places import Copier
@@ -216,9 +217,10 @@ class Loops:
             return fakes[id(x)]
 
         args, kwargs = pytree.tree_map(fake, (args, kwargs))
-        token = _planning.set((mode, report, verify))
+        planning = within(_planning, (mode, report, verify))
+        backend = _tracing.use_backend(_Abstract())
         try:
-            with mode, _tracing.use_backend(_Abstract()), torch.random.fork_rng(devices=[]):
+            with planning, mode, backend, torch.random.fork_rng(devices=[]):
                 target(*args, **kwargs)
         except (_Stop, NotLowerable) as error:
             if isinstance(error, NotLowerable):
@@ -227,8 +229,6 @@ class Loops:
             Exception
         ) as error:  # whatever the model raises, it raises again where it is run for real
             logging.getLogger(__name__).info("the model does not run without values: %r", error)
-        finally:
-            _planning.reset(token)
         self._remember(signature, self._state() == before and self._short() == short)
 
     def _state(self) -> int:

@@ -16,10 +16,10 @@ mini-batches at once.
 from __future__ import annotations
 
 import ast
-import contextlib
 import contextvars
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,7 @@ from torch import fx
 from torch._higher_order_ops.scan import scan_op
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from tttc._within import within
 from tttc.capture.generated import compiled_source
 from tttc.capture.iterations import NoTokens
 from tttc.capture.layout import Joined
@@ -42,18 +43,13 @@ Tensors = list[Any]
 _capturing: contextvars.ContextVar[bool] = contextvars.ContextVar("tttc_capturing", default=False)
 
 
-@contextlib.contextmanager
-def capturing(on: bool) -> Iterator[None]:
+def capturing(on: bool) -> AbstractContextManager[None]:
     """Within, scans on tensors without values only say what comes out of them.
 
     TorchDynamo runs a scan on such tensors to know the shapes of its results; where they require gradients, PyTorch
     derives the backward of the whole scan for that, and of a scan inside a scan it cannot.
     """
-    token = _capturing.set(on)
-    try:
-        yield
-    finally:
-        _capturing.reset(token)
+    return within(_capturing, on)
 
 
 def _shapes_alone(original: Callable[..., Any]) -> Callable[..., Any]:

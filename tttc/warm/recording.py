@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from tttc._within import within
+
 
 class NotKept(Exception):
     """Why something can't be kept for, or used by, another process."""
@@ -65,11 +67,8 @@ def current() -> Recording | None:
 def record() -> Iterator[Recording]:
     """Record the compilation that happens within."""
     recording = Recording()
-    token = _current.set(recording)
-    try:
+    with within(_current, recording):
         yield recording
-    finally:
-        _current.reset(token)
 
 
 @contextlib.contextmanager
