@@ -24,6 +24,7 @@ from tttc.codegen.torch_scan import run_program
 
 import tttc
 from tttc._scan_op import scan_info
+from tttc.runtime.launch import Launch
 from tttc.runtime.triton_scan import run_kernels
 
 CASES = ("ttt_linear_b16", "ttt_mlp_b16", "ttt_mlp_chunk64")
@@ -74,21 +75,11 @@ def naive_output(case: Case) -> torch.Tensor:
     )[1]
 
 
-def launches(case: Case, states: bool = False) -> list:
-    """What a call would launch."""
+def launches(case: Case) -> list[Launch]:
+    """What a call launches; none is made."""
     call, found = case.flat(), []
-    meta = [
-        [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta") for x in g]
-        for g in call[1:5]
-    ]
-    run_kernels(
-        case.program(),
-        *meta,
-        0,
-        scan_info(*[call[i] for i in (1, 3, 4)]).output,
-        states,
-        found.append,
-    )
+    dtype = scan_info(call.anchor, call.tokens, call.shared).output
+    run_kernels(case.program(), *call[1:5], 0, dtype, False, launcher=found.append)
     return found
 
 
@@ -126,7 +117,9 @@ def forward_rows() -> list[dict[str, Any]]:
             floor = 4 * batch * length * HEADS * D * 2 / rate * 1e6
             row = {"case": name, "shape": shape, **median(run), "floor_us": floor, "errors": errors}
             row |= prefixed("graph_", replayed(run))
-            row["schedule"] = str(launches(case)[0].kernel.config["schedule"])
+            row["kernels"] = {
+                x.kernel.name: str(x.kernel.config["schedule"]) for x in launches(case)
+            }
             rows.append(row)
             print(
                 f"  {name} {shape}: {row['us']:.0f} us, as a graph {row['graph_us']:.0f} (floor {floor:.0f})"

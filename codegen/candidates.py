@@ -129,13 +129,13 @@ def candidates(
 
 
 def plans(
-    loop: Loop, crowd: Crowd, backward: bool = False, split: Split = WHOLE
+    loop: Loop, crowd: Crowd, backward: bool = False, gluon: bool = False, split: Split = WHOLE
 ) -> Iterator[dict[str, Any]]:
     """What all kernels of a loop have in common: how many there are, and how they pass values on.
 
-    The default's comes first.
+    The default's comes first. Arguments are those of :func:`candidates`.
     """
-    exact = default_schedule(loop, crowd, backward, split=split)
+    exact = default_schedule(loop, crowd, backward, gluon, split)
     tiles = loop.tokens or tile_rows(loop) > 1
     alone = loop.once or loop.refresh or not tiles or loop.interval > 1
     counts = (1,) if alone else (1, 2, 3)

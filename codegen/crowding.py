@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from enum import IntEnum
+from enum import Enum
+from functools import total_ordering
 
 import torch
 from tttc.codegen.devices import device_of
@@ -11,7 +12,8 @@ NEARLY_HALF = 0.45  # of the multiprocessors
 LEAST_MINI_BATCHES = 8  # from which several kernels instead of one pay
 
 
-class Crowd(IntEnum):
+@total_ordering
+class Crowd(Enum):
     """Programs to a multiprocessor: less than about half of them have one, some have none, each has one, or two."""
 
     FEW = 0
@@ -23,7 +25,10 @@ class Crowd(IntEnum):
         return (
             "most multiprocessors have no program", "some multiprocessors have no program", "one program a multiprocessor",
             "two or more programs a multiprocessor",
-        )[self]  # fmt: skip
+        )[self.value]  # fmt: skip
+
+    def __lt__(self, other: Crowd) -> bool:
+        return self.value < other.value if isinstance(other, Crowd) else NotImplemented
 
 
 def crowding(programs: int, mini_batches: int, device: torch.device) -> Crowd:

@@ -27,9 +27,10 @@ MOST_TOKENS = 32
 MOST_PRODUCTS = 12  # of a turn of a loop: values of more of them do not fit beside the state
 STATE = 160  # registers of a thread for the state, at most
 TILE = 32  # registers of a thread for one tile of tokens, at most: several live at a time
-MANY = 4  # warps from which lanes pass on half of what they add up
-REGISTERS = 256  # of a thread for the state and matrices, at most: with few more than there are, few are spilled
-WARPS = 8  # whose registers a multiprocessor has
+MANY_WARPS = 4  # warps from which lanes pass on half of what they add up
+REGISTERS = 256  # of a thread for the state and matrices, of a backward in one kernel, at most: few of them are spilled
+FORWARD_REGISTERS = 300  # of other kernels: 128 features in four warps are fast with 297, of 32 tokens they have 321 and spill 8 kB
+FULL_WARPS = 8  # whose registers a multiprocessor has, where each thread takes as many as it may
 DEPTHS = (4, 3)  # mini-batches under way or read, the best first
 RESERVED = 1024  # bytes of shared memory that each program takes beside its own
 
@@ -60,13 +61,17 @@ def _rendered(loop: Loop, schedule: Schedule) -> FeatureRenderer | None:
     return renderer
 
 
-def _fitting(loop: Loop, schedule: Schedule, crowd: Crowd, registers: int | None) -> list[Schedule]:
-    """The schedule with as many mini-batches under way as shared memory has rooms for; empty where it does not fit."""
-    programs = max(WARPS // schedule.num_warps, 1) if crowd == Crowd.TWO else 1
+def _fitting(loop: Loop, schedule: Schedule, programs: int, registers: int) -> list[Schedule]:
+    """The schedule with as many mini-batches under way as shared memory has rooms for; empty where it does not fit.
+
+    ``programs``: that share a multiprocessor. ``registers``: of a thread, at most.
+    """
     for depth in DEPTHS:
-        deep = replace(schedule, num_stages=depth)
+        ahead = f"tokens are copied {depth - 1} mini-batches ahead: memory takes longer than one"
+        reasons = (*schedule.reasons, ("num_stages", ahead))
+        deep = replace(schedule, num_stages=depth, reasons=reasons)
         rendered = _rendered(loop, deep)
-        if rendered is None or (registers is not None and rendered.registers > registers):
+        if rendered is None or rendered.registers > registers:
             return []
         if programs * (rendered.shared_memory + RESERVED) <= H100.shared:
             return [deep]
@@ -80,7 +85,9 @@ def feature_schedules(loop: Loop, crowd: Crowd, backward: bool) -> list[Schedule
     and 652 at B8 T8192 (1010), in four 467 and 916; with 128 features in four warps 336 (696) and 945 (1378), in eight
     559 and 1107. Of 32 tokens a program that is alone on its multiprocessor takes 934 in four warps (B4 T16384, plain
     Triton 1388) and 1330 in two, where several share one 356 and 303; values made late and given up early then gain 5
-    to 13 %. Fewer shuffles are slower in two warps (822 for 734, B8 T8192), faster in four (934 for 1021 of 32 tokens).
+    to 13 %. Fewer shuffles are slower in two warps (822 for 734, B8 T8192), faster in four (934 for
+    1021 of 32 tokens) and, at one shape that was timed, for 32
+    tokens in two (471 for 540, B16 T2048), which rules leave to a search.
     Of 64 tokens plain Triton is faster (453 for 517).
 
     Forward and backward of TTT-Linear take 1261 with the backward in one such kernel (plain Triton 1549, B16 T2048), with
@@ -96,23 +103,29 @@ def feature_schedules(loop: Loop, crowd: Crowd, backward: bool) -> list[Schedule
     warps = _warps(loop, crowd, backward)
     if tile_elements(loop) > TILE * THREADS * warps:
         return []
+    if at_once:
+        return _fitting(
+            loop, _schedule(loop, warps, crowd, backward), 1, FORWARD_REGISTERS
+        ) or _fitting(loop, _schedule(loop, 2 * warps, crowd, backward), 1, FORWARD_REGISTERS)
+    programs = max(FULL_WARPS // warps, 1) if crowd == Crowd.TWO else 1
+    return _fitting(loop, _schedule(loop, warps, crowd, backward), programs, REGISTERS)
+
+
+def _schedule(loop: Loop, warps: int, crowd: Crowd, backward: bool) -> Schedule:
+    """The schedule of so many warps, but for how many mini-batches are under way."""
     reasons = [
         (
             "renderer",
             "few tokens and a state that few warps hold: each has some features of every value, so that products follow "
             "each other in registers",
-        ),
-        ("num_stages", "tokens are copied three mini-batches ahead: memory takes longer than one"),
+        )
     ]  # fmt: skip
-    few = warps >= MANY or backward
-    order = "least_live" if backward or tile_rows(loop) > FEW_TOKENS else "products_first"
+    tall = tile_rows(loop) > FEW_TOKENS
+    few = warps >= MANY_WARPS or backward
     if few:
         reasons.append(
-            (
-                "few_shuffles",
-                "many sums: warps wait for the unit that passes numbers from lane to lane",
-            )
-        )
+            ("few_shuffles", "many sums: warps wait for the unit that passes numbers from lane to lane")
+        )  # fmt: skip
     if not backward:
         reasons.append(
             ("nan", "where the state is not finite at the end, everything is computed once more with care")
@@ -121,12 +134,11 @@ def feature_schedules(loop: Loop, crowd: Crowd, backward: bool) -> list[Schedule
         reasons.append(
             ("segments", "some multiprocessors have no program: states come first, then segments beside each other")
         )  # fmt: skip
-    schedule = Schedule(
-        num_warps=warps, num_stages=4, feature_major=True, renderer="features", few_shuffles=few,
-        order=order, nan="ignored" if backward else "again",
+    return Schedule(
+        num_warps=warps, feature_major=True, renderer="features", few_shuffles=few,
+        order="least_live" if backward or tall else "products_first", nan="ignored" if backward else "again",
         segments=not backward, repeat_vectors=False, reasons=tuple(reasons),
     )  # fmt: skip
-    return _fitting(loop, schedule, crowd, None if at_once else REGISTERS)
 
 
 def feature_candidates(loop: Loop, first: Schedule) -> Iterator[Schedule]:

@@ -222,6 +222,8 @@ def constant_tensors(program: Program, device: torch.device) -> dict[str, torch.
 
     Copies from the host make it wait for the device, and cannot be captured in a CUDA graph.
     """
+    if not program.token.constants:
+        return {}
     if device not in program.constants:
         program.constants[device] = apart(
             device,

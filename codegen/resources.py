@@ -31,6 +31,10 @@ class ResourceError(RuntimeError):
     """A kernel does not compile for a target; the message names both."""
 
 
+class NotInTime(ResourceError):
+    """A kernel was not compiled in the time that there was."""
+
+
 @dataclass(frozen=True)
 class Resources:
     """What one program of a kernel takes: per thread registers and spilled bytes, per program shared memory."""
@@ -132,7 +136,7 @@ def compile_all(
     """
     _target(target)
     results: list[Resources | ResourceError] = [
-        ResourceError(f"{r.name} for {target}: compiling took more than {timeout:g} s")
+        NotInTime(f"{r.name} for {target}: compiling took more than {timeout:g} s")
         for r in requests
     ]
     lines = [json.dumps({"target": target, "request": _plain(r)}) for r in requests]

@@ -16,13 +16,14 @@ _thread: threading.Thread | None = None
 
 
 def begin_triton() -> None:
-    """Begin with it in another thread, once a process; nothing without a GPU."""
+    """Begin with it in another thread, once a process; nothing where no GPU is in use yet."""
     global _thread
-    if not torch.cuda.is_available():
+    if _thread is not None or not torch.cuda.is_initialized():
         return
     with _lock:
         if _thread is None:
-            _thread = threading.Thread(target=_find_out, name="tttc: Triton", daemon=True)
+            device = torch.cuda.current_device()
+            _thread = threading.Thread(target=_find_out, args=(device,), name="tttc: Triton")
             _thread.start()
 
 
@@ -32,11 +33,12 @@ def wait_for_triton() -> None:
         _thread.join()
 
 
-def _find_out() -> None:
+def _find_out(device: int) -> None:
     with suppress(Exception):  # whoever compiles a kernel meets it again, and says so
         from triton.compiler.compiler import make_backend
         from triton.runtime.cache import triton_key
         from triton.runtime.driver import driver
 
+        torch.cuda.set_device(device)
         triton_key()
         make_backend(driver.active.get_current_target()).hash()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_gluon import backward
+from test_gluon import backward, forward
 from tttc.codegen.crowding import Crowd, crowding
 from tttc.codegen.feature_layouts import FeatureLayouts
 from tttc.codegen.heuristics import default_schedule
@@ -17,7 +17,7 @@ from tttc.codegen.schedule import Schedule
 from tttc.codegen.stages import stages
 from tttc.codegen.torch_scan_backward import live_cotangents
 
-from tttc.runtime import fused_scan, triton_scan_backward
+from tttc.runtime import forward_kernels, fused_scan, triton_scan_backward
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 from rule_cases import rule_case
@@ -70,6 +70,7 @@ def test_a_backward_that_fits_into_registers_is_one_kernel(b, d, leaves, warps, 
     assert (schedule.renderer, schedule.stages) == ("features", 1)
     assert (schedule.num_warps, schedule.num_stages) == (warps, depth)
     assert schedule.few_shuffles
+    assert chosen(loop, Crowd.ONE).stages == 1
     assert chosen(loop, Crowd.SOME).stages == 1  # it is as fast where it is alone
     assert chosen(loop, Crowd.FEW).stages == 3
     assert chosen(loop, Crowd.TWO, gluon=False).renderer == "triton"
@@ -100,8 +101,19 @@ def requests_of(b, d, crowd, name):
 
 
 def test_a_backward_in_one_kernel_spills_nothing():
-    (found,) = measure(requests_of(16, 64, Crowd.TWO, "backward"), "sm_90")
-    assert found.spill_bytes == 0
+    requests = [x for d in (32, 64) for x in requests_of(16, d, Crowd.TWO, "backward")]
+    assert [x.spill_bytes for x in measure(requests, "sm_90")] == [0, 0]
+
+
+def test_a_forward_takes_more_warps_before_it_spills():
+    """In four warps it was 8 kB."""
+    case = case_of(32, 128)
+    loop = forward_kernels.forward_loop(case.program(), "full", False)
+    schedule, calls = default_schedule(loop, Crowd.TWO, gluon=True), []
+    assert (schedule.renderer, schedule.num_warps) == ("features", 8)
+    forward(case, schedule, calls.append)
+    (found,) = measure([calls[0].request(fast=True)], "sm_90")
+    assert found.spill_bytes < 256
 
 
 def test_parallel_kernels_of_many_features_spill_little():

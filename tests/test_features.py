@@ -49,7 +49,7 @@ def test_forward_computes_what_the_program_says(T, nan):
 
 
 @interpreted
-@pytest.mark.parametrize("warps, d, b", [(1, 32, 16), (4, 64, 16), (2, 64, 32)])
+@pytest.mark.parametrize("warps, d, b", [(1, 32, 16), (4, 64, 16), (2, 64, 32), (2, 32, 64)])
 def test_other_pieces(warps, d, b):
     case = case_of(name=f"ttt_linear_b{b}", d=d)
     for few in (False, True):

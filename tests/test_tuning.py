@@ -109,7 +109,7 @@ def some_plan(loop, **choices):
 
 def test_candidates_follow_from_loop_and_fields():
     loop, _ = small_loop()
-    for common in plans(loop, 2):
+    for common in plans(loop, Crowd.TWO):
         for part in stages(loop, common["stages"]):
             found = candidates(part, Crowd.TWO)
             assert len(found) == len(set(found)) > 20

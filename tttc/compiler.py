@@ -243,8 +243,6 @@ def _warm(
 
 
 def _compiled_call(target: Callable[..., Any], options: Options) -> Callable[..., Any]:
-    if options.backend != "torch":
-        begin_triton()
     backend = _shared_backend(options)
     if _recorder.recording():  # who looks on wants to see it compiled
         backend = functools.partial(compile_graph, options=options)
@@ -280,6 +278,8 @@ def _compiled_call(target: Callable[..., Any], options: Options) -> Callable[...
 
     def run(*args: Any, **kwargs: Any) -> Any:
         nonlocal first
+        if first and options.backend != "torch":
+            begin_triton()
         collecting, first = not_collected() if first else nullcontext(), False
         if loops.any:
             loops.prepare(args, kwargs, refuse, options.verify)

@@ -15,17 +15,19 @@ def apart(device: torch.device, make: Callable[[], T]) -> T:
     """What ``make`` makes on a device, written when it is returned.
 
     On a GPU another thread makes it: what a thread allocates while it warms up for CUDA graphs is memory of the graphs,
-    which use it again. Not while a graph is recorded: nothing can be waited for then.
+    which use it again. While a graph is recorded nothing can be waited for: this thread makes it.
 
     >>> apart(torch.device("cpu"), lambda: torch.zeros(2))
     tensor([0., 0.])
     """
-    if device.type != "cuda":
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return make()
 
     def made() -> T:
         result = make()
-        torch.cuda.synchronize(device)  # streams of other threads don't wait for this one's
+        torch.cuda.current_stream(
+            device
+        ).synchronize()  # others' streams don't wait for this thread's
         return result
 
     with ThreadPoolExecutor(1) as other:
