@@ -14,6 +14,7 @@ import argparse
 import datetime
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -116,7 +117,7 @@ def main() -> None:
             print(row, flush=True)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     document = {
-        "command": "python benchmarks/compile_time.py",
+        "command": shlex.join(["python", *sys.argv]),
         "date": str(datetime.date.today()),
         "device": device,
         "cores": os.cpu_count(),
@@ -126,6 +127,13 @@ def main() -> None:
         "versions": {"torch": torch.__version__},
         "rows": rows,
     }
+    if (
+        options.out.exists()
+    ):  # rows of other directions stay, if they are of the same day, device and versions
+        before = json.loads(options.out.read_text())
+        asked = {row["direction"] for row in rows}
+        if all(before.get(k) == document[k] for k in ("date", "device", "cores", "versions")):
+            document["rows"] = [r for r in before["rows"] if r["direction"] not in asked] + rows
     options.out.write_text(json.dumps(document, indent=1))
 
 

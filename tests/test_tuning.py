@@ -19,7 +19,7 @@ from tttc.codegen import kernel
 from tttc.codegen.candidates import CHOICES, candidates, neighbours, plans, shortlist
 from tttc.codegen.crowding import Crowd
 from tttc.codegen.kernel import write_atomically
-from tttc.codegen.resources import ResourceError, Resources
+from tttc.codegen.resources import NotInTime, ResourceError, Resources
 from tttc.codegen.schedule import Schedule
 from tttc.codegen.stages import stages
 
@@ -27,10 +27,10 @@ import tttc
 from tttc import compiler
 from tttc.nn import TTTLinear
 from tttc.pipeline import _programs
-from tttc.runtime import forward_kernels
+from tttc.runtime import forward_kernels, triton_scan_backward
 from tttc.tuning import choose, remembered, search
 from tttc.tuning.choose import timed_by
-from tttc.tuning.plan import Plan, Setting, setting_of
+from tttc.tuning.plan import Plan, Setting, by_rules, setting_of
 
 pytestmark = interpreted
 
@@ -321,6 +321,30 @@ def test_what_spills_or_does_not_compile_is_not_timed():
     clock = Clock()
     tuned(clock, compiler, tune=True)
     assert sorted(name for name, _ in clock.times) == sorted(fine)
+
+
+def test_what_rules_say_is_timed_where_nothing_compiles_in_time(folder):
+    """Else the fastest of whatever was compiled would be a plan, and slower than none."""
+    clock = Clock(num_warps=8)
+    tuned(clock, lambda requests, *_: [NotInTime("later")] * len(requests), tune=True)
+    (file,) = files(folder)
+    document = json.loads(file.read_text())
+    assert {name for name, _ in clock.times} >= {x["kernel"] for x in document["plan"]}
+    by_default = {}
+    for name, schedule in clock.times:
+        by_default.setdefault(name, []).append(schedule)
+    assert all(len(x) == 1 for x in by_default.values())
+
+
+@pytest.mark.parametrize("gluon", [False, True])
+@pytest.mark.parametrize("crowd", Crowd)
+def test_the_split_of_rules_is_tried_first(crowd, gluon):
+    _, program, _ = call_of(TTTLinear, T=64, d=64, b=16)
+    leaves = ("token_0", "token_1", "token_2")
+    loop = triton_scan_backward.backward_loop_of(program, "full", leaves)
+    setting = Setting(crowd, 9, 6, torch.bfloat16, gluon=gluon)
+    first = next(plans(loop, crowd, True, gluon))
+    assert first["stages"] == by_rules(loop, setting, True).stages
 
 
 def test_what_computes_other_values_is_not_taken(folder, monkeypatch):

@@ -7,6 +7,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from marks import on_gpu
 
 from tttc.warm import asked
 
@@ -403,6 +404,21 @@ def test_two_processes_at_once(tmp_path):
     assert len(folder.programs()) == 1
     assert not list((folder.cache / "programs").glob("*.partial"))
     assert folder.process('run("same", x)')["same"]["compiled"] == 0
+
+
+@on_gpu
+def test_kernels_of_a_later_process_compute_the_same(folder):
+    folder.model("same")
+    program = """
+layer = importlib.import_module("same").make().cuda()
+check("same", layer, tttc.compile(layer, backend="triton", strict=True), x.cuda())
+with torch.no_grad():
+    check("again", layer, tttc.compile(layer, backend="triton", strict=True), x.cuda(), False)
+"""
+    first, second = folder.process(program), folder.process(program)
+    assert first["same"]["compiled"] > 0
+    assert second["same"]["compiled"] == second["again"]["compiled"] == 0
+    assert max(x["error"] for said in (first, second) for x in (said["same"], said["again"])) < 1e-4
 
 
 def test_asked_for_unless_told_otherwise(monkeypatch):
