@@ -127,13 +127,6 @@ def main() -> None:
         "versions": {"torch": torch.__version__},
         "rows": rows,
     }
-    if (
-        options.out.exists()
-    ):  # rows of other directions stay, if they are of the same day, device and versions
-        before = json.loads(options.out.read_text())
-        asked = {row["direction"] for row in rows}
-        if all(before.get(k) == document[k] for k in ("date", "device", "cores", "versions")):
-            document["rows"] = [r for r in before["rows"] if r["direction"] not in asked] + rows
     options.out.write_text(json.dumps(document, indent=1))
 
 

@@ -13,7 +13,14 @@ from tttc.codegen.feature_loop import FeatureRenderer, feature_renderer
 from tttc.codegen.forward_rules import is_recurrence
 from tttc.codegen.loop import Loop, used
 from tttc.codegen.schedule import Schedule
-from tttc.codegen.sizes import THREADS, products, state_elements, tile_elements, tile_rows
+from tttc.codegen.sizes import (
+    MOST_WARPS,
+    THREADS,
+    products,
+    state_elements,
+    tile_elements,
+    tile_rows,
+)
 
 from tttc.ir.body import is_token
 from tttc.ir.build import dims_of
@@ -64,8 +71,9 @@ def _rendered(loop: Loop, schedule: Schedule) -> FeatureRenderer | None:
 def _fitting(loop: Loop, schedule: Schedule, programs: int, registers: int) -> list[Schedule]:
     """The schedule with as many mini-batches under way as shared memory has rooms for; empty where it does not fit.
 
-    ``programs``: that share a multiprocessor. ``registers``: of a thread, at most.
+    ``programs``: that share a multiprocessor. ``registers``: of a thread, at most, where it may take all there are.
     """
+    registers = registers * FULL_WARPS // max(schedule.num_warps, FULL_WARPS)
     for depth in DEPTHS:
         ahead = f"tokens are copied {depth - 1} mini-batches ahead: memory takes longer than one"
         reasons = (*schedule.reasons, ("num_stages", ahead))
@@ -103,12 +111,14 @@ def feature_schedules(loop: Loop, crowd: Crowd, backward: bool) -> list[Schedule
     warps = _warps(loop, crowd, backward)
     if tile_elements(loop) > TILE * THREADS * warps:
         return []
-    if at_once:
-        return _fitting(
-            loop, _schedule(loop, warps, crowd, backward), 1, FORWARD_REGISTERS
-        ) or _fitting(loop, _schedule(loop, 2 * warps, crowd, backward), 1, FORWARD_REGISTERS)
-    programs = max(FULL_WARPS // warps, 1) if crowd == Crowd.TWO else 1
-    return _fitting(loop, _schedule(loop, warps, crowd, backward), programs, REGISTERS)
+    if not at_once:
+        programs = max(FULL_WARPS // warps, 1) if crowd == Crowd.TWO else 1
+        return _fitting(loop, _schedule(loop, warps, crowd, backward), programs, REGISTERS)
+    for n in (warps, 2 * warps) if 2 * warps <= MOST_WARPS else (warps,):
+        # One program: with as many under way as fit beside others they were not timed.
+        if found := _fitting(loop, _schedule(loop, n, crowd, backward), 1, FORWARD_REGISTERS):
+            return found
+    return []
 
 
 def _schedule(loop: Loop, warps: int, crowd: Crowd, backward: bool) -> Schedule:

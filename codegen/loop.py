@@ -225,6 +225,8 @@ def constant_tensors(program: Program, device: torch.device) -> dict[str, torch.
     if not program.token.constants:
         return {}
     if device not in program.constants:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("a CUDA graph is recorded of a scan that never ran on this device: run it once before")  # fmt: skip
         program.constants[device] = apart(
             device,
             lambda: {f"constant_{i}": x.to(device) for i, x in enumerate(program.token.constants)},

@@ -29,26 +29,30 @@ def test_triton_is_asked_once_and_waited_for(a_gpu_in_use, monkeypatch):
         asked.append(device)
 
     monkeypatch.setattr(triton_ready, "_find_out", find_out)
-    triton_ready.begin_triton()
-    triton_ready.begin_triton()
-    assert not asked
-    let_go.set()
+    try:
+        triton_ready.begin_triton()
+        triton_ready.begin_triton()
+        assert not asked
+    finally:
+        let_go.set()
     triton_ready.wait_for_triton()
     assert asked == [3]
 
 
-def test_what_triton_does_not_say_is_left_to_whoever_compiles(a_gpu_in_use, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: 1 / 0)
-    triton_ready.begin_triton()
-    triton_ready.wait_for_triton()
+def test_what_triton_does_not_say_is_left_to_whoever_compiles(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: asked.append(device) or 1 / 0)
+    triton_ready._find_out(3)
+    assert asked == [3]
 
 
-def test_compiling_a_model_begins_nothing(monkeypatch):
+def test_without_a_gpu_in_use_nothing_is_begun(monkeypatch):
     monkeypatch.setattr(triton_ready, "_thread", None)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
     layer = tttc.nn.TTTLinear(32, num_heads=2)
     with torch.no_grad():
         tttc.compile(layer, strict=True)(torch.randn(1, 16, 32))
-    assert triton_ready._thread is None  # no GPU is in use
+    assert triton_ready._thread is None
 
 
 def test_tensors_that_stay_are_made_by_another_thread_on_a_gpu(monkeypatch):

@@ -343,8 +343,9 @@ def test_the_split_of_rules_is_tried_first(crowd, gluon):
     leaves = ("token_0", "token_1", "token_2")
     loop = triton_scan_backward.backward_loop_of(program, "full", leaves)
     setting = Setting(crowd, 9, 6, torch.bfloat16, gluon=gluon)
-    first = next(plans(loop, crowd, True, gluon))
-    assert first["stages"] == by_rules(loop, setting, True).stages
+    first, ruled = next(plans(loop, crowd, True, gluon)), by_rules(loop, setting, True)
+    assert first["stages"] == ruled.stages
+    assert {first["narrow"]} == {s.narrow for _, s in ruled.schedules}
 
 
 def test_what_computes_other_values_is_not_taken(folder, monkeypatch):

@@ -15,7 +15,8 @@ def apart(device: torch.device, make: Callable[[], T]) -> T:
     """What ``make`` makes on a device, written when it is returned.
 
     On a GPU another thread makes it: what a thread allocates while it warms up for CUDA graphs is memory of the graphs,
-    which use it again. While a graph is recorded nothing can be waited for: this thread makes it.
+    which use it again. While a graph is recorded nothing can be waited for: this
+    thread makes it, as a part of the graph, and it is not to be kept.
 
     >>> apart(torch.device("cpu"), lambda: torch.zeros(2))
     tensor([0., 0.])

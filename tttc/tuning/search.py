@@ -183,7 +183,9 @@ def _splits(loop: Loop, call: Call, setting: Setting, backward: bool, worse: flo
         if names not in seen:
             seen[names] = len(found)
             found.append((estimate, common, models))
-        elif estimate < found[seen[names]][0]:
+        elif (
+            seen[names] > 0 and estimate < found[seen[names]][0]
+        ):  # of the first what rules say stays
             found[seen[names]] = (estimate, common, models)
     least = min(x[0] for x in found)
     kept = [found[0], *(x for x in sorted(found[1:], key=lambda x: x[0]) if x[0] <= worse * least)]
