@@ -98,6 +98,8 @@ def fuse(gm: fx.GraphModule) -> fx.GraphModule:
             new(single)
             continue
         outputs = memory.outputs(members)
+        if not outputs:
+            continue  # nobody reads what it computes
         inputs = _inputs(nodes, sizes)
         order = {n: i for i, n in enumerate(inputs)}
         # Operands in the order of the nodes, arguments in the region's: both must agree.

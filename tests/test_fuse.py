@@ -513,6 +513,21 @@ def run_program(program, x, w):
     return [values[i] for i in sorted(outputs)]
 
 
+def test_what_nobody_reads_is_no_kernel(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+    def fn(x, w):
+        a = torch.sin(x)
+        a - torch.sin(a).mean(-1, True)
+        return x @ w
+
+    fused, kernels = check(
+        fn, torch.randn(4, 6), torch.randn(6, 6), backend="triton", tolerance=1e-5
+    )
+    assert not kernels
+    assert not [n for n in fused.graph.nodes if n.op == "call_module"]
+
+
 @settings(max_examples=30, deadline=None)
 @given(programs())
 def test_random_programs_by_torch(program):
