@@ -517,9 +517,9 @@ def test_what_nobody_reads_is_no_kernel(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
 
     def fn(x, w):
-        a = torch.sin(x)
-        a - torch.sin(a).mean(-1, True)
-        return x @ w
+        y = x @ w
+        torch.sin(x), torch.cos(x), x - x.mean(-1, True)
+        return y
 
     fused, kernels = check(
         fn, torch.randn(4, 6), torch.randn(6, 6), backend="triton", tolerance=1e-5
