@@ -38,10 +38,8 @@ class FeatureLayouts(NamedLayouts):
 
         Of ``together`` sums whose columns alternate. A lane that passes on a row takes columns of another one instead.
         """
-        low = together.bit_length() - 1
-        bits = columns.bit_length() - 1
-        free = [1 << k for k in range(bits) if k not in (low + 1, low + 2)]
-        lanes = [[0, 0, 1 << (low + 1)], [0, 0, 1 << (low + 2)], [0, 1, 0], [0, 2, 0], [0, 4, 0]]
+        free, (one, other) = self._columns(columns, together)
+        lanes = [[0, 0, one], [0, 0, other], [0, 1, 0], [0, 2, 0], [0, 4, 0]]
         made: list[str] = []
         for lane, column in zip((4, 3, 2), free, strict=False):
             row = lanes[lane]
@@ -76,14 +74,19 @@ class FeatureLayouts(NamedLayouts):
 
     def everywhere(self, columns: int, together: int) -> str:
         """Sums along rows in every thread that has their columns; of ``together`` sums whose columns alternate."""
-        low = together.bit_length() - 1
-        bits = columns.bit_length() - 1
-        registers = [[1 << k] for k in range(bits) if k not in (low + 1, low + 2)]
-        lanes = [[1 << (low + 1)], [1 << (low + 2)], [0], [0], [0]]
+        free, (one, other) = self._columns(columns, together)
+        registers = [[c] for c in free]
+        lanes = [[one], [other], [0], [0], [0]]
         warps = [[0]] * (self.warps.bit_length() - 1)
         return self._named(
             f"EVERYWHERE_{together}x{columns}", self._linear(registers, lanes, warps, [columns])
         )
+
+    def _columns(self, columns: int, together: int) -> tuple[list[int], list[int]]:
+        """Powers of two of columns that registers of a product tell apart, and the two that lanes do."""
+        powers = [1 << k for k in range(columns.bit_length() - 1)]
+        lanes = [2 * together, 4 * together]
+        return [c for c in powers if c not in lanes], lanes
 
     def _warp_bits(self, axes: int) -> list[list[int]]:
         """The first axis over warps."""

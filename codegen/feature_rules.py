@@ -81,7 +81,9 @@ def _fitting(loop: Loop, schedule: Schedule, programs: int, registers: int) -> l
         rendered = _rendered(loop, deep)
         if rendered is None or rendered.registers > registers:
             return []
-        if programs * (rendered.shared_memory + RESERVED) <= H100.shared:
+        if (
+            programs * (rendered.shared_memory + RESERVED) <= H100.shared
+        ):  # as every device of Gluon kernels has
             return [deep]
     return []
 
@@ -89,7 +91,8 @@ def _fitting(loop: Loop, schedule: Schedule, programs: int, registers: int) -> l
 def feature_schedules(loop: Loop, crowd: Crowd, backward: bool) -> list[Schedule]:
     """Where each warp holds some features of every value; empty where the loop has no such kernel or is better without.
 
-    On an H200 (microseconds, against plain Triton): TTT-Linear with 64 features in two warps takes 262 at B16 T2048 (340)
+    On an H200 (benchmarks/results/2026-11-28-h200-features.json for backwards and shuffles; microseconds, against plain
+    Triton): TTT-Linear with 64 features in two warps takes 262 at B16 T2048 (340)
     and 652 at B8 T8192 (1010), in four 467 and 916; with 128 features in four warps 336 (696) and 945 (1378), in eight
     559 and 1107. Of 32 tokens a program that is alone on its multiprocessor takes 934 in four warps (B4 T16384, plain
     Triton 1388) and 1330 in two, where several share one 356 and 303; values made late and given up early then gain 5
