@@ -11,7 +11,7 @@ from concurrent.futures import Future, wait
 
 from tttc.codegen.resources import Request, ResourceError, Resources, _plain, _Worker
 
-from tttc.runtime.ahead import Compiler, Done
+from tttc.tuning.compiling import Compiler, Done
 
 LONGEST = 120.0  # seconds of a kernel
 

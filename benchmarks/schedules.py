@@ -40,9 +40,9 @@ from tttc.codegen.schedule import Schedule
 import tttc.runtime.fused_scan_backward
 from tttc.ir.errors import NotLowerable
 from tttc.runtime import triton_scan
-from tttc.runtime.ahead import Compiler, target_of, workers
 from tttc.runtime.launch import Launch
 from tttc.tuning import choose, search
+from tttc.tuning.compiling import Compiler, target_of, workers
 from tttc.tuning.plan import Plan, Setting, by_rules
 
 AT_ONCE = 4  # shapes: one is timed, the kernels of the others are compiled

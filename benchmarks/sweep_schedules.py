@@ -28,7 +28,7 @@ from tttc.codegen.torch_scan_backward import live_cotangents, saved_leaves
 
 from tttc._scan_op import scan_info
 from tttc.runtime import forward_kernels, fused_scan, launch, triton_scan, triton_scan_backward
-from tttc.runtime.ahead import compiler_for
+from tttc.tuning.compiling import compiler_for
 from tttc.tuning.search import time_on_device, variants
 
 CASES = ("ttt_linear_b16", "ttt_mlp_chunk64", "ttt_mlp_b16")

@@ -41,11 +41,14 @@ class Miscompiled(RuntimeError):
     """There is no assembler that gets a kernel right."""
 
 
-def assembled(compiled: Callable[[dict[str, Any]], Any]) -> tuple[dict[str, Any], Any]:
+def assembled(
+    compiled: Callable[[dict[str, Any]], Any], alone: Callable[[], None] = lambda: None
+) -> tuple[dict[str, Any], Any]:
     """A kernel by the assembler that Triton takes, or by a newer one where that gets it wrong.
 
     Args:
         compiled: compiles it under some more of Triton's options.
+        alone: called before all that is compiled meanwhile is assembled by the newer one.
 
     Returns:
         The options, and what Triton made.
@@ -64,6 +67,7 @@ def assembled(compiled: Callable[[dict[str, Any]], Any]) -> tuple[dict[str, Any]
     newer = knobs.nvidia.ptxas_blackwell
     if _version(newer) < RIGHT_FROM:
         raise Miscompiled(f"ptxas {tool.version} gets descriptors of operands wrong")
+    alone()
     with _lock, knobs.nvidia.scope():
         knobs.nvidia.ptxas = newer.path
         options = {"ptx_options": " ".join(filter(None, (knobs.nvidia.ptxas_options, LEVEL)))}

@@ -5,16 +5,17 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 import triton
 from torch import fx
+from tttc.codegen.executable import begin, executable
 from tttc.codegen.kernel import Kernel
 from tttc.codegen.rowwise import emit, parts
 from tttc.codegen.rowwise_ops import NotEmittableError
-from tttc.codegen.triton_ready import wait_for_triton
+from tttc.codegen.specialised import Specialised, argument
 
 from tttc.ir.node_values import value_of
 from tttc.ir.region import FusedRegion
@@ -29,10 +30,9 @@ MOST_KNOWN = 512  # layouts of a kernel's arguments that are remembered
 
 
 class Start:
-    """A Triton function, launched by what Triton found for arguments laid out the same way.
+    """A Triton function, launched by what was found for arguments laid out the same way.
 
-    Triton works out for each argument what it may compile in, whenever a kernel is launched: that takes the host longer
-    than many a kernel takes the GPU.
+    To work out for each argument what may be compiled in takes the host longer than many a kernel takes the GPU.
     """
 
     def __init__(self, kernel: Kernel, name: str, function: Any) -> None:
@@ -43,27 +43,55 @@ class Start:
         return functools.partial(self._start, grid)
 
     def _start(self, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-        layout: list[Any] = [self.name, arguments[0].get_device()]
+        device = arguments[0].get_device()
+        layout: list[Any] = [self.name, device]
+        passed: list[int] = []
         for x in arguments:
             if type(x) is int:
                 layout.append((x == 1, x % 16 == 0, -(2**31) <= x < 2**31))
+                passed.append(x)
             else:
-                layout.append((x.dtype, x.data_ptr() % 16 == 0))
+                address = x.data_ptr()
+                layout.append((x.dtype, address % 16 == 0))
+                passed.append(address)
         key = tuple(layout)
         found = self.kernel.compiled.get(key)
-        if found is not None:
-            compiled, known = found
-            compiled[(*grid, 1, 1)[:3]](*arguments, *known)
-            return
-        wait_for_triton()
-        compiled = self.function[grid](*arguments, **constants)
-        # The interpreter compiles nothing; AMD's compiler also asks for the size of a tensor.
-        if compiled is not None and torch.version.hip is None:
-            if len(self.kernel.compiled) >= MOST_KNOWN:
-                self.kernel.compiled.clear()
-            # The options of a launch come after the constants, and are compiled in as these are.
-            known = tuple(v for k, v in constants.items() if k in self.function.arg_names)
-            self.kernel.compiled[key] = compiled, known
+        if found is None:
+            if device < 0:  # the interpreter compiles nothing
+                self.function[grid](*arguments, **constants)
+                return
+            found = executable(self.specialised(arguments, constants), device)
+            if torch.version.hip is None:  # AMD's compiler also asks for the size of a tensor
+                if len(self.kernel.compiled) >= MOST_KNOWN:
+                    self.kernel.compiled.clear()
+                self.kernel.compiled[key] = found
+        x, y, z = (*grid, 1, 1)[:3]
+        found.start((x, y, z), found.passed(passed))
+
+    def specialised(self, arguments: Sequence[Any], constants: dict[str, Any]) -> Specialised:
+        """What of a launch is compiled in; ``constants``: options of the launch too, after those of the function."""
+        names = self.function.arg_names
+        return Specialised(
+            self.kernel,
+            self.name,
+            tuple(argument(x) for x in arguments),
+            tuple((k, v) for k, v in constants.items() if k in names),
+            tuple((k, v) for k, v in constants.items() if k not in names),
+            lambda: self.function,
+        )
+
+
+class _Ahead:
+    """Stands in for :class:`Start`: the kernel is compiled in another thread, for a device, and not launched."""
+
+    def __init__(self, start: Start, device: torch.device) -> None:
+        self.start, self.device = start, device
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return self._begin
+
+    def _begin(self, *arguments: Any, **constants: Any) -> None:
+        begin(self.start.specialised(arguments, constants), self.device.index or 0)
 
 
 class Launch:
@@ -85,15 +113,22 @@ class Launch:
                 return self._run(*args)
         return self._run(*args)
 
+    def compile_ahead(self, args: Sequence[Any], device: torch.device) -> None:
+        """Begin to compile the kernel for a device in another thread; ``args`` as of a call, on tensors without values."""
+        starts = {k: _Ahead(x, device) for k, x in self._starts().items()}
+        self.kernel.module().launch(*args, **starts)
+
+    def _starts(self) -> dict[str, Start]:
+        parameters = inspect.signature(self.kernel.module().launch).parameters
+        return {
+            k: Start(self.kernel, k, p.default)
+            for k, p in parameters.items()
+            if p.default is not p.empty
+        }
+
     def _run(self, *args: Any) -> Any:
         if self._launch is None:
-            launch = self.kernel.module().launch
-            starts = {
-                k: Start(self.kernel, k, p.default)
-                for k, p in inspect.signature(launch).parameters.items()
-                if p.default is not p.empty
-            }
-            self._launch = functools.partial(launch, **starts)
+            self._launch = functools.partial(self.kernel.module().launch, **self._starts())
         return self._launch(*args)
 
 

@@ -3,45 +3,92 @@
 from __future__ import annotations
 
 import json
+import threading
+from types import SimpleNamespace
 
+import pytest
 import torch
-from marks import on_gpu
+from marks import interpreted, on_gpu
 from test_stages import call_of
+from tttc.codegen import executable, rowwise_launch
+from tttc.codegen.kernel import Kernel
 
 import tttc
+from tttc.models import TTTConfig, TTTLanguageModel
 from tttc.nn import TTTLinear
 from tttc.pipeline import _programs
-from tttc.runtime import ahead, launch
+from tttc.runtime import launch, rehearsal, staged
 from tttc.runtime.triton_scan import run_kernels
+from tttc.tuning import compiling
 
 
 def launches_of(program, groups, launcher):
     run_kernels(program, groups[0], [], *groups[1:], 3, torch.float32, launcher=launcher)
 
 
-def test_new_kernels_are_compiled_together(monkeypatch, tmp_path):
-    monkeypatch.setenv("TTTC_CACHE_DIR", str(tmp_path))
-    asked = []
-
-    def compiler(requests, seconds, done):
-        asked.append([r.name for r in requests])
-        return []
-
-    monkeypatch.setattr(ahead, "compiler_for", lambda device: compiler)
-    monkeypatch.setattr(ahead, "workers", lambda: 4)
-    call, program, _ = call_of(TTTLinear, T=38, d=16, b=8)
-    anchor, tokens, shared = (
-        [x.float().to("meta") for x in g] for g in (call.anchor, call.tokens, call.shared)
+def test_kernels_of_a_call_are_compiled_before_the_first_is_launched(monkeypatch):
+    """Those of several stages; a single one is compiled by its launch."""
+    order = []
+    monkeypatch.setattr(
+        staged, "compile_ahead", lambda call, device: order.append(("begun", call.kernel.name))
     )
-    launches = []
-    run_kernels(program, anchor, [], tokens, shared, 3, torch.float32, launcher=launches.append)
-    ahead.compile_ahead(launches, torch.device("cuda"))
-    names = {x.kernel.name for x in launches}
-    assert len(asked) == 1 and set(asked[0]) == names
-    # Those that were launched before are found by Triton.
-    ahead.compile_ahead(launches, torch.device("cuda"))
-    assert len(asked) == 1
-    program.kernels.clear()
+    call = SimpleNamespace(device=torch.device("cuda"), kernel=Kernel("a", ""))
+    launches = [call, SimpleNamespace(device=call.device, kernel=Kernel("b", ""))]
+    made = staged.Staged(tuple(x.kernel for x in launches), frozenset(), {})
+    staged.compiled_ahead(made, launches, launch.launch)
+    assert order == [("begun", "a"), ("begun", "b")]
+    staged.compiled_ahead(made, launches, order.append)  # who only looks on compiles nothing
+    launches[1].kernel.compiled["known"] = object()
+    staged.compiled_ahead(made, launches, launch.launch)
+    assert len(order) == 2
+
+
+def specialised(call):
+    return launch._specialised(call, False).digest()
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "sizes", [{}, {"layer": "mlp", "backbone": "mamba"}, {"mini_batch_size": 1}], ids=str
+)
+def test_a_graph_says_which_kernels_it_will_launch(sizes, monkeypatch):
+    """All of them, forward and backward, with what of their arguments is compiled in, and no others."""
+    monkeypatch.setenv("TTTC_WARM", "0")
+    torch._dynamo.reset()
+    planned, made = set(), set()
+    monkeypatch.setattr(rehearsal, "_is_compiled_for", lambda device: True)
+    monkeypatch.setattr(rehearsal, "compile_ahead", lambda call, _: planned.add(specialised(call)))
+    monkeypatch.setattr(rowwise_launch, "begin", lambda wanted, _: planned.add(wanted.digest()))
+    first, start = launch._first_launch, rowwise_launch.Start._start
+
+    def launched(call, *rest):
+        made.add(specialised(call))
+        return first(call, *rest)
+
+    def started(self, grid, *arguments, **constants):
+        made.add(self.specialised(arguments, constants).digest())
+        return start(self, grid, *arguments, **constants)
+
+    monkeypatch.setattr(launch, "_first_launch", launched)
+    monkeypatch.setattr(rowwise_launch.Start, "_start", started)
+    sizes = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "mini_batch_size": 16} | sizes
+    model = TTTLanguageModel(TTTConfig(**sizes, vocab_size=32))
+    compiled = tttc.compile(model, strict=True, backend="triton")
+    ids = torch.arange(2 * 32).view(2, 32) % 32
+    compiled(ids).square().mean().backward()
+    with torch.no_grad():
+        compiled(ids)
+    assert len(made) > 10
+    assert planned == made
+
+
+def test_what_a_graph_can_not_say_is_compiled_when_it_is_launched(monkeypatch):
+    monkeypatch.setattr(rehearsal, "_is_compiled_for", lambda device: True)
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")  # of which nothing is known
+    graph.call_function(torch.ops.tttc.fused_scan.default, ([x],))
+    graph.output(x)
+    rehearsal.rehearse(torch.fx.GraphModule({}, graph))
 
 
 def test_what_is_asked_for_is_aligned_as_the_tensors_are():
@@ -68,8 +115,8 @@ def test_triton_finds_what_was_compiled_ahead(monkeypatch, tmp_path):
     program.kernels.clear()
     launches = []
     launches_of(program, groups, launches.append)
-    results = ahead.compiler_for(torch.device("cuda"))(
-        [x.request(fast=ahead.fast()) for x in launches], 300.0, lambda i: None
+    results = compiling.compiler_for(torch.device("cuda"))(
+        [x.request(fast=launch.fast()) for x in launches], 300.0, lambda i: None
     )
     assert not [r for r in results if isinstance(r, Exception)]
     before = sorted((tmp_path / "triton").rglob("*.cubin"))
@@ -109,3 +156,31 @@ def test_schedules_are_measured_and_remembered(monkeypatch, tmp_path):
     assert [f.stat().st_mtime_ns for f in files] == when
     used = [k.config["schedule"] for p in _programs.values() for s in p.kernels.values() for k in s.kernels]  # fmt: skip
     assert any(s.origin.startswith("measured: ") for s in used)
+
+
+@on_gpu
+@pytest.mark.parametrize("training", [False, True])
+def test_nothing_is_left_to_compile_for_the_first_launches(training, monkeypatch, tmp_path):
+    for name in ("TTTC_CACHE_DIR", "TRITON_CACHE_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    monkeypatch.setattr(executable, "_made", {})
+    torch._dynamo.reset()
+    for program in _programs.values():
+        program.kernels.clear()
+    model = TTTLanguageModel(TTTConfig(hidden_size=256, num_layers=2, num_heads=4, vocab_size=64))
+    model = model.to("cuda", torch.bfloat16)
+    ids = torch.randint(64, (4, 512), device="cuda")
+    late, new = [], executable._new
+
+    def made(wanted, device, alone):
+        if threading.current_thread() is threading.main_thread():
+            late.append((wanted.kernel.name, wanted.arguments))
+        return new(wanted, device, alone)
+
+    monkeypatch.setattr(executable, "_new", made)
+    with torch.set_grad_enabled(training):
+        y = tttc.compile(model, strict=True)(ids)
+        if training:
+            y.float().square().mean().backward()
+    torch.cuda.synchronize()
+    assert not late and len(executable._made) > 5

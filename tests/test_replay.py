@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -33,11 +34,11 @@ def prepared(call):
     where = [i for i, x in enumerate(arguments) if isinstance(x, torch.Tensor)]
     names = [name for name, _ in call.kernel.config["arguments"]]
 
-    def run(*given):
+    def start(grid, given):
         tensors = {n: at(given[i], call.tensors[n]) for n, i in zip(names, where, strict=True)}
         launch(replace(call, tensors=tensors))
 
-    return run, arguments
+    return SimpleNamespace(start=start), (*call.grid, 1, 1)[:3], arguments
 
 
 @pytest.fixture

@@ -33,6 +33,7 @@ from tttc.passes.fuse import decompositions, fuse
 from tttc.passes.merge_equal import merge_equal
 from tttc.passes.totals import totals
 from tttc.progress import phase
+from tttc.runtime.rehearsal import rehearse
 from tttc.warm import asked
 from tttc.warm.graphs import keep_captured, keep_graph
 from tttc.warm.recording import outermost
@@ -65,6 +66,7 @@ def _compile_graph(
         made(fused)
     # The regions' kernels run on a GPU (or in Triton's interpreter), their torch operations elsewhere.
     _recorder.kernels(lower_regions(fused, "torch" if options.backend == "torch" else "triton"))
+    rehearse(fused)
     after = _recorder.graph("fused", fused)
     keep_graph(direction, bind(fused))
     run = make_boxed_func(_recorder.watched(before, _recorder.watched(after, fused.forward)))
@@ -111,6 +113,8 @@ def compile_graph(
 ) -> Callable[..., Any]:
     """A TorchDynamo graph as a callable: scans lowered, then AOTAutograd, then fusion."""
     compiling = phase("capture", "compiling a graph")
+    if options.backend != "torch":
+        begin_triton()
     with not_collected(), _recorder.attempt(), capturing(False), compiling as made:
         regions.put_in_place(gm)
         made(gm)
@@ -278,8 +282,6 @@ def _compiled_call(target: Callable[..., Any], options: Options) -> Callable[...
 
     def run(*args: Any, **kwargs: Any) -> Any:
         nonlocal first
-        if first and options.backend != "torch":
-            begin_triton()
         collecting, first = not_collected() if first else nullcontext(), False
         if loops.any:
             loops.prepare(args, kwargs, refuse, options.verify)

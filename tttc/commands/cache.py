@@ -14,7 +14,7 @@ from tttc.codegen.kernel import KINDS, cache_dir
 
 # What is written there, and nothing else a person may have put beside it.
 OURS = re.compile(
-    r".*_[0-9a-f]{16}(\.cpython-\d+)?(\.opt-\d)?\.(pyc?|json|program)(\.\w+)?|.*\.partial"
+    r".*_[0-9a-f]{16}(\.cpython-\d+)?(\.opt-\d)?\.(pyc?|json|program|cubin)(\.\w+)?|.*\.partial"
 )
 
 

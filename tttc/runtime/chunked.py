@@ -16,8 +16,7 @@ from tttc.codegen.render import render
 from tttc.ir.body import role
 from tttc.ir.build import dims_of
 from tttc.ir.program import Program
-from tttc.runtime.ahead import compile_ahead
-from tttc.runtime.launch import Launch, launch
+from tttc.runtime.launch import Launch, compile_ahead, launch
 
 Tensor = torch.Tensor
 ALL_WEIGHTS = 1 / 32  # what a program takes beside its rows, of what a whole tile's rows take
@@ -96,7 +95,8 @@ def run_chunked(
     loop = given.loop
     device = next(iter(tensors.values())).device
     if device.type == "cuda" and launcher is launch and not any(k.compiled for k in given.kernels):
-        compile_ahead(first_launches(given, tensors, batch, heads, length, dtype), device)
+        for call in first_launches(given, tensors, batch, heads, length, dtype):
+            compile_ahead(call, device)
     by_token = {s.name for s in loop.sources.values() if s.kind == "token"}
     by_token |= {s.name for _, s in loop.sinks if s.kind == "token"}
     by_chunk = {f"saved_{s.name}" for s in loop.sources.values() if s.kind == "saved"}

@@ -16,6 +16,7 @@ from tttc.codegen.torch_scan_backward import save_interval, saved_bytes, saved_l
 from tttc.ir.errors import NotLowerable
 from tttc.ir.program import Program
 from tttc.pipeline import build_program
+from tttc.runtime.launch import Launch
 from tttc.runtime.ranges import scan_range
 from tttc.runtime.replay import remembered
 from tttc.runtime.saved_states import empty_states
@@ -51,7 +52,19 @@ def uses_triton(backend: str, device: torch.device, compute: torch.dtype) -> boo
 
 
 def _by_kernels(
-    program, anchor, carry, tokens, shared, place, info, states, saved, interval, tune, launcher
+    program,
+    anchor,
+    carry,
+    tokens,
+    shared,
+    place,
+    info,
+    states,
+    saved,
+    interval,
+    tune,
+    launcher,
+    device=None,
 ) -> list[Tensor] | None:
     """The scan by kernels; None, and remembered, where they can't be made or the device can't hold them."""
     save = (
@@ -73,6 +86,7 @@ def _by_kernels(
             interval=interval or 1,
             tune=tune,
             launcher=launcher,
+            device=device,
         )
     except NotLowerable as error:
         program.no_kernels = error.reason
@@ -113,6 +127,41 @@ def fused_scan(
     with scan_range("forward", key, layer):
         call = ("forward", counts, rest)
         return remembered(program, call, [*anchor, *carry, *tokens, *shared], run)
+
+
+def fused_scan_launches(
+    anchor: list[Tensor],
+    carry: list[Tensor],
+    tokens: list[Tensor],
+    shared: list[Tensor],
+    key: str,
+    mini_batch_size: int,
+    place: int,
+    backend: str,
+    states: bool,
+    interval: int,
+    layer: str = "",
+    tune: bool = False,
+    *,
+    device: torch.device,
+) -> list[Launch]:
+    """What :func:`fused_scan` would launch on a device, told from tensors without values (device "meta").
+
+    Nothing where it runs by torch operations, or is about to search for schedules.
+    """
+    info = scan_info(anchor, tokens, shared)
+    program = build_program(interned(key), mini_batch_size)
+    by_kernels = program.no_kernels is None and runs_by_kernels(backend, device, info.compute)
+    if tune or not by_kernels or 0 in tokens[0].shape[:3]:
+        return []
+    place %= mini_batch_size
+    saved = _empty_saved(program, anchor, tokens, shared, place, interval, info, backend)
+    launches: list[Launch] = []
+    _by_kernels(
+        program, anchor, carry, tokens, shared, place, info, states, saved, interval, tune,
+        launches.append, device,
+    )  # fmt: skip
+    return launches
 
 
 def grouped(flat: Sequence[Tensor], counts: Sequence[int]) -> list[list[Tensor]]:

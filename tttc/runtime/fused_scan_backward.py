@@ -19,6 +19,7 @@ from tttc.runtime.fused_scan import (
     grouped,
     runs_by_kernels,
 )
+from tttc.runtime.launch import Launch
 from tttc.runtime.ranges import scan_range
 from tttc.runtime.replay import remembered
 from tttc.runtime.staged import Launcher
@@ -73,6 +74,41 @@ def fused_scan_backward(
         return remembered(program, call, [*(g for g in grads if g is not None), *flat], run)
 
 
+def fused_scan_backward_launches(
+    grads: list[Tensor | None],
+    anchor: list[Tensor],
+    carry: list[Tensor],
+    tokens: list[Tensor],
+    shared: list[Tensor],
+    saved: list[Tensor],
+    wanted: list[bool],
+    key: str,
+    mini_batch_size: int,
+    place: int,
+    backend: str,
+    states: bool,
+    interval: int,
+    layer: str = "",
+    tune: bool = False,
+    *,
+    device: torch.device,
+) -> list[Launch]:
+    """What :func:`fused_scan_backward` would launch on a device, as
+    :func:`tttc.runtime.fused_scan.fused_scan_launches`.
+    """
+    program = build_program(interned(key), mini_batch_size)
+    compute = scan_info(anchor, tokens, shared).compute
+    refused = program.no_kernels or program.no_backward_kernels
+    if tune or refused or not saved or not runs_by_kernels(backend, device, compute):
+        return []
+    launches: list[Launch] = []
+    _run(
+        program, grads, anchor, carry, tokens, shared, saved, wanted, place % mini_batch_size, backend,
+        states, interval, tune, launches.append, device,
+    )  # fmt: skip
+    return launches
+
+
 def _run(
     program,
     grads,
@@ -88,6 +124,7 @@ def _run(
     interval,
     tune,
     launcher,
+    device=None,
 ) -> list[Tensor]:
     info = scan_info(anchor, tokens, shared)
     out = _empty_cotangents(anchor, carry, tokens, shared, wanted)
@@ -113,10 +150,11 @@ def _run(
     rows = {name: x for name, x in zip(chosen, out, strict=True) if name.startswith("token")}
     made = None
     refused = program.no_kernels or program.no_backward_kernels
-    if saved and not refused and runs_by_kernels(backend, tokens[0].device, info.compute):
+    device = device or tokens[0].device
+    if saved and not refused and runs_by_kernels(backend, device, info.compute):
         try:
             made = run_backward_kernels(
-                program, leaves, *arguments, interval, rows, info.output, launcher, tune
+                program, leaves, *arguments, interval, rows, info.output, launcher, tune, device
             )
         except NotLowerable as error:
             program.no_backward_kernels = error.reason

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
-from tttc.codegen.assembler import Miscompiled, assembled
+from tttc.codegen.assembler import Miscompiled
+from tttc.codegen.executable import Executable, Grid, begin, executable
 from tttc.codegen.kernel import Kernel
 from tttc.codegen.resources import Request
-from tttc.codegen.triton_ready import wait_for_triton
+from tttc.codegen.specialised import Specialised, argument
 from tttc.ir.errors import KernelTooLarge, NotLowerable
 from tttc.progress import phase
 from tttc.runtime.beside import Aside
@@ -118,8 +119,8 @@ MOST_KNOWN = 512  # layouts of a kernel's arguments that are remembered
 def launch(call: Launch) -> None:
     """Run a kernel.
 
-    Triton works out for every argument what it may compile in (a stride of 1, an address that is a multiple of 16).
-    That takes longer than many a kernel runs: what it found for arguments laid out the same way is kept.
+    To work out for every argument what is compiled in (a stride of 1, an address that is a multiple of 16) takes longer than
+    many a kernel runs: what was found for arguments laid out the same way is kept.
 
     Raises:
         KernelTooLarge: where it takes more than the device has.
@@ -139,75 +140,94 @@ def launch(call: Launch) -> None:
         with torch.cuda.device(device):
             launch(call)
         return
-    arguments, known = _laid_out(call)
-    compiled = kernel.compiled.get(known)
-    if compiled is not None:
-        found, constants = compiled
-        found[_grid(call)](*arguments, *constants)
-        return
-    _first_launch(call, arguments, known)
+    pointers, known = _laid_out(call)
+    found = kernel.compiled.get(known)
+    if found is None:
+        _first_launch(call, pointers, known)
+    else:
+        found.start(_grid(call), found.passed(pointers))
 
 
-def prepared(call: Launch) -> tuple[Callable[..., Any], list[Any]] | None:
-    """What a launch that was made before calls, on which arguments; None where that is not known."""
+def prepared(call: Launch) -> tuple[Executable, Grid, list[Any]] | None:
+    """What a launch that was made before starts, over which grid, on which tensors and integers; None where that is not
+    known.
+    """
     kernel = call.kernel
     if kernel.refused and kernel.instead is not None:
         return prepared(replace(call, kernel=kernel.instead()))
-    arguments, known = _laid_out(call)
-    compiled = kernel.compiled.get(known)
-    if compiled is None:
-        return None
-    found, constants = compiled
-    return found[_grid(call)], [*arguments, *constants]
+    found = kernel.compiled.get(_laid_out(call)[1])
+    return None if found is None else (found, _grid(call), found.passed(_arguments(call)))
 
 
-def _grid(call: Launch) -> tuple[int, ...]:
-    return (*call.grid, 1, 1)[:3]
+def compile_ahead(call: Launch, device: torch.device) -> None:
+    """Begin to compile a kernel for a GPU in another thread; ``call`` may be on tensors without values."""
+    kernel = call.kernel
+    if kernel.refused and kernel.instead is not None:
+        kernel = kernel.instead()
+    begin(_specialised(replace(call, kernel=kernel), fast()), device.index or 0)
 
 
-def _laid_out(call: Launch) -> tuple[list[Any], tuple[Any, ...]]:
-    """The arguments of a launch, and what of their layout is compiled in."""
-    device = next(iter(call.tensors.values())).get_device()
+def fast() -> bool:
+    """Whether kernels for the GPU at hand use NVIDIA's own instructions."""
+    return torch.version.hip is None
+
+
+def _grid(call: Launch) -> Grid:
+    x, y, z = (*call.grid, 1, 1)[:3]
+    return x, y, z
+
+
+def _arguments(call: Launch) -> list[Any]:
+    """The arguments of a launch before those that are compiled in."""
     arguments: list[Any] = []
+    for name, rank in call.kernel.config["arguments"]:
+        x = call.tensors[name]
+        arguments += (x, *x.stride()[:rank])
+    return [*arguments, *call.sizes.values()]
+
+
+def _laid_out(call: Launch) -> tuple[list[int], tuple[Any, ...]]:
+    """The arguments of a launch, addresses for tensors, and what of their layout is compiled in."""
+    device = next(iter(call.tensors.values())).get_device()
+    arguments: list[int] = []
     layout: list[Any] = [device, call.dtype, call.length, call.heads, call.place, precision()]
     for name, rank in call.kernel.config["arguments"]:
         x = call.tensors[name]
         if rank and x.ndim != rank:
             raise ValueError(f"{name}: expected {rank} axes, got shape {tuple(x.shape)}")
-        strides = x.stride()[:rank]
-        arguments.append(x)
-        arguments += strides
-        layout += (x.dtype, x.data_ptr() % 16, strides)
+        strides, address = x.stride()[:rank], x.data_ptr()
+        arguments += (address, *strides)
+        layout += (x.dtype, address % 16, strides)
     arguments += call.sizes.values()
     return arguments, tuple(layout)
 
 
-def _compiled(call: Launch, arguments: list[Any], constants: dict[str, Any]) -> Any:
-    """Compile a kernel, on an NVIDIA GPU by the assembler that gets it right, and launch it."""
-    function, options = call.kernel.function(), call.options
-    if constants["FAST"]:
-
-        def made(more: dict[str, Any]) -> Any:
-            return function.warmup(*arguments, grid=call.grid, **constants, **options, **more)
-
-        try:
-            options |= assembled(made)[0]
-        except Miscompiled as error:
-            raise NotLowerable(f"{call.kernel.name}: {error}") from error
-    return function[call.grid](*arguments, **constants, **options)
+def _specialised(call: Launch, fast: bool) -> Specialised:
+    kernel = call.kernel
+    return Specialised(
+        kernel,
+        kernel.name,
+        tuple(argument(x) for x in _arguments(call)),
+        tuple(call.constants(fast).items()),
+        tuple(call.options.items()),
+        kernel.function,
+    )
 
 
-def _first_launch(call: Launch, arguments: list[Any], known: tuple[Any, ...]) -> None:
+def _first_launch(call: Launch, pointers: list[int], known: tuple[Any, ...]) -> None:
     from triton.runtime.errors import OutOfResources
 
-    wait_for_triton()
     kernel = call.kernel
-    fast = next(iter(call.tensors.values())).is_cuda and torch.version.hip is None
-    constants = call.constants(fast)
+    device = next(iter(call.tensors.values())).get_device()
+    if device < 0:  # the interpreter compiles nothing
+        constants = call.constants(fast=False)
+        kernel.function()[call.grid](*_arguments(call), **constants, **call.options)
+        return
     first = not kernel.compiled
     try:
         with phase("kernels", f"{kernel.name}: first launch") if first else nullcontext():
-            found = _compiled(call, arguments, constants)
+            found = executable(_specialised(call, fast()), device)
+            found.start(_grid(call), found.passed(pointers))
     except Exception as error:
         too_large = isinstance(error, OutOfResources)
         if kernel.instead is not None:
@@ -221,8 +241,9 @@ def _first_launch(call: Launch, arguments: list[Any], known: tuple[Any, ...]) ->
             return
         if too_large:
             raise KernelTooLarge(f"{kernel.name}: {error}") from error
+        if isinstance(error, Miscompiled):
+            raise NotLowerable(f"{kernel.name}: {error}") from error
         raise
     if len(kernel.compiled) >= MOST_KNOWN:
         kernel.compiled.clear()
-    if found is not None:  # the interpreter compiles nothing
-        kernel.compiled[known] = found, tuple(constants.values())
+    kernel.compiled[known] = found

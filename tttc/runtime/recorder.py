@@ -87,14 +87,14 @@ class Recorder(TorchDispatchMode):
         made = prepared(call)
         if made is None:
             return None
-        runner, arguments = made
+        found, grid, arguments = made
         addresses = []
         for place, x in enumerate(arguments):
             if isinstance(x, Tensor):
                 slot = self._slot(x)
                 addresses.append((place, slot, x.data_ptr() - self._owners[slot].start))
                 arguments[place] = 0
-        return Launched(runner, arguments, addresses)
+        return Launched(found, grid, arguments, addresses)
 
     def tape(self, results: list[Tensor], device: torch.device) -> Tape | None:
         """What was recorded; None where that can't be replayed."""

@@ -14,9 +14,8 @@ from tttc.codegen.render import render
 from tttc.codegen.schedule import Schedule
 from tttc.codegen.stages import stages
 from tttc.ir.build import dims_of
-from tttc.runtime.ahead import compile_ahead
 from tttc.runtime.chunked import Chunked, run_chunked
-from tttc.runtime.launch import Launch, launch
+from tttc.runtime.launch import Launch, compile_ahead, launch
 from tttc.runtime.saved_states import empty_states
 
 Tensor = torch.Tensor
@@ -200,7 +199,8 @@ def compiled_ahead(made: Staged, launches: Sequence[Launch], launcher: Launcher)
     """Before the first launches, compile their kernels beside each other."""
     device = launches[0].device
     if device.type == "cuda" and launcher is launch and not made.kernels[-1].compiled:
-        compile_ahead(launches, device)
+        for call in launches:
+            compile_ahead(call, device)
 
 
 def added_up(made: Staged, results: Mapping[str, Tensor]) -> dict[str, Tensor]:

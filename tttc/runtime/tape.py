@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from tttc.codegen.executable import Executable, Grid
 from tttc.runtime.beside import Aside
 
 Tensor = torch.Tensor
@@ -36,8 +37,9 @@ class View:
 class Launched:
     """A launch: addresses are put in the places of tensors."""
 
-    runner: Callable[..., Any]
-    arguments: list[Any]
+    kernel: Executable
+    grid: Grid
+    arguments: list[int]
     addresses: list[tuple[int, int, int]]  # place, slot, bytes from its start
 
     @property
@@ -49,7 +51,7 @@ class Launched:
         arguments = self.arguments.copy()
         for place, slot, offset in self.addresses:
             arguments[place] = pointers[slot] + offset
-        self.runner(*arguments)
+        self.kernel.start(self.grid, arguments)
 
 
 @dataclass(frozen=True)

@@ -23,13 +23,15 @@ from tttc.tuning.search import Call
 Tensor = torch.Tensor
 
 
-def suits_gluon(program: Program, tokens: Sequence[Tensor], dtype: torch.dtype) -> bool:
-    """Whether kernels for warpgroups take tokens, on the device where they are.
+def suits_gluon(
+    program: Program, tokens: Sequence[Tensor], dtype: torch.dtype, device: torch.device
+) -> bool:
+    """Whether kernels for warpgroups take tokens, on a device.
 
     It has to be a Hopper GPU, and tiles must have the 16-bit dtype of the products and rows that can be copied 16 bytes
     at a time.
     """
-    if dtype not in (torch.bfloat16, torch.float16) or not hopper(tokens[0].device):
+    if dtype not in (torch.bfloat16, torch.float16) or not hopper(device):
         return False
     axes = 2 if program.sequential else 1  # of a token that make its tile a matrix
     matrices = [x for x in tokens if sum(n > 1 for n in x.shape[3:]) >= axes]
@@ -69,14 +71,10 @@ def run_kernels(
     batch, heads, length = tokens[0].shape[:3]
     shapes = [x.shape for x in anchor]
     mini_batches = -(-length // program.unit)
-    setting = setting_of(
-        batch * heads,
-        mini_batches,
-        output_dtype,
-        device or anchor[0].device,
-        suits_gluon(program, tokens, output_dtype),
-    )
-    split = programs_a_tile(batch * heads, device or anchor[0].device)
+    device = device or anchor[0].device
+    gluon = suits_gluon(program, tokens, output_dtype, device)
+    setting = setting_of(batch * heads, mini_batches, output_dtype, device, gluon)
+    split = programs_a_tile(batch * heads, device)
     named: dict[str, Tensor] = constant_tensors(program, anchor[0].device)
     named |= {f"shared_{i}": squeeze_features(x, 1) for i, x in enumerate(shared)}
     now_anchor = [squeeze_features(x, 2) for x in anchor]

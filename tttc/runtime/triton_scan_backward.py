@@ -157,18 +157,21 @@ def run_backward_kernels(
     dtype: torch.dtype,
     launcher: Launcher = launch,
     tune: bool = False,
+    device: torch.device | None = None,
 ) -> tuple[list[Tensor], list[Tensor], dict[str, Tensor]]:
     """The cotangents of a scan's arguments, by kernels.
 
     Arguments and results as :func:`tttc.codegen.torch_scan_backward.run_backward`; states are ``saved`` at every
-    ``interval``-th mini-batch, those between are computed again, segment after segment. ``out`` holds the tensors ``[B, H, T, ...]`` for the cotangents of the wanted tokens.
+    ``interval``-th mini-batch, those between are computed again, segment after segment. ``out`` holds the tensors ``[B, H, T, ...]`` for the cotangents of the wanted tokens. ``launcher`` and ``device`` as of
+    :func:`tttc.runtime.triton_scan.run_kernels`.
     """
     batch, heads, length = tokens[0].shape[:3]
     b = program.unit
     outer = [x for x in given[2] if x is not None]
-    gluon = suits_gluon(program, [*tokens, *outer], dtype)
-    setting = setting_of(batch * heads, -(-length // b), dtype, anchor[0].device, gluon)
-    split = programs_a_tile(batch * heads, anchor[0].device)
+    device = device or anchor[0].device
+    gluon = suits_gluon(program, [*tokens, *outer], dtype, device)
+    setting = setting_of(batch * heads, -(-length // b), dtype, device, gluon)
+    split = programs_a_tile(batch * heads, device)
     named = constant_tensors(program, anchor[0].device)
     named |= {f"shared_{i}": squeeze_features(x, 1) for i, x in enumerate(shared)}
     now_anchor = [squeeze_features(x, 2) for x in anchor]
@@ -296,6 +299,7 @@ def run_backward_kernels(
             launcher=launcher,
             save=kept,
             tune=tune,
+            device=device,
         )
         return {f"saved_{kind}_{i}": squeeze_features(x, 3) for i, x in kept.items()}
 

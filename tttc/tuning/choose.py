@@ -12,7 +12,7 @@ import torch
 
 from tttc.codegen.loop import Loop
 from tttc.ir.program import Program
-from tttc.runtime.ahead import Compiler, compiler_for
+from tttc.tuning.compiling import Compiler, compiler_for
 from tttc.tuning.plan import Plan, Setting
 from tttc.tuning.remembered import recall, remember
 from tttc.tuning.search import Call, Timer, search, time_on_device

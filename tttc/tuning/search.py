@@ -26,9 +26,9 @@ from tttc.codegen.schedule import Schedule
 from tttc.codegen.stages import stages
 from tttc.ir.errors import KernelTooLarge, NotLowerable
 from tttc.progress import counting, phase
-from tttc.runtime.ahead import Compiler, fast
-from tttc.runtime.launch import Launch, launch, prepared
+from tttc.runtime.launch import Launch, fast, launch, prepared
 from tttc.runtime.staged import run_staged, staged
+from tttc.tuning.compiling import Compiler
 from tttc.tuning.plan import Plan, Setting, split_of
 
 Tensor = torch.Tensor
@@ -86,7 +86,10 @@ def time_on_device(call: Launch, warmup: int = 4, repeats: int = 16) -> float:
     from triton.testing import do_bench
 
     known = prepared(call)
-    run = partial(launch, call) if known is None else partial(known[0], *known[1])
+    run = partial(launch, call)
+    if known is not None:
+        kernel, grid, arguments = known
+        run = partial(kernel.start, grid, [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments])  # fmt: skip
     return 1e-3 * do_bench(run, warmup=warmup, rep=repeats, return_mode="median")
 
 

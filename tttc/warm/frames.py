@@ -19,6 +19,7 @@ from torch._dynamo.utils import CleanupHook, CleanupManager
 
 from tttc import _recorder
 from tttc._garbage import not_collected
+from tttc.codegen.triton_ready import begin_triton
 from tttc.options import Options, warn_once
 from tttc.warm import asked, autograd, constants, graphs, guards, recording, steps, store
 from tttc.warm.key import key_of
@@ -93,6 +94,8 @@ class WarmFrames:
                 return found
         except Exception as error:  # PyTorch may have changed: compiled again, it works in any case
             log.info("%s: %s holds no program for it: %s", frame.f_code.co_qualname, path, error)
+        if self._options.backend != "torch":
+            begin_triton()
         local = dict(frame.f_locals)
         with recording.record() as made:
             result = compile()

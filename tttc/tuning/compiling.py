@@ -1,4 +1,4 @@
-"""Compiling kernels before they are launched: several at a time, each in a process of its own."""
+"""Compiling schedules to choose from before one is launched: several at a time, each in a process of its own."""
 
 from __future__ import annotations
 
@@ -8,12 +8,9 @@ from collections.abc import Callable, Sequence
 import torch
 
 from tttc.codegen.resources import Request, ResourceError, Resources, compile_all
-from tttc.progress import phase
-from tttc.runtime.launch import Launch
 
 Done = Callable[[int], None]
 Compiler = Callable[[Sequence[Request], float, Done], list[Resources | ResourceError]]
-LONGEST = 600.0  # seconds
 
 
 def workers() -> int:
@@ -38,21 +35,3 @@ def compiler_for(device: torch.device) -> Compiler:
         return compile_all(requests, target, workers(), seconds, done)
 
     return run
-
-
-def fast() -> bool:
-    """Whether kernels for the GPU at hand use NVIDIA's own instructions."""
-    return torch.version.hip is None
-
-
-def compile_ahead(launches: Sequence[Launch], device: torch.device) -> None:
-    """Compile kernels that no process has launched yet, together; what fails here says why when it is launched.
-
-    A kernel whose source is on disk was launched before: Triton finds it compiled faster than a process starts.
-    """
-    new = {x.kernel.path: x for x in launches if not x.kernel.path.exists()}
-    if len(new) < 2 or workers() < 2:
-        return
-    with phase("kernels", f"compiling {len(new)} kernels"):
-        requests = [x.request(fast=fast()) for x in new.values()]
-        compiler_for(device)(requests, LONGEST, lambda i: None)
