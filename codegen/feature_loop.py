@@ -40,14 +40,18 @@ class FeatureRenderer(FeatureProducts):
     numbers: dict[str, fx.Node]
     careful: Sequence[str] = ()  # the function that is called where states are not finite
 
-    def render(self) -> str:
-        """The source of the kernel."""
+    def lay_out(self) -> None:
+        """Write what the kernel does, but for care for what is not finite: its registers and shared memory are known then."""
         self._declare_arguments()
         self._prologue()
         self._allocate()
         self._invariants()
         self._turns()
         self._epilogue()
+
+    def render(self) -> str:
+        """The source of the kernel."""
+        self.lay_out()
         if self.schedule.nan == "again":
             self._again()
         self.body, self.lines, self.indent = self.lines, [], 0

@@ -57,11 +57,11 @@ def _warps(loop: Loop, crowd: Crowd, backward: bool) -> int:
     return warps
 
 
-def _rendered(loop: Loop, schedule: Schedule) -> FeatureRenderer | None:
-    """What renders the kernel, having done so; None where the loop has no such kernel."""
+def _laid_out(loop: Loop, schedule: Schedule) -> FeatureRenderer | None:
+    """What renders the kernel, and knows what it takes; None where the loop has no such kernel."""
     try:
         renderer = feature_renderer(loop, schedule)
-        renderer.render()
+        renderer.lay_out()
     except NotLowerable as problem:
         log.info("%s: no kernel of features over warps: %s", loop.name, problem)
         return None
@@ -78,11 +78,11 @@ def _fitting(loop: Loop, schedule: Schedule, programs: int, registers: int) -> l
         ahead = f"tokens are copied {depth - 1} mini-batches ahead: memory takes longer than one"
         reasons = (*schedule.reasons, ("num_stages", ahead))
         deep = replace(schedule, num_stages=depth, reasons=reasons)
-        rendered = _rendered(loop, deep)
-        if rendered is None or rendered.registers > registers:
+        laid_out = _laid_out(loop, deep)
+        if laid_out is None or laid_out.registers > registers:
             return []
         if (
-            programs * (rendered.shared_memory + RESERVED) <= H100.shared
+            programs * (laid_out.shared_memory + RESERVED) <= H100.shared
         ):  # as every device of Gluon kernels has
             return [deep]
     return []
@@ -162,4 +162,4 @@ def feature_candidates(loop: Loop, first: Schedule) -> Iterator[Schedule]:
         replace(first, num_stages=3),
         replace(first, few_shuffles=not first.few_shuffles),
     ]
-    return (x for x in made if x != first and _rendered(loop, x) is not None)
+    return (x for x in made if x != first and _laid_out(loop, x) is not None)

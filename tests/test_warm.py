@@ -29,10 +29,18 @@ def gradient(W, k, v):
     return torch.outer(k, k @ W - v)
 
 
+def read(q, W):
+    return q @ W
+
+
 def step(anchor, W, token, shared):
     k, v, q = token
     W = W - RATE * gradient(anchor, k, v)
-    return W, q @ W
+    return W, read(q, W)
+
+
+def first(z):
+    return (z[0] if isinstance(z, tuple) else z).to(torch.float32)
 
 
 class Centre(nn.Module):
@@ -53,7 +61,7 @@ class Layer(nn.Module):
     def forward(self, x):
         k, v, q = self.project(scaled(x)).unflatten(-1, (3, self.HEADS, 4)).permute(2, 0, 3, 1, 4)
         state, z = tttc.scan(step, self.W, (k, v, q), mini_batch_size=4)
-        return self.gain * self.centre(z.transpose(1, 2).flatten(2))
+        return self.gain * self.centre(first(z).transpose(1, 2).flatten(2))
 
 
 def make():
@@ -162,6 +170,8 @@ NAMES = [
     "method",
     "constant",
     "step",
+    "returned",
+    "rounded",
     "patched",
     "replaced",
     "hooked",
@@ -221,6 +231,8 @@ def test_what_changed_is_compiled(folder):
     )
     folder.model("constant", replaced={"OFFSET = 0.25": "OFFSET = 0.5"})
     folder.model("step", replaced={"RATE = 0.5": "RATE = 0.25"})
+    folder.model("returned", replaced={"return q @ W": "return (q @ W,)"})
+    folder.model("rounded", replaced={"return q @ W": "return (q @ W).bfloat16()"})
     said = folder.process(
         """
 def patch(module, layer):
@@ -233,13 +245,24 @@ def hook(module, layer):
     layer.project.register_forward_hook(lambda module, args, result: 2.0 * result)
 
 run("same", x)
-for name in ("helper", "method", "constant", "step"): run(name, x)
+for name in ("helper", "method", "constant", "step", "returned"): run(name, x)
+run("rounded", x, train=False)
 run("patched", x, patch)
 run("replaced", x, replace)
 run("hooked", x, hook)
 """
     )
-    changed = ("helper", "method", "constant", "step", "patched", "replaced", "hooked")
+    changed = (
+        "helper",
+        "method",
+        "constant",
+        "step",
+        "returned",
+        "rounded",
+        "patched",
+        "replaced",
+        "hooked",
+    )
     compiled = {k: v["compiled"] for k, v in said.items() if k != "warnings"}
     assert compiled == {"same": 0, **dict.fromkeys(changed, 1)}
     assert folder.programs() == before  # written over, or not kept
@@ -253,7 +276,7 @@ layer.gain = 2.5
 check("attribute", layer, compiled, x)
 check("grad mode", layer, compiled, x, train=False)
 layer.double()
-check("dtype", layer, compiled, x.double())
+check("rounded", layer, compiled, x.double())
 layer.float()
 check("back", layer, compiled, x)
 layer.project.bias = torch.nn.Parameter(torch.ones(24))
@@ -265,7 +288,7 @@ check("constant", layer, compiled, x)
 """
     )
     compiled = {k: v["compiled"] for k, v in said.items() if k != "warnings"}
-    changes = ("attribute", "grad mode", "dtype", "bias", "module", "constant")
+    changes = ("attribute", "grad mode", "rounded", "bias", "module", "constant")
     assert compiled == {"changing": 0, "back": 0, **dict.fromkeys(changes, 1)}
 
 

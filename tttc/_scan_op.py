@@ -90,12 +90,30 @@ def intern_step(
     if output is None:
         return None
     outputs = tuple((tuple(x.shape[2:]), x.dtype) for x in pytree.tree_leaves(z))
+    return intern_known(step, structure, shapes, dtypes, output, outputs)[0]
+
+
+def intern_known(
+    step: Callable[..., Any], structure: Any, shapes: Any, dtypes: Any, output: Any, outputs: Any
+) -> tuple[str, bool]:
+    """As :func:`intern_step`, for a step of which it is known what it returns; and whether it is new."""
+    content = (step, structure, repr(structure), shapes, dtypes)
     with _lock:
-        if content not in _by_content:
+        new = content not in _by_content
+        if new:
             key = f"{step.__module__}.{step.__qualname__}#{next(_counter)}"
             _by_key[key] = InternedStep(key, step, structure, shapes, dtypes, output, outputs)
             _by_content[content] = key
-        return _by_content[content]
+        return _by_content[content], new
+
+
+def forget(key: str) -> None:
+    """Take a step back of which something was said that is not so, and what was derived of it."""
+    with _lock:
+        for content in [c for c, known in _by_content.items() if known == key]:
+            del _by_content[content]
+        for known in [k for k in _by_key if k.partition("@")[0] == key]:
+            del _by_key[known]
 
 
 def approximation(key: str) -> str:

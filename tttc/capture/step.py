@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tttc._checks import run_one_token
+from tttc._tracing import describe
 from tttc.capture.constants import fold_constants
 from tttc.ir.body import is_users
 from tttc.passes.decompositions import ACTIVATIONS
@@ -147,20 +148,24 @@ def capture_step(
 
     Returns:
         An ATen graph; its flat arguments are those of anchor, carry, tokens and shared
-        (``meta["counts"]`` says how many of each), its results those of the new carry, then of the output.
+        (``meta["counts"]`` says how many of each), its results those of the new carry, then of the output
+        (``meta["returned"]`` says its tree, and shapes and dtypes of its leaves).
     """
     state, tokens, shared = (
         [torch.zeros(shape, dtype=dtype) for shape, dtype in zip(shapes_of, dtypes_of, strict=True)]
         for shapes_of, dtypes_of in zip(shapes, dtypes, strict=True)
     )
     counts = (len(state), len(state), len(tokens), len(shared))
+    returned: list[Any] = []
 
     def flat(*leaves):
         it = iter(leaves)
         groups = [[next(it) for _ in range(n)] for n in counts]
         with SourceLines():
             new, z = run_one_token(step, *trees(*groups))
-        return (*pytree.tree_leaves(new), *pytree.tree_leaves(z))
+        outputs = pytree.tree_leaves(z)
+        returned[:] = describe(z), tuple((tuple(x.shape), x.dtype) for x in outputs)
+        return (*pytree.tree_leaves(new), *outputs)
 
     # Floating casts say nothing to the compiler: the dtype computed in is the caller's.
     table = decomposition_table()
@@ -177,5 +182,5 @@ def capture_step(
     gm.graph.eliminate_dead_code()
     gm.recompile()
     fold_constants(gm)
-    gm.meta["counts"] = counts
+    gm.meta |= {"counts": counts, "returned": tuple(returned)}
     return gm

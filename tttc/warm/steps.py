@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from tttc._scan_op import approximation, intern_step, interned
+from tttc._scan_op import approximation, forget, intern_known, interned
 from tttc.ir.body import Body
 from tttc.ir.program import Program
 from tttc.pipeline import build_program, in_tokens
@@ -23,8 +23,9 @@ class Step:
 
     Attributes:
         place: the module and the name of its function.
-        outputs: the tree of what it returns, shapes and dtypes.
+        returned: the tree of what it returns, shapes and dtypes.
         derived: what was made of it ("anchor", "tokens"), in order.
+        outputs: as ``returned``, of the last of these.
         programs: digests of its programs, by mini-batch size.
         device: where it runs.
     """
@@ -33,8 +34,9 @@ class Step:
     structure: Any
     shapes: Any
     dtypes: Any
-    outputs: Any
+    returned: Any
     derived: tuple[str, ...]
+    outputs: Any
     programs: tuple[tuple[int, str], ...]
     device: torch.device
 
@@ -59,8 +61,9 @@ def written(key: str, used: set[tuple[int, torch.device]]) -> Step:
         first.structure,
         first.shapes,
         first.dtypes,
-        (entry.output, entry.outputs),
+        (first.output, first.outputs),
         tuple(derived),
+        (entry.output, entry.outputs),
         programs,
         device,
     )
@@ -75,18 +78,35 @@ def read(step: Step) -> str:
         NotKept: where it is another one.
     """
     function = resolve(*step.place)
-    key = intern_step(function, step.structure, step.shapes, step.dtypes, step.device)
+    base, new = intern_known(function, step.structure, step.shapes, step.dtypes, *step.returned)
+    try:
+        return _checked(base, step)
+    except BaseException:
+        if new:  # it may not return what it was said to
+            forget(base)
+        raise
+
+
+def _checked(base: str, step: Step) -> str:
+    key: str | None = base
     for how in step.derived:
         if key is not None:
             key = approximation(key) if how == "anchor" else in_tokens(key)
     if key is None:
         raise NotKept(f"the step {step.place[1]} has changed")
     entry = interned(key)
+    programs = [(build_program(entry, size), wanted) for size, wanted in step.programs]
     if (entry.output, entry.outputs) != step.outputs or any(
-        digest(build_program(entry, size)) != wanted for size, wanted in step.programs
+        _returned(program) != step.returned or digest(program) != wanted
+        for program, wanted in programs
     ):
         raise NotKept(f"the step {step.place[1]} has changed")
     return key
+
+
+def _returned(program: Program) -> Any:
+    """The tree of what the step returned when it was captured, shapes and dtypes."""
+    return program.stages["capture"].meta["returned"]  # type: ignore[union-attr]
 
 
 def digest(program: Program) -> str:
