@@ -4,7 +4,8 @@
 
 Times are seconds from after `import torch` to the first result, `import tttc` among them, of that the first call alone, the
 processor's time of the process from `import tttc` on, and a second call, which only computes; on a GPU in bf16 by kernels,
-else in float32 by torch operations. Caches on disk are empty folders of their own. Of several runs the one with the
+else in float32 by torch operations. "After an eager call": the model ran uncompiled on a few tokens, so that what
+PyTorch loads for its own operators (cuBLAS, a module of kernels for each kind of operator) is there. Caches on disk are empty folders of their own. Of several runs the one with the
 shortest first call counts: what else a machine does makes it longer.
 """
 
@@ -23,17 +24,18 @@ from typing import Any
 
 WIDTH, HEADS, BATCH, LENGTH = 768, 12, 4, 2048
 CASES = {
-    "one layer, cold": (1, False, "new"),
-    "one layer, warm from disk": (1, False, "kept"),
-    "one layer, tuned, cold": (1, True, "new"),
-    "one layer, tuned, warm from disk": (1, True, "kept"),
-    "{n} layers, cold": (0, False, "new"),
-    "{n} layers, warm from disk": (0, False, "kept"),
+    "one layer, cold": (1, False, "new", False),
+    "one layer, warm from disk": (1, False, "kept", False),
+    "one layer, warm from disk, after an eager call": (1, False, "kept", True),
+    "one layer, tuned, cold": (1, True, "new", False),
+    "one layer, tuned, warm from disk": (1, True, "kept", False),
+    "{n} layers, cold": (0, False, "new", False),
+    "{n} layers, warm from disk": (0, False, "kept", False),
 }
 DIRECTIONS = {"forward": False, "training": True}
 
 
-def child(layers: int, tune: bool, backward: bool) -> None:
+def child(layers: int, tune: bool, backward: bool, eager: bool) -> None:
     """One measurement; prints it as JSON."""
     import time
 
@@ -51,16 +53,18 @@ def child(layers: int, tune: bool, backward: bool) -> None:
     ids = torch.randint(256, (BATCH, length), device=device)
     compiled = tttc.compile(model, strict=True, tune=tune)
 
-    def call() -> float:
+    def call(run: torch.nn.Module = compiled, ids: torch.Tensor = ids) -> float:
         """The time when it is done."""
         with torch.set_grad_enabled(backward):
-            y = compiled(ids)
+            y = run(ids)
             if backward:
                 y.float().square().mean().backward()
         if gpu:
             torch.cuda.synchronize()
         return time.perf_counter()
 
+    if eager:
+        call(model, ids[:1, :16])
     called = time.perf_counter()
     end = call()
     row = {"seconds": end - start, "first call": end - called}
@@ -75,11 +79,11 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--runs", type=int, default=1)
     parser.add_argument("--directions", nargs="+", default=list(DIRECTIONS), choices=DIRECTIONS)
-    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        layers, tune, backward = map(int, options.child)
-        child(layers, bool(tune), bool(backward))
+        layers, *flags = map(int, options.child)
+        child(layers, *map(bool, flags))
         return
     import torch
 
@@ -87,8 +91,8 @@ def main() -> None:
     load = [os.getloadavg()[0]]
     for direction in options.directions:
         backward, folder = DIRECTIONS[direction], None
-        for name, (layers, tune, cache) in CASES.items():
-            arguments = [str(int(x)) for x in (layers or options.layers, tune, backward)]
+        for name, (layers, tune, cache, eager) in CASES.items():
+            arguments = [str(int(x)) for x in (layers or options.layers, tune, backward, eager)]
             row: dict[str, Any] = {
                 "case": name.format(n=options.layers),
                 "direction": "training step" if backward else "forward",

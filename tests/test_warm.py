@@ -1,5 +1,6 @@
 """A second process begins with what the first one compiled, and never with what is not its own any more."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -7,9 +8,14 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 from marks import on_gpu
+from test_stages import call_of
 
-from tttc.warm import asked
+from tttc import _scan_op, pipeline
+from tttc.nn import TTTLinear
+from tttc.warm import asked, steps
+from tttc.warm.recording import NotKept
 
 MODEL = """
 import torch
@@ -450,3 +456,34 @@ def test_asked_for_unless_told_otherwise(monkeypatch):
     for word, wanted in (("0", False), ("1", True)):
         monkeypatch.setenv("TTTC_WARM", word)
         assert asked() is wanted
+
+
+def test_what_rules_said_of_a_step_is_kept(monkeypatch):
+    """A later process asks them nothing; what it has asked them meanwhile stands."""
+    call, program, _ = call_of(TTTLinear, T=32, d=16, b=16)
+    key, place = call.key, torch.device("cpu")
+    monkeypatch.setattr(program, "rules", {"loop": "its plan", "another": "plan"})
+    kept = steps.written(key, {(16, place)})
+    for module, name in (
+        (_scan_op, "_by_key"),
+        (_scan_op, "_by_content"),
+        (pipeline, "_programs"),
+    ):
+        monkeypatch.setattr(module, name, {})  # as in a process that begins
+    found = steps.read(kept)
+    made = pipeline.build_program(_scan_op.interned(found), 16)
+    assert made is not program and made.rules == {"loop": "its plan", "another": "plan"}
+    made.rules = {"loop": "its own"}
+    assert steps.read(kept) == found
+    assert made.rules == {"loop": "its own", "another": "plan"}
+    # What is not so is not left behind.
+    (size, _, rules), *_ = kept.programs
+    other = dataclasses.replace(kept, programs=((size, "of another step", rules),))
+    with pytest.raises(NotKept):
+        steps.read(other)
+    assert _scan_op.interned(found), "somebody else's entry stays"
+    _scan_op._by_key.clear()
+    _scan_op._by_content.clear()
+    with pytest.raises(NotKept):
+        steps.read(other)
+    assert not _scan_op._by_key and not _scan_op._by_content

@@ -13,6 +13,7 @@ from tttc._scan_op import approximation, forget, intern_known, interned
 from tttc.ir.body import Body
 from tttc.ir.program import Program
 from tttc.pipeline import build_program, in_tokens
+from tttc.tuning.plan import Plan
 from tttc.warm.names import resolve
 from tttc.warm.recording import NotKept
 
@@ -26,7 +27,8 @@ class Step:
         returned: the tree of what it returns, shapes and dtypes.
         derived: what was made of it ("anchor", "tokens"), in order.
         outputs: as ``returned``, of the last of these.
-        programs: digests of its programs, by mini-batch size.
+        programs: of each mini-batch size the digest of its program, and plans that rules made for it: to make them takes
+            as long as to capture the step.
         device: where it runs.
     """
 
@@ -37,7 +39,7 @@ class Step:
     returned: Any
     derived: tuple[str, ...]
     outputs: Any
-    programs: tuple[tuple[int, str], ...]
+    programs: tuple[tuple[int, str, dict[Any, Plan]], ...]
     device: torch.device
 
 
@@ -54,7 +56,8 @@ def written(key: str, used: set[tuple[int, torch.device]]) -> Step:
         raise NotKept(f"the step {place[1]} is in no module")
     base, *derived = key.split("@")
     first = interned(base)
-    programs = tuple((n, digest(build_program(entry, n))) for n in {n for n, _ in used})
+    built = [(n, build_program(entry, n)) for n in {n for n, _ in used}]
+    programs = tuple((n, digest(program), dict(program.rules)) for n, program in built)
     device = next(device for _, device in used)
     return Step(
         place,
@@ -95,12 +98,14 @@ def _checked(base: str, step: Step) -> str:
     if key is None:
         raise NotKept(f"the step {step.place[1]} has changed")
     entry = interned(key)
-    programs = [(build_program(entry, size), wanted) for size, wanted in step.programs]
+    programs = [build_program(entry, size) for size, *_ in step.programs]
     if (entry.output, entry.outputs) != step.outputs or any(
         _returned(program) != step.returned or digest(program) != wanted
-        for program, wanted in programs
+        for program, (_, wanted, _) in zip(programs, step.programs, strict=True)
     ):
         raise NotKept(f"the step {step.place[1]} has changed")
+    for program, (*_, rules) in zip(programs, step.programs, strict=True):
+        program.rules = rules | program.rules
     return key
 
 
