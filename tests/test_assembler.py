@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 from tttc.codegen.assembler import LEVEL, Miscompiled, assembled, misread
+from tttc.codegen.kernel import Kernel
 from tttc.codegen.resources import Request, measure
 
 from tttc.ir.errors import NotLowerable
@@ -88,14 +89,23 @@ def test_without_one_it_is_not_run(tools):
 
 
 def test_a_launch_says_so(monkeypatch):
-    def refuses(made):
+    def refuses(call, pointers):
         raise Miscompiled("no")
 
-    monkeypatch.setattr(launch, "assembled", refuses)
-    kernel = SimpleNamespace(function=lambda: None, name="scan")
-    call = SimpleNamespace(kernel=kernel, options={}, grid=(1,))
+    monkeypatch.setattr(launch, "_started", refuses)
+    call = SimpleNamespace(kernel=Kernel("scan", ""))
     with pytest.raises(NotLowerable, match="scan: no"):
-        launch._compiled(call, [], {"FAST": True})
+        launch._first_launch(call, [], ())
+
+
+def test_it_is_asked_while_nothing_else_is_compiled(tools):
+    """A newer assembler is told to Triton, and by that to every thread."""
+    order = []
+    compiled, _ = compiler(tools("12.8", "12.9"), (FIRST, NEXT, PRODUCT))
+    assembled(
+        lambda more: (order.append(bool(more)), compiled(more))[1], lambda: order.append("alone")
+    )
+    assert order == [False, "alone", True]
 
 
 SOURCE = """

@@ -218,16 +218,10 @@ def _first_launch(call: Launch, pointers: list[int], known: tuple[Any, ...]) -> 
     from triton.runtime.errors import OutOfResources
 
     kernel = call.kernel
-    device = next(iter(call.tensors.values())).get_device()
-    if device < 0:  # the interpreter compiles nothing
-        constants = call.constants(fast=False)
-        kernel.function()[call.grid](*_arguments(call), **constants, **call.options)
-        return
     first = not kernel.compiled
     try:
         with phase("kernels", f"{kernel.name}: first launch") if first else nullcontext():
-            found = executable(_specialised(call, fast()), device)
-            found.start(_grid(call), found.passed(pointers))
+            found = _started(call, pointers)
     except Exception as error:
         too_large = isinstance(error, OutOfResources)
         if kernel.instead is not None:
@@ -244,6 +238,19 @@ def _first_launch(call: Launch, pointers: list[int], known: tuple[Any, ...]) -> 
         if isinstance(error, Miscompiled):
             raise NotLowerable(f"{kernel.name}: {error}") from error
         raise
-    if len(kernel.compiled) >= MOST_KNOWN:
-        kernel.compiled.clear()
-    kernel.compiled[known] = found
+    if found is not None:
+        if len(kernel.compiled) >= MOST_KNOWN:
+            kernel.compiled.clear()
+        kernel.compiled[known] = found
+
+
+def _started(call: Launch, pointers: list[int]) -> Executable | None:
+    """What was compiled and started; None of the interpreter, which compiles nothing."""
+    device = next(iter(call.tensors.values())).get_device()
+    if device < 0:
+        constants = call.constants(fast=False)
+        call.kernel.function()[call.grid](*_arguments(call), **constants, **call.options)
+        return None
+    found = executable(_specialised(call, fast()), device)
+    found.start(_grid(call), found.passed(pointers))
+    return found
