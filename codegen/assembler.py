@@ -26,15 +26,14 @@ Compiling processes run this file by itself: nothing of ours is imported.
 from __future__ import annotations
 
 import re
-import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 RIGHT_FROM = (12, 9)
 # What ptxas does without being told: Triton's caches tell kernels apart by options, not by assemblers.
 LEVEL = "--opt-level 3"
 _SUM = re.compile(r"add\.s64\s+%rd\d+, %rd\d+, -\d{17,};")
-_lock = threading.Lock()
 
 
 class Miscompiled(RuntimeError):
@@ -42,13 +41,14 @@ class Miscompiled(RuntimeError):
 
 
 def assembled(
-    compiled: Callable[[dict[str, Any]], Any], alone: Callable[[], None] = lambda: None
+    compiled: Callable[[dict[str, Any]], Any],
+    alone: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> tuple[dict[str, Any], Any]:
     """A kernel by the assembler that Triton takes, or by a newer one where that gets it wrong.
 
     Args:
         compiled: compiles it under some more of Triton's options.
-        alone: called before all that is compiled meanwhile is assembled by the newer one.
+        alone: within it nothing else is compiled, which would be assembled by the newer one as well.
 
     Returns:
         The options, and what Triton made.
@@ -67,8 +67,7 @@ def assembled(
     newer = knobs.nvidia.ptxas_blackwell
     if _version(newer) < RIGHT_FROM:
         raise Miscompiled(f"ptxas {tool.version} gets descriptors of operands wrong")
-    alone()
-    with _lock, knobs.nvidia.scope():
+    with alone(), knobs.nvidia.scope():
         knobs.nvidia.ptxas = newer.path
         options = {"ptx_options": " ".join(filter(None, (knobs.nvidia.ptxas_options, LEVEL)))}
         return options, compiled(options)

@@ -6,25 +6,35 @@ signature, 0.3 s each, and takes twice as long to launch.
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
 from triton import knobs
 from triton.runtime.errors import OutOfResources
-from tttc.codegen.machine_code import MachineCode, keep, kept, machine_code, passed_on, path_of
+from tttc.codegen.devices import device_of
+from tttc.codegen.machine_code import (
+    MachineCode,
+    keep,
+    kept,
+    machine_code,
+    may_be_kept,
+    passed_on,
+    path_of,
+)
 from tttc.codegen.specialised import Specialised
 
-REGISTERS = 65536  # of a multiprocessor, on every GPU that kernels are compiled for
 Grid = tuple[int, int, int]
+log = logging.getLogger("tttc.kernels")
 _lock = threading.Lock()
 _made: dict[tuple[str, int], Future[Executable]] = {}
-_ahead: set[Future[Any]] = set()
 _pool: ThreadPoolExecutor | None = None
 
 
@@ -35,19 +45,25 @@ class Executable:
         wanted: what it is.
         code: to load, or what Triton made where only Triton can start it.
         device: to load it on.
+        path: a file that holds the code.
 
     Raises:
         OutOfResources: where it takes more than the device has.
     """
 
-    def __init__(self, wanted: Specialised, code: MachineCode | Any, device: int) -> None:
+    def __init__(
+        self, wanted: Specialised, code: MachineCode | Any, device: int, path: Path | None = None
+    ) -> None:
         self._wanted, self._device = wanted, device
-        self._triton = None if isinstance(code, MachineCode) else code
-        self._passed = code.passed if isinstance(code, MachineCode) else passed_on(code)
+        self._triton = None  # what Triton made, where it starts it
         if isinstance(code, MachineCode):
-            self._function = _loaded(code, device)
+            self._passed = code.passed
+            self._function = _loaded(code, device, path)
             self._how = (code.warps, code.shared, code.types)
             self._scratch = (None,) * (len(code.types) - len(code.passed))
+        else:
+            self._passed, self._triton = passed_on(code), code
+        self._by_us = self._triton is None
 
     def passed(self, arguments: Sequence[Any]) -> list[Any]:
         """Of the arguments before constants those that are not compiled in."""
@@ -55,46 +71,36 @@ class Executable:
 
     def start(self, grid: Grid, passed: Sequence[int]) -> None:
         """Start it on the current stream, on what :meth:`passed` gave, addresses for tensors."""
-        if self._triton is not None or _watched():
-            self._by_triton(grid, passed)
+        if not self._by_us or _watched():
+            self._triton = self._triton or self._wanted.compiled()
+            self._triton[grid](*self._wanted.all_arguments(passed, self._passed))
             return
         torch._C._StaticCudaLauncher._launch_kernel(  # type: ignore[attr-defined]
             self._function, *grid, *self._how, (*passed, *self._scratch),
             torch._C._cuda_getCurrentRawStream(self._device),
         )  # fmt: skip
 
-    def _by_triton(self, grid: Grid, passed: Sequence[int]) -> None:
-        made = self._triton or self._wanted.compiled(_alone)
-        made[grid](*self._wanted.all_arguments(passed, self._passed))
-
 
 def _watched() -> bool:
     """Whether somebody, a profiler of Triton's say, is to be told of launches: Triton tells them."""
-    runtime = knobs.runtime
-    return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
+    before, after = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    return bool(getattr(before, "calls", before) or getattr(after, "calls", after))
 
 
-def _loaded(code: MachineCode, device: int) -> int:
-    properties: Any = torch.cuda.get_device_properties(device)
-    most = properties.shared_memory_per_block_optin
-    if code.shared > most:
-        raise OutOfResources(code.shared, most, "shared memory")
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(code.cubin)
-        file.flush()
-        found = torch._C._StaticCudaLauncher._load_kernel(  # type: ignore[attr-defined]
-            file.name, code.name, code.shared, device
-        )
-    function, registers, _ = found[-3:]
+def _loaded(code: MachineCode, device: int, path: Path | None) -> int:
+    if path is None:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(code.cubin)
+            file.flush()
+            return _loaded(code, device, Path(file.name))
+    function, registers, _ = torch._C._StaticCudaLauncher._load_kernel(  # type: ignore[attr-defined]
+        str(path), code.name, code.shared, device
+    )[-3:]
     held = 32 * code.warps * (-(-registers // 8) * 8)
-    if held > REGISTERS:
-        raise OutOfResources(held, REGISTERS, "registers")
+    most = device_of(torch.device("cuda", device)).registers
+    if held > most:
+        raise OutOfResources(held, most, "registers")
     return int(function)
-
-
-def _direct() -> bool:
-    """Whether kernels are started by PyTorch's launcher."""
-    return torch.version.hip is None and hasattr(torch._C, "_StaticCudaLauncher")
 
 
 def executable(wanted: Specialised, device: int) -> Executable:
@@ -105,16 +111,14 @@ def executable(wanted: Specialised, device: int) -> Executable:
         Miscompiled: where no assembler gets it right.
     """
     key = wanted.digest(), device
-    while True:
-        with _lock:
-            found = _made.get(key)
-            mine = found is None
-            if found is None:
-                found = _made[key] = Future()
-        if mine:
-            _make(found, wanted, device, key, _alone)
-        with suppress(_Later):
-            return found.result()
+    with _lock:
+        found = _made.get(key)
+        mine = found is None
+        if found is None:
+            found = _made[key] = Future()
+    if mine:
+        _make(found, wanted, key)
+    return found.result()
 
 
 def begin(wanted: Specialised, device: int) -> None:
@@ -123,65 +127,51 @@ def begin(wanted: Specialised, device: int) -> None:
     with _lock:
         if key in _made:
             return
-        made = _made[key] = Future()
-        running = _threads().submit(_make_there, made, wanted, device, key)
-        _ahead.add(running)
-    running.add_done_callback(_ahead.discard)
+        made: Future[Executable] = Future()
+        try:
+            _threads().submit(_make, made, wanted, key, elsewhere=True)
+        except RuntimeError as error:  # no more threads, or the process ends
+            log.info("%s is not compiled ahead: %s", wanted.kernel.name, error)
+            return
+        _made[key] = made
 
 
 def _threads() -> ThreadPoolExecutor:
     global _pool
     if _pool is None:
-        _pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)), "tttc: kernels")
+        _pool = ThreadPoolExecutor(os.cpu_count() or 1, "tttc: kernels")
+        # Before the process waits for its threads: a script that has failed compiles nothing more.
+        threading._register_atexit(_pool.shutdown, wait=False, cancel_futures=True)  # type: ignore[attr-defined]
     return _pool
 
 
-def _make_there(
-    made: Future[Executable], wanted: Specialised, device: int, key: tuple[str, int]
-) -> None:
-    torch.cuda.set_device(device)
-    _make(made, wanted, device, key, _later)
-
-
-class _Later(Exception):
-    """It has to be compiled while nothing else is."""
-
-
-def _later() -> None:
-    raise _Later
-
-
-def _alone() -> None:
-    """Wait until no other thread of ours compiles."""
-    wait(list(_ahead))
-
-
 def _make(
-    made: Future[Executable],
-    wanted: Specialised,
-    device: int,
-    key: tuple[str, int],
-    alone: Callable[[], None],
+    made: Future[Executable], wanted: Specialised, key: tuple[str, int], elsewhere: bool = False
 ) -> None:
+    """Make a kernel, for who waits for ``made``; ``elsewhere``: in a thread of ours, which has no GPU of its own yet."""
     try:
-        made.set_result(_new(wanted, device, alone))
+        if elsewhere:
+            torch.cuda.set_device(key[1])
+        made.set_result(_new(wanted, key[1]))
     except BaseException as error:  # the next one that asks tries again
         with _lock:
             _made.pop(key, None)
         made.set_exception(error)
 
 
-def _new(wanted: Specialised, device: int, alone: Callable[[], None]) -> Executable:
-    if not _direct():
-        return Executable(wanted, wanted.compiled(alone), device)
-    path = path_of(wanted, device)
-    code = None if knobs.compilation.always_compile else kept(path)
+def _new(wanted: Specialised, device: int) -> Executable:
+    if torch.version.hip is not None or not hasattr(torch._C, "_StaticCudaLauncher"):
+        return Executable(wanted, wanted.compiled(), device)
+    path = path_of(wanted, device) if may_be_kept() else None
+    code = kept(path) if path is not None and not knobs.compilation.always_compile else None
     if code is not None:
         with suppress(RuntimeError):  # a file that no driver loads
-            return Executable(wanted, code, device)
-    triton = wanted.compiled(alone)
+            return Executable(wanted, code, device, path)
+    triton = wanted.compiled()
     code = machine_code(triton)
-    if code is None:
+    properties: Any = torch.cuda.get_device_properties(device)
+    # PyTorch's launcher does not give a program all of the shared memory there is.
+    if code is None or code.shared >= properties.shared_memory_per_block_optin:
         return Executable(wanted, triton, device)
-    keep(path, code)
-    return Executable(wanted, code, device)
+    written = path is not None and keep(path, code)
+    return Executable(wanted, code, device, path if written else None)

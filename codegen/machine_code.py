@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 import triton
+from triton.compiler.compiler import get_cache_invalidating_env_vars
+from tttc.codegen.beside_others import together
 from tttc.codegen.kernel import cache_dir, warn_about, write_atomically
 from tttc.codegen.specialised import Specialised
 
@@ -26,11 +28,13 @@ FORMAT = 1
 # How PyTorch's launcher is told a type of Triton's; pointers are "O".
 _TYPES = {"i1": "i", "i8": "b", "i16": "h", "i32": "i", "i64": "l", "u1": "I", "u8": "B",
           "u16": "H", "u32": "I", "u64": "K"}  # fmt: skip
-_PLACES = (
-    "TRITON_CACHE_DIR",
-    "TRITON_HOME",
-    "TRITON_DUMP_DIR",
-)  # say nothing about what is compiled
+_PLACES = ("TRITON_CACHE_DIR", "TRITON_HOME", "TRITON_DUMP_DIR")  # say nothing about code
+_KNOBS = {
+    "compilation": ("instrumentation_mode", "enable_asan", "use_ir_loc", "disable_line_info", "front_end_debugging"),
+    "language": ("fp32_default", "default_fp_fusion"),
+    "nvidia": ("disable_ptxas_opt", "ptxas_options", "mock_ptx_version"),
+    "runtime": ("debug", "override_arch"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -87,29 +91,49 @@ def machine_code(made: Any) -> MachineCode | None:
 
 @functools.cache
 def _compiler() -> tuple[Any, ...]:
-    """The Triton that compiles here."""
+    """What compiles here: a Triton, and ours that tells it what and by which assembler."""
     library = next(Path(triton.__file__).parent.glob("_C/libtriton*"), None)
     found = library.stat() if library is not None else None
     stamp = (found.st_size, found.st_mtime_ns) if found is not None else None
-    return FORMAT, triton.__version__, stamp, platform.machine(), sys.platform
+    ours = [Path(__file__).with_name(f"{x}.py").read_bytes() for x in ("assembler", "specialised")]
+    digest = hashlib.sha256(b"".join(ours)).hexdigest()
+    return FORMAT, triton.__version__, stamp, platform.machine(), sys.platform, digest
+
+
+def _told() -> list[Any]:
+    """What Triton is told by the environment and by its knobs."""
+    said = {k: v for k, v in os.environ.items() if k.startswith("TRITON_") and k not in _PLACES}
+    knobs = [
+        (group, name, getattr(getattr(triton.knobs, group), name, None))
+        for group, names in _KNOBS.items()
+        for name in names
+    ]
+    return [sorted((said | get_cache_invalidating_env_vars()).items()), knobs]
+
+
+def may_be_kept() -> bool:
+    """Whether what is compiled follows from what was said: nobody has put stages of his own among Triton's."""
+    return getattr(triton.knobs.runtime, "add_stages_inspection_hook", None) is None
 
 
 def path_of(wanted: Specialised, device: int) -> Path:
     """Where the machine code of a kernel is kept, for a GPU."""
-    said = sorted((k, v) for k, v in os.environ.items() if k.startswith("TRITON_") and k not in _PLACES)  # fmt: skip
     capability = torch.cuda.get_device_capability(device)
-    digest = wanted.digest(_compiler(), said, capability)
+    with together():
+        digest = wanted.digest(_compiler(), _told(), capability)
     return cache_dir() / "kernels" / f"{wanted.kernel.name}_{digest[:16]}.cubin"
 
 
-def keep(path: Path, code: MachineCode) -> None:
-    """Write machine code and what belongs to it; where the disk takes nothing, nothing is kept."""
+def keep(path: Path, code: MachineCode) -> bool:
+    """Write machine code and what belongs to it; whether the disk took it."""
     about = asdict(code) | {"cubin": hashlib.sha256(code.cubin).hexdigest(), "format": FORMAT}
     try:
         write_atomically(path, code.cubin)
         write_atomically(path.with_suffix(".json"), json.dumps(about))
     except OSError as error:
         warn_about(path, f"could not be written ({error}): the next process compiles again")
+        return False
+    return True
 
 
 def kept(path: Path) -> MachineCode | None:

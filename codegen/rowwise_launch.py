@@ -57,7 +57,7 @@ class Start:
         key = tuple(layout)
         found = self.kernel.compiled.get(key)
         if found is None:
-            if device < 0:  # the interpreter compiles nothing
+            if triton.knobs.runtime.interpret:  # which compiles nothing
                 self.function[grid](*arguments, **constants)
                 return
             found = executable(self.specialised(arguments, constants), device)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from tttc.codegen.assembler import assembled
+from tttc.codegen.beside_others import alone, together
 from tttc.codegen.kernel import Kernel
 from tttc.codegen.triton_ready import begin_triton, wait_for_triton
 
@@ -84,11 +86,8 @@ class Specialised:
         parts = (self.kernel.source, self.name, self.arguments, self.constants, self.options, more)
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
-    def compiled(self, alone: Callable[[], None]) -> Any:
+    def compiled(self) -> Any:
         """What Triton makes of it, by an assembler that gets it right.
-
-        Args:
-            alone: returns when nothing else is compiled, where another assembler has to be asked.
 
         Raises:
             Miscompiled: where there is none.
@@ -99,7 +98,8 @@ class Specialised:
         said = dict(self.constants) | dict(self.options)
 
         def made(more: dict[str, Any]) -> Any:
-            return function.warmup(*given, grid=(1,), **said, **more)
+            with nullcontext() if more else together():  # more: of one that compiles alone
+                return function.warmup(*given, grid=(1,), **said, **more)
 
         return assembled(made, alone)[1]
 

@@ -23,8 +23,9 @@ def begin_triton() -> None:
     with _lock:
         if _thread is None:
             device = torch.cuda.current_device()
-            _thread = threading.Thread(target=_find_out, args=(device,), name="tttc: Triton")
-            _thread.start()
+            begun = threading.Thread(target=_find_out, args=(device,), name="tttc: Triton")
+            begun.start()
+            _thread = begun  # who sees it may wait for it
 
 
 def wait_for_triton() -> None:

@@ -12,12 +12,15 @@ from marks import interpreted, on_gpu
 from test_stages import call_of
 from tttc.codegen import executable, rowwise_launch
 from tttc.codegen.kernel import Kernel
+from tttc.codegen.torch_scan_backward import saved_leaves
 
 import tttc
+from tttc.ir.errors import NotLowerable
 from tttc.models import TTTConfig, TTTLanguageModel
 from tttc.nn import TTTLinear
 from tttc.pipeline import _programs
-from tttc.runtime import launch, rehearsal, staged
+from tttc.runtime import fused_scan_backward, launch, rehearsal, staged
+from tttc.runtime.fused_scan import floating_leaves
 from tttc.runtime.triton_scan import run_kernels
 from tttc.tuning import compiling
 
@@ -91,6 +94,36 @@ def test_what_a_graph_can_not_say_is_compiled_when_it_is_launched(monkeypatch):
     rehearsal.rehearse(torch.fx.GraphModule({}, graph))
 
 
+def test_who_asks_what_a_backward_launches_computes_nothing(monkeypatch):
+    call, program, b = call_of(TTTLinear, T=32, d=16, b=8)
+    groups = [[x.float().to("meta") for x in g] for g in (call.anchor, call.tokens, call.shared)]
+    anchor, tokens, shared = groups
+    grads = [torch.empty_like(tokens[0])]
+    wanted = [True] * sum(map(len, groups))
+    monkeypatch.setattr(fused_scan_backward, "runs_by_kernels", lambda *given: True)
+    program.kernels.clear()
+
+    def launches():
+        live = saved_leaves(program, floating_leaves(tokens, shared))
+        starts = [anchor[i] for i in live]
+        saved = [x.new_empty(*x.shape[:2], 4, *x.shape[2:]) for x in starts]
+        rest = (wanted, call.key, b, 0, "auto", False, 1)
+        return fused_scan_backward.fused_scan_backward_launches(
+            grads, anchor, [], tokens, shared, saved, *rest, device=torch.device("cpu")
+        )
+
+    assert launches()
+
+    def refuses(*given, **more):
+        raise NotLowerable("no form")
+
+    monkeypatch.setattr(fused_scan_backward, "run_backward_kernels", refuses)
+    monkeypatch.setattr(fused_scan_backward, "run_backward", None)
+    assert launches() == []
+    program.no_backward_kernels = None
+    program.kernels.clear()
+
+
 def test_what_is_asked_for_is_aligned_as_the_tensors_are():
     call, program, _ = call_of(TTTLinear, T=38, d=16, b=8)
     groups = [[x.float() for x in g] for g in (call.anchor, call.tokens, call.shared)]
@@ -110,6 +143,7 @@ def test_what_is_asked_for_is_aligned_as_the_tensors_are():
 def test_triton_finds_what_was_compiled_ahead(monkeypatch, tmp_path):
     monkeypatch.setenv("TTTC_CACHE_DIR", str(tmp_path / "tttc"))
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    monkeypatch.setattr(executable, "_made", {})
     call, program, _ = call_of(TTTLinear, T=48, d=32, b=16)
     groups = [[x.float().cuda() for x in g] for g in (call.anchor, call.tokens, call.shared)]
     program.kernels.clear()
@@ -172,10 +206,10 @@ def test_nothing_is_left_to_compile_for_the_first_launches(training, monkeypatch
     ids = torch.randint(64, (4, 512), device="cuda")
     late, new = [], executable._new
 
-    def made(wanted, device, alone):
-        if threading.current_thread() is threading.main_thread():
+    def made(wanted, device):
+        if not threading.current_thread().name.startswith("tttc: kernels"):
             late.append((wanted.kernel.name, wanted.arguments))
-        return new(wanted, device, alone)
+        return new(wanted, device)
 
     monkeypatch.setattr(executable, "_new", made)
     with torch.set_grad_enabled(training):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -102,10 +103,15 @@ def test_it_is_asked_while_nothing_else_is_compiled(tools):
     """A newer assembler is told to Triton, and by that to every thread."""
     order = []
     compiled, _ = compiler(tools("12.8", "12.9"), (FIRST, NEXT, PRODUCT))
-    assembled(
-        lambda more: (order.append(bool(more)), compiled(more))[1], lambda: order.append("alone")
-    )
-    assert order == [False, "alone", True]
+
+    @contextmanager
+    def alone():
+        order.append("alone")
+        yield
+        order.append("no longer")
+
+    assembled(lambda more: (order.append(bool(more)), compiled(more))[1], alone)
+    assert order == [False, "alone", True, "no longer"]
 
 
 SOURCE = """

@@ -7,13 +7,15 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 import triton
 from marks import on_gpu
-from tttc.codegen import executable, machine_code
+from tttc.codegen import beside_others, executable, machine_code
+from tttc.codegen.devices import H200
 from tttc.codegen.executable import Executable
 from tttc.codegen.kernel import Kernel
 from tttc.codegen.machine_code import MachineCode
@@ -70,6 +72,7 @@ def gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     properties = SimpleNamespace(shared_memory_per_block_optin=2000)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(executable, "device_of", lambda device: H200)
     monkeypatch.setattr(executable, "_made", {})
     return SimpleNamespace(loaded=loaded, launched=launched)
 
@@ -78,7 +81,7 @@ def compiled(monkeypatch, work=lambda: None):
     """Have Triton's compiler stand in; counts what it makes."""
     count = []
 
-    def run(self, alone):
+    def run(self):
         work()
         count.append(threading.current_thread())
         return SimpleNamespace(
@@ -213,28 +216,128 @@ def test_what_fails_says_so_to_each_that_asks(gpu, monkeypatch):
     assert len(count) == 1
 
 
-def test_what_must_be_compiled_alone_is_left_to_the_launch(gpu, monkeypatch):
+def test_what_is_compiled_alone_waits_for_others_and_they_for_it():
     """A newer assembler, for one kernel, would be everybody's."""
-    who = []
-    compiled(monkeypatch)
-    made = Specialised.compiled
+    order, inside = [], threading.Event()
 
-    def alone_first(self, alone):
-        who.append(threading.current_thread())
-        alone()
-        return made(self, alone)
+    def one():
+        with beside_others.together():
+            inside.set()
+            order.append("begins")
+            time.sleep(0.1)
+            order.append("ends")
 
-    monkeypatch.setattr(Specialised, "compiled", alone_first)
+    def other():
+        with beside_others.together():
+            order.append("later")
+
+    first, later = threading.Thread(target=one), threading.Thread(target=other)
+    first.start()
+    inside.wait()
+    with beside_others.alone():
+        order.append("alone")
+        later.start()
+        time.sleep(0.1)
+        order.append("no longer")
+    first.join()
+    later.join()
+    assert order == ["begins", "ends", "alone", "no longer", "later"]
+    assert (beside_others._running, beside_others._alone) == (0, 0)
+
+
+def test_what_can_not_be_begun_is_left_to_the_launch(gpu, monkeypatch):
+    count = compiled(monkeypatch)
+
+    class Full:
+        def submit(self, *given, **more):
+            raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(executable, "_threads", Full)
     executable.begin(wanted(), 0)
     executable.executable(wanted(), 0)
-    assert who[-1] is threading.current_thread() and len(who) <= 2
-    assert not executable._ahead
+    assert count == [threading.current_thread()]
 
 
-@pytest.mark.parametrize("code", [{"shared": 3000}, {"warps": 64}])
-def test_what_a_gpu_does_not_hold(code, gpu):
+def test_a_thread_without_a_gpu_says_so(gpu, monkeypatch):
+    compiled(monkeypatch)
+
+    def fails(device):
+        raise RuntimeError("no such device")
+
+    go = threading.Event()
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: (go.wait(), fails(device)))
+    executable.begin(wanted(), 0)
+    found = executable._made[wanted().digest(), 0]
+    go.set()
+    with pytest.raises(RuntimeError, match="no such device"):
+        found.result(timeout=60)
+    executable.executable(wanted(), 0)
+
+
+EXIT = """
+import time
+from concurrent.futures import Future
+from tttc.codegen import executable
+
+pool = executable._threads()
+for _ in range(4 * pool._max_workers):
+    pool.submit(time.sleep, 1)
+print("ends", flush=True)
+"""
+
+
+def test_a_script_that_ends_compiles_nothing_more():
+    start = time.monotonic()
+    subprocess.run([sys.executable, "-c", EXIT], check=True, capture_output=True)
+    whole = time.monotonic() - start
+    start = time.monotonic()
+    short = EXIT.replace("range(4 * pool._max_workers)", "range(1)")
+    subprocess.run([sys.executable, "-c", short], check=True, capture_output=True)
+    assert whole - (time.monotonic() - start) < 2.5  # four seconds where all were waited for
+
+
+def test_what_a_gpu_does_not_hold(gpu):
     with pytest.raises(triton.runtime.errors.OutOfResources):
-        Executable(wanted(), MachineCode(**{**vars(CODE), **code}), 0)
+        Executable(wanted(), MachineCode(**{**vars(CODE), "warps": 64}), 0)
+
+
+@pytest.mark.parametrize("most", [1024, 1023])
+def test_a_program_that_takes_all_shared_memory_is_started_by_triton(most, gpu, monkeypatch):
+    """Or refused by it: PyTorch's launcher keeps some back."""
+    compiled(monkeypatch)
+    properties = SimpleNamespace(shared_memory_per_block_optin=most)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    found = executable.executable(wanted(), 0)
+    assert not found._by_us and not gpu.loaded
+    assert machine_code.kept(machine_code.path_of(wanted(), 0)) is None
+
+
+TOLD = {
+    "environment": lambda m: m.setenv("DISABLE_PTXAS_OPT", "1"),
+    "options": lambda m: m.setattr(triton.knobs.nvidia, "ptxas_options", "-O0"),
+    "debug": lambda m: m.setattr(triton.knobs.runtime, "debug", True),
+    "instrumentation": lambda m: m.setattr(
+        triton.knobs.compilation, "instrumentation_mode", "consan"
+    ),
+    "ours": lambda m: m.setattr(machine_code, "_compiler", lambda: "another"),
+}
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_what_triton_is_told_tells_files_apart(name, gpu, monkeypatch):
+    before = machine_code.path_of(wanted(), 0)
+    TOLD[name](monkeypatch)
+    assert machine_code.path_of(wanted(), 0) != before
+
+
+def test_nothing_is_kept_of_stages_of_somebody_else(gpu, monkeypatch):
+    count = compiled(monkeypatch)
+    monkeypatch.setattr(triton.knobs.runtime, "add_stages_inspection_hook", lambda *given: None)
+    for n in (1, 2):
+        executable.executable(wanted(), 0)
+        executable._made.clear()
+        assert len(count) == n
+    assert not machine_code.path_of(wanted(), 0).exists()
 
 
 def test_triton_starts_what_only_it_can_start(gpu, monkeypatch):
@@ -245,7 +348,7 @@ def test_triton_starts_what_only_it_can_start(gpu, monkeypatch):
             return lambda *given: calls.append((grid, given))
 
     compiled(monkeypatch)
-    made = Made(**vars(wanted().compiled(None)))
+    made = Made(**vars(wanted().compiled()))
     for special in ({"num_ctas": 2}, {"launch_pdl": True}, {"global_scratch_size": 64}):
         made.metadata = SimpleNamespace(**{**vars(made.metadata), **special})
         assert machine_code.machine_code(made) is None
@@ -258,7 +361,7 @@ def test_a_profiler_of_triton_is_told(gpu, monkeypatch):
     calls = []
     found = Executable(wanted(), CODE, 0)
     made = {(1, 1, 1): lambda *given: calls.append(given)}
-    monkeypatch.setattr(Specialised, "compiled", lambda self, alone: made)
+    monkeypatch.setattr(Specialised, "compiled", lambda self: made)
     hooks = triton.knobs.runtime.launch_enter_hook
     listener = lambda metadata: None  # noqa: E731
     hooks.add(listener)
@@ -267,6 +370,9 @@ def test_a_profiler_of_triton_is_told(gpu, monkeypatch):
     finally:
         hooks.remove(listener)
     assert calls == [(1000, 2000, 1, 48, 3, 32)] and not gpu.launched
+    monkeypatch.setattr(triton.knobs.runtime, "launch_enter_hook", None)
+    found.start((1, 1, 1), [1000, 2000, 48, 3])
+    assert len(calls) == 1 and len(gpu.launched) == 1
 
 
 OFFLINE = """
@@ -278,7 +384,7 @@ from triton.runtime.driver import driver
 from test_executable import wanted
 
 driver.set_active(_Absent("sm_90"))
-code = machine_code(wanted().compiled(lambda: None))
+code = machine_code(wanted().compiled())
 print(code.name, code.warps, code.passed, code.types, len(code.cubin) > 500)
 """
 

@@ -43,6 +43,7 @@ def made(monkeypatch):
         return Executable(started)
 
     monkeypatch.setattr(rowwise_launch, "executable", executable)
+    monkeypatch.setattr(rowwise_launch.triton.knobs.runtime, "interpret", False)
     return compiled, started
 
 

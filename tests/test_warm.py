@@ -482,8 +482,8 @@ def test_what_rules_said_of_a_step_is_kept(monkeypatch):
     with pytest.raises(NotKept):
         steps.read(other)
     assert _scan_op.interned(found), "somebody else's entry stays"
-    _scan_op._by_key.clear()
-    _scan_op._by_content.clear()
+    for known in (_scan_op._by_key, _scan_op._by_content, pipeline._programs):
+        known.clear()
     with pytest.raises(NotKept):
         steps.read(other)
-    assert not _scan_op._by_key and not _scan_op._by_content
+    assert not _scan_op._by_key and not _scan_op._by_content and not pipeline._programs

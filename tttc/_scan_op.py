@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -51,7 +52,7 @@ EAGER_KEYS = (
     torch._C._dispatch_tls_local_exclude_set(),
 )
 
-_lock = threading.Lock()
+_lock = threading.RLock()
 _counter = itertools.count()
 _by_key: dict[str, InternedStep] = {}
 _by_content: dict[Any, str] = {}
@@ -105,6 +106,13 @@ def intern_known(
             _by_key[key] = InternedStep(key, step, structure, shapes, dtypes, output, outputs)
             _by_content[content] = key
         return _by_content[content], new
+
+
+@contextmanager
+def unseen() -> Iterator[None]:
+    """Within, no other thread sees which steps there are."""
+    with _lock:
+        yield
 
 
 def forget(key: str) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
+from tttc import _scan_op
 from tttc._scan_op import EAGER_KEYS, InternedStep, interned, tokens_of
 from tttc._tracing import without_saved_tensor_hooks
 from tttc.capture.step import capture_step
@@ -50,6 +52,21 @@ def build_program(entry: InternedStep, mini_batch_size: int, verify: bool = Fals
                 program = _build(entry, mini_batch_size, verify)
             _programs[key] = program
         return program
+
+
+@contextmanager
+def unseen() -> Iterator[None]:
+    """Within, other threads see neither which steps there are nor their programs."""
+    with _lock, _scan_op.unseen():
+        yield
+
+
+def forget(key: str) -> None:
+    """Take a step back (:func:`tttc._scan_op.forget`), and its programs."""
+    with _lock:
+        for known in [k for k in _programs if k[0].partition("@")[0] == key]:
+            del _programs[known]
+        _scan_op.forget(key)
 
 
 def _approximated(body: Body) -> Body:

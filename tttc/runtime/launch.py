@@ -162,9 +162,12 @@ def prepared(call: Launch) -> tuple[Executable, Grid, list[Any]] | None:
 def compile_ahead(call: Launch, device: torch.device) -> None:
     """Begin to compile a kernel for a GPU in another thread; ``call`` may be on tensors without values."""
     kernel = call.kernel
-    if kernel.refused and kernel.instead is not None:
-        kernel = kernel.instead()
-    begin(_specialised(replace(call, kernel=kernel), fast()), device.index or 0)
+    try:
+        if kernel.refused and kernel.instead is not None:
+            kernel = kernel.instead()
+        begin(_specialised(replace(call, kernel=kernel), fast()), device.index or 0)
+    except Exception as error:  # it is compiled when it is launched, and says what is wrong then
+        log.info("%s is not compiled ahead: %s", kernel.name, error)
 
 
 def fast() -> bool:
@@ -246,11 +249,13 @@ def _first_launch(call: Launch, pointers: list[int], known: tuple[Any, ...]) -> 
 
 def _started(call: Launch, pointers: list[int]) -> Executable | None:
     """What was compiled and started; None of the interpreter, which compiles nothing."""
-    device = next(iter(call.tensors.values())).get_device()
-    if device < 0:
+    from triton import knobs
+
+    if knobs.runtime.interpret:
         constants = call.constants(fast=False)
         call.kernel.function()[call.grid](*_arguments(call), **constants, **call.options)
         return None
+    device = next(iter(call.tensors.values())).get_device()
     found = executable(_specialised(call, fast()), device)
     found.start(_grid(call), found.passed(pointers))
     return found

@@ -10,6 +10,7 @@ import logging
 from typing import Any
 
 import torch
+import triton
 from torch import fx
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -36,14 +37,17 @@ def rehearse(gm: fx.GraphModule) -> None:
 def _rehearse(gm: fx.GraphModule, node: fx.Node, seen: set[Any]) -> None:
     region = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
     launch = region.launch if isinstance(region, FusedRegion) else None
-    if not isinstance(launch, Launch) and scan_arguments(node) is None:
+    places = scan_arguments(node)
+    if not isinstance(launch, Launch) and places is None:
         return
     values = [n.meta["val"] for n in node.all_input_nodes]
     device = next(x.device for x in values if isinstance(x, torch.Tensor))
     if not _is_compiled_for(device):
         return
     arguments: Any = fx.node.map_aggregate(node.args, _without_values)
-    key = (node.target, repr(fx.node.map_aggregate(arguments, _layout)))
+    named = {places["layer"]} if places is not None else set()  # says nothing about kernels
+    telling = tuple(x for i, x in enumerate(arguments) if i not in named)
+    key = (node.target, repr(fx.node.map_aggregate(telling, _layout)))
     if key in seen:
         return
     seen.add(key)
@@ -58,7 +62,7 @@ def _rehearse(gm: fx.GraphModule, node: fx.Node, seen: set[Any]) -> None:
 
 def _is_compiled_for(device: torch.device) -> bool:
     """Whether kernels for a device are compiled: the interpreter compiles nothing."""
-    return device.type == "cuda"
+    return device.type == "cuda" and not triton.knobs.runtime.interpret
 
 
 def _without_values(x: Any) -> Any:

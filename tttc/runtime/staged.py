@@ -197,8 +197,9 @@ def staged_launches(
 
 def compiled_ahead(made: Staged, launches: Sequence[Launch], launcher: Launcher) -> None:
     """Before the first launches, compile their kernels beside each other."""
-    device = launches[0].device
-    if device.type == "cuda" and launcher is launch and not made.kernels[-1].compiled:
+    device, last = launches[0].device, made.kernels[-1]
+    new = not (last.compiled or last.refused)
+    if device.type == "cuda" and launcher is launch and new:
         for call in launches:
             compile_ahead(call, device)
 

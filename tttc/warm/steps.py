@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from tttc._scan_op import approximation, forget, intern_known, interned
+from tttc._scan_op import approximation, intern_known, interned
 from tttc.ir.body import Body
 from tttc.ir.program import Program
-from tttc.pipeline import build_program, in_tokens
+from tttc.pipeline import build_program, forget, in_tokens, unseen
 from tttc.tuning.plan import Plan
 from tttc.warm.names import resolve
 from tttc.warm.recording import NotKept
@@ -81,13 +81,14 @@ def read(step: Step) -> str:
         NotKept: where it is another one.
     """
     function = resolve(*step.place)
-    base, new = intern_known(function, step.structure, step.shapes, step.dtypes, *step.returned)
-    try:
-        return _checked(base, step)
-    except BaseException:
-        if new:  # it may not return what it was said to
-            forget(base)
-        raise
+    with unseen():  # until it is known to return what it is said to
+        base, new = intern_known(function, step.structure, step.shapes, step.dtypes, *step.returned)
+        try:
+            return _checked(base, step)
+        except BaseException:
+            if new:
+                forget(base)
+            raise
 
 
 def _checked(base: str, step: Step) -> str:
