@@ -14,8 +14,6 @@ on the other it keeps no guards, so that a change of it would go unseen: here it
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import functools
 import re
 import threading
 from collections.abc import Callable, Iterator
@@ -24,16 +22,15 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._dynamo.guards import install_guard
-from torch._dynamo.source import is_from_source
-from torch._guards import Guard, Source
-from torch.utils.weak import TensorWeakRef
+
+from tttc.capture import stamps
+from tttc.capture.same_blocks import alike, guarded
 
 try:
     from torch._dynamo.variables import invoke_subgraph as dynamo
 
     _known: Callable[..., bool] | None = dynamo.is_reusable
-except (ImportError, AttributeError):  # a PyTorch that traces every block anew
+except (ImportError, AttributeError):  # a PyTorch that traces every block anew, but for our stamps
     _known = None
 
 LIMIT = 1 << 16  # kinds of blocks in a model: PyTorch raises where there are more
@@ -46,7 +43,7 @@ _within = 0  # threads that trace blocks once now
 def takes(target: Any) -> bool:
     """Whether blocks of this model may be traced once: nobody's hooks run between them or in them."""
     return (
-        _known is not None
+        (_known is not None or stamps.WORK)
         and isinstance(target, nn.Module)
         and not any(
             hooks
@@ -76,7 +73,10 @@ def _count(more: int) -> None:
     with _lock:
         _within += more
         wanted = _within > 0
-        dynamo.is_reusable = _reusable if wanted else _known  # type: ignore[assignment]
+        if _known is None:
+            stamps.switch(wanted, _run)
+        else:
+            dynamo.is_reusable = _reusable if wanted else _known  # type: ignore[assignment]
 
 
 def _run(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -85,8 +85,11 @@ def _run(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 # ``block(x)``: under TorchDynamo one node, until :func:`put_in_place`.
+_options: dict[str, Any] = {} if _known is None else {"max_reuse_entries": LIMIT}
 run = (
-    _run if _known is None else torch.compiler.nested_compile_region(_run, max_reuse_entries=LIMIT)
+    torch.compiler.nested_compile_region(_run, **_options)
+    if _known is not None or stamps.WORK
+    else _run
 )
 
 
@@ -141,41 +144,6 @@ def _renaming(traced: list[fx.Node], given: list[fx.Node]) -> Callable[[str], st
     return lambda name: name
 
 
-_PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.Size)
-
-
-def alike(a: Any, b: Any, same: dict[int, int] | None = None) -> bool:
-    """Whether two modules are the same program: in classes, attributes, and tensors but for what these hold.
-
-    Args:
-        same: of modules and tensors met so far, which one of ``b`` stands for which one of ``a``.
-    """
-    same = {} if same is None else same
-    if type(a) is not type(b):
-        return False
-    if isinstance(a, (nn.Module, torch.Tensor)):
-        if id(a) in same or id(b) in same.values():  # what is shared in one is shared in the other
-            return same.get(id(a)) == id(b)
-        same[id(a)] = id(b)
-    if isinstance(a, nn.Module):
-        return alike(vars(a), vars(b), same)
-    if isinstance(a, torch.Tensor):
-        if type(a) not in (torch.Tensor, nn.Parameter) or a._backward_hooks or b._backward_hooks:
-            return False
-        return _kind(a) == _kind(b) and alike(vars(a), vars(b), same)
-    if isinstance(a, _PLAIN):
-        return repr(a) == repr(b)
-    if isinstance(a, dict):
-        return list(a) == list(b) and all(alike(v, b[k], same) for k, v in a.items())
-    if isinstance(a, (tuple, list)):
-        return len(a) == len(b) and all(alike(x, y, same) for x, y in zip(a, b, strict=True))
-    return a is b or (isinstance(a, set) and not a and not b)
-
-
-def _kind(x: torch.Tensor) -> Any:
-    return x.shape, x.stride(), x.dtype, x.device, x.layout, x.requires_grad, x.is_leaf
-
-
 def _reusable(tx: Any, condition: Any, fingerprint: Any, entry: Any) -> bool:
     """In the place of PyTorch's: whether what was traced of one block is what would be traced of another."""
     assert _known is not None
@@ -190,63 +158,5 @@ def _reusable(tx: Any, condition: Any, fingerprint: Any, entry: Any) -> bool:
     value = tx.output.resolve_source_value
     if not all(alike(value(old), value(new)) for old, new in changed):
         return False
-    # Tensors that are arguments of the graph have guards as such.
     arguments = {getattr(x, "source", None) for x in entry.subgraph_input_mapping}
-    guards = []
-    for old, new in changed:
-        move = _mover(old, new)
-        for guard in _guards_on(tx, entry, old):
-            if guard.create_fn_name() == "TENSOR_MATCH" and guard.originating_source in arguments:
-                continue
-            moved = _moved(guard, move, value)
-            if moved is None:
-                return False
-            guards.append(moved)
-    install_guard(*guards)
-    return True
-
-
-def _guards_on(tx: Any, entry: Any, source: Source) -> list[Guard]:
-    """The guards on what comes from a source, looked for once: later ones are not of the trace."""
-    found: dict[Source, list[Guard]] = vars(entry).setdefault("tttc_guards", {})
-    if source not in found:
-        found[source] = [
-            g for g in tx.output.guards if is_from_source(g.originating_source, source)
-        ]
-    return found[source]
-
-
-def _mover(old: Source, new: Source) -> Callable[[Source], Source]:
-    """From something of one source to the same of another; many have most of the way in common, which is gone once."""
-
-    @functools.cache
-    def move(source: Source) -> Source:
-        if source == old:
-            return new
-        parts = {f.name: getattr(source, f.name) for f in dataclasses.fields(source)}  # type: ignore[arg-type]
-        moved = {k: move(v) for k, v in parts.items() if isinstance(v, Source)}
-        if all(v is parts[k] for k, v in moved.items()):
-            return source
-        return dataclasses.replace(source, **moved)  # type: ignore[type-var]
-
-    return move
-
-
-def _moved(
-    guard: Guard, move: Callable[[Source], Source], value: Callable[[Source], Any]
-) -> Guard | None:
-    """A guard on something of one source, on the same of another; None where what it compares with is unknown."""
-
-    def moved(given: Any) -> Any:
-        if isinstance(given, Source):
-            return move(given)
-        return TensorWeakRef(value(source)) if isinstance(given, TensorWeakRef) else given
-
-    source, create = move(guard.originating_source), guard.create_fn
-    if isinstance(create, functools.partial):
-        given = (*create.args, *create.keywords.values())
-        if not all(isinstance(x, (*_PLAIN, Source, TensorWeakRef)) for x in given):
-            return None
-        keywords = {k: moved(v) for k, v in create.keywords.items()}
-        create = functools.partial(create.func, *map(moved, create.args), **keywords)
-    return source.make_guard(create)
+    return guarded(tx, entry, changed, arguments, value)
