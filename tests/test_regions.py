@@ -8,6 +8,7 @@ from collections import Counter
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import nn
 
 import tttc
@@ -339,3 +340,72 @@ def test_weights_of_a_block_by_another_name_are_its_own(taken):
     with regions.traced_once(True):
         got = compiled(made)(x)
     torch.testing.assert_close(got, made(x), rtol=1e-9, atol=1e-9)
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(4, dtype=torch.float64))
+
+    def forward(self, x):
+        if torch.are_deterministic_algorithms_enabled():
+            x = x + 1.0
+        return (x * self.weight).sin()
+
+
+def run(block, x):
+    """As models do it."""
+    return regions.run(block, x) if regions.wanted else block(x)
+
+
+def in_checkpoints(blocks, x):
+    x = x * blocks[0].weight * blocks[1].weight
+
+    def both(a, b):
+        return run(blocks[0], a) + run(blocks[1], b)
+
+    return torch.utils.checkpoint.checkpoint(both, x, 2 * x, use_reentrant=False)
+
+
+def on_weights(blocks, x):
+    a = run(blocks[0], blocks[0].weight)
+    return a + run(blocks[1], x * blocks[1].weight)
+
+
+def under_settings(blocks, x):
+    x = run(blocks[0], 2 * x)
+    torch.use_deterministic_algorithms(True)
+    x = run(blocks[1], x)
+    torch.use_deterministic_algorithms(False)
+    return x
+
+
+def twice(blocks, x):
+    return run(blocks[1], run(blocks[0], run(blocks[0], 2 * x)))
+
+
+def in_a_list(blocks, x):
+    for block in blocks:
+        block.more = [block.weight]
+    return run(blocks[1], run(blocks[0], x * blocks[0].more[0]))
+
+
+class Uses(nn.Module):
+    def __init__(self, uses):
+        super().__init__()
+        self.blocks = nn.ModuleList(Scaled() for _ in range(2))
+        self.uses = uses
+
+    def forward(self, x):
+        return self.uses(self.blocks, x)
+
+
+@pytest.mark.parametrize("uses", [in_checkpoints, on_weights, under_settings, twice, in_a_list])
+def test_blocks_that_are_used_in_other_ways(uses):
+    made = Uses(uses)
+    x = torch.rand(3, 4, dtype=torch.float64, requires_grad=True)
+    wanted, got = made(x), compiled(made)(x)
+    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+    leaves = [x, *made.parameters()]
+    grads = [torch.autograd.grad(y.sum(), leaves) for y in (got, wanted)]
+    torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-12)

@@ -9,8 +9,9 @@ like that one was, becomes a call of that graph on its own parameters, with the 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch._dynamo.variables import TensorVariable, UserFunctionVariable
 from torch._dynamo.variables.base import AttributeMutationNew, ValueMutationNew
 from torch._dynamo.variables.builder import VariableBuilder
 from torch._guards import Source
+from torch._subclasses.fake_tensor import FakeTensor
 
 from tttc.capture.same_blocks import alike, guarded, is_from, mover
 
@@ -64,7 +66,9 @@ def _call(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
     if not isinstance(function, UserFunctionVariable) or function.get_function() is not _run:
         return _original(self, tx, args, kwargs)
     block, x = (a.realize() for a in args[1:3])
-    if kwargs or block.source is None or not isinstance(x, TensorVariable) or _touched(tx):
+    made_here = isinstance(x, TensorVariable) and x.source is None  # and no weight of a block
+    inside = tx.output.current_tracer.parent is not None  # of another region, or a checkpoint
+    if kwargs or block.source is None or not made_here or inside or _touched(tx):
         return _original(self, tx, args, kwargs)
     known: list[_Traced] = vars(tx.output).setdefault("tttc_stamps", [])
     for traced in known:
@@ -73,7 +77,7 @@ def _call(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
             return made
     result = _original(self, tx, args, kwargs)
     if not _touched(tx):
-        new = _traced(block.source, x, result)
+        new = _traced(tx, block.source, x, result)
         known += [] if new is None else [new]
     return result
 
@@ -88,12 +92,14 @@ def _touched(tx: Any) -> bool:
     )
 
 
-def _traced(block: Source, x: Any, result: Any) -> _Traced | None:
+def _traced(tx: Any, block: Source, x: Any, result: Any) -> _Traced | None:
     """What to remember of a block that was traced; None where another call can't be made of it."""
     node: Any = result.as_proxy().node if isinstance(result, TensorVariable) else None
     call: Any = node.args[0] if node is not None and len(node.args) == 2 else None
     if getattr(call, "target", None) is not torch._higher_order_ops.invoke_subgraph:
         return None
+    if any(_holds_tensors(inner) for inner in tx.output.nn_modules[call.args[1]].modules()):
+        return None  # weights that are no operands
     operands: list[str | Source | fx.Node] = []
     for operand in call.args[2:]:
         argument = operand.meta.get("grapharg")
@@ -106,9 +112,15 @@ def _traced(block: Source, x: Any, result: Any) -> _Traced | None:
             operands.append(operand)
     # After what the block returns comes what else was made in it, which nobody outside reads.
     results = tuple(call.meta["example_value"][: node.args[1] + 1])
-    if not all(isinstance(y, torch.Tensor) for y in results):
+    if not all(type(y) is FakeTensor for y in results):
         return None
     return _Traced(call.args[1], block, _example(x), _state(), operands, results)
+
+
+def _holds_tensors(graph: Any) -> bool:
+    """Whether a graph reads tensors that are its own."""
+    nodes = graph.graph.find_nodes(op="get_attr") if isinstance(graph, fx.GraphModule) else ()
+    return any(isinstance(attrgetter(n.target)(graph), torch.Tensor) for n in nodes)
 
 
 def _example(x: Any) -> torch.Tensor:
@@ -117,21 +129,23 @@ def _example(x: Any) -> torch.Tensor:
 
 
 def _state() -> Any:
-    devices = ("cpu", "cuda")
-    autocast = [(torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices]
-    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast
+    here = torch.accelerator.current_accelerator()
+    devices = {"cpu", "cuda"} | (set() if here is None else {here.type})
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.get_default_dtype(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        [(torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in sorted(devices)],
+    )
 
 
 def _kind(x: torch.Tensor) -> Any:
     """What is traced may depend on; sizes by what they stand for, so that none is guarded on."""
     sizes = [n.node.expr if isinstance(n, torch.SymInt) else n for n in (*x.shape, *x.stride())]
-    return sizes, x.dtype, x.device, x.requires_grad
-
-
-def _tensors(block: nn.Module) -> Iterator[torch.Tensor]:
-    for module in block.modules():
-        held = (vars(module), module._parameters, module._buffers)
-        yield from (x for names in held for x in names.values() if isinstance(x, torch.Tensor))
+    plain = (type(x), x.dtype, x.device, x.layout)
+    return sizes, plain, x.requires_grad, x.is_leaf, x.is_inference()
 
 
 def _stamped(tx: Any, traced: _Traced, block: Source, x: Any) -> Any:
@@ -144,9 +158,11 @@ def _stamped(tx: Any, traced: _Traced, block: Source, x: Any) -> Any:
     def value(source: Source) -> Any:
         return source.get_value(roots, {}, found)
 
-    if not isinstance(value(block), nn.Module) or not alike(value(traced.block), value(block)):
+    own: dict[int, int] = {}  # by identity, the modules and tensors of the first
+    if not isinstance(value(block), nn.Module):
         return None
-    own = {id(x) for x in _tensors(value(traced.block))}
+    if not alike(value(traced.block), value(block), own):
+        return None
     shared = (o.meta["grapharg"].source for o in traced.operands if isinstance(o, fx.Node) and "grapharg" in o.meta)  # fmt: skip
     if any(source is not None and id(value(source)) in own for source in shared):
         return None  # the first block's, by another name
@@ -166,12 +182,9 @@ def _stamped(tx: Any, traced: _Traced, block: Source, x: Any) -> Any:
         else:
             operands.append(x.as_proxy())
     with tx.fake_mode:
-        results = tuple(
-            torch.empty_strided(
-                y.shape, y.stride(), dtype=y.dtype, device=y.device, requires_grad=y.requires_grad
-            )
-            for y in traced.results
-        )
+        results = tuple(y.clone() for y in traced.results)
+    if list(map(_kind, results)) != list(map(_kind, traced.results)):
+        return None
     arguments = (hops.make_attr(tx, traced.body), traced.body, *operands)
     made = hops.add_call_function(
         tx, torch._higher_order_ops.invoke_subgraph, arguments, {}, results
