@@ -313,33 +313,47 @@ def test_pytorch_is_left_as_it_was():
     assert not regions.wanted and replaced()[0] is theirs
 
 
-def test_weights_of_a_block_by_another_name_are_its_own(taken):
+class Part(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.project = nn.Linear(4, 4, bias=False, dtype=torch.float64)
+
+    def forward(self, x):
+        return self.project(x).sin()
+
+
+ELSEWHERE = []
+
+
+class Named(nn.Module):
+    """Something of the first block is used before, by another name."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.parts = nn.ModuleList(Part() for _ in range(3))
+        self.name = name
+        self.project = self.parts[0].project
+        self.head = self.project.weight
+        ELSEWHERE[:] = [self.head]
+
+    def forward(self, x):
+        if self.name == "module":
+            x = x * self.project.in_features
+        else:
+            x = x @ (self.head if self.name == "weight" else ELSEWHERE[0])
+        for part in self.parts:
+            x = regions.run(part, x)
+        return x
+
+
+@pytest.mark.parametrize("name", ["weight", "module", "global"])
+def test_what_is_a_blocks_by_another_name_is_its_own(name, taken):
     """The first block's are those of the head, too: the second's are not."""
-
-    class Part(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.project = nn.Linear(4, 4, bias=False)
-
-        def forward(self, x):
-            return self.project(x).sin()
-
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.parts = nn.ModuleList(Part() for _ in range(3))
-            self.head = self.parts[0].project.weight
-
-        def forward(self, x):
-            x = x @ self.head
-            for part in self.parts:
-                x = regions.run(part, x)
-            return x
-
-    made, x = Model().double(), torch.randn(3, 4, dtype=torch.float64)
+    made, x = Named(name), torch.randn(3, 4, dtype=torch.float64)
     with regions.traced_once(True):
         got = compiled(made)(x)
     torch.testing.assert_close(got, made(x), rtol=1e-9, atol=1e-9)
+    assert not taken[0]
 
 
 class Scaled(nn.Module):

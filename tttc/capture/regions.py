@@ -24,7 +24,7 @@ import torch
 from torch import fx, nn
 
 from tttc.capture import stamps
-from tttc.capture.same_blocks import alike, guarded
+from tttc.capture.same_blocks import alike, by_another_name, guarded
 
 try:
     from torch._dynamo.variables import invoke_subgraph as dynamo
@@ -156,7 +156,11 @@ def _reusable(tx: Any, condition: Any, fingerprint: Any, entry: Any) -> bool:
     pairs = zip(entry.arg_sources, fingerprint.arg_sources, strict=True)
     changed = [(a, b) for a, b in pairs if a is not None and b is not None and a != b]
     value = tx.output.resolve_source_value
-    if not all(alike(value(old), value(new)) for old, new in changed):
+    own: dict[int, int] = {}  # by identity, the modules and tensors of the first
+    if not all(alike(value(old), value(new), own) for old, new in changed):
         return False
     arguments = {getattr(x, "source", None) for x in entry.subgraph_input_mapping}
-    return guarded(tx, entry, changed, arguments, value)
+    block = entry.arg_sources[0]
+    return not by_another_name(arguments, block, own, value) and guarded(
+        tx, entry, changed, arguments, value
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -55,6 +55,24 @@ def is_from(source: Source, other: Source) -> bool:
             return False
         source = source.base
     return True
+
+
+def by_another_name(
+    operands: Iterable[Source | None],
+    block: Source,
+    own: dict[int, int],
+    value: Callable[[Source], Any],
+) -> bool:
+    """Whether what a block was traced with from elsewhere is its own: of another block it would be something else.
+
+    Args:
+        operands: sources of what the traced graph is called with.
+        own: by identity, the modules and tensors of the block, as :func:`alike` met them.
+    """
+    return any(
+        source is not None and not is_from(source, block) and id(value(source)) in own
+        for source in operands
+    )
 
 
 def guarded(
@@ -124,6 +142,9 @@ def _moved(
     if isinstance(create, functools.partial):
         given = (*create.args, *create.keywords.values())
         if not all(isinstance(x, (*_PLAIN, Source, TensorWeakRef)) for x in given):
+            return None
+        # The same thing by another name, which may be no part of the block.
+        if any(isinstance(x, Source) and value(move(x)) is not value(source) for x in given):
             return None
         keywords = {k: moved(v) for k, v in create.keywords.items()}
         create = functools.partial(create.func, *map(moved, create.args), **keywords)

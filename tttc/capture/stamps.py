@@ -22,7 +22,7 @@ from torch._dynamo.variables.builder import VariableBuilder
 from torch._guards import Source
 from torch._subclasses.fake_tensor import FakeTensor
 
-from tttc.capture.same_blocks import alike, guarded, is_from, mover
+from tttc.capture.same_blocks import alike, by_another_name, guarded, is_from, mover
 
 hops: Any = importlib.import_module("torch._dynamo.variables.higher_order_ops")
 WORK = torch.__version__.startswith("2.11.")  # on whose inside this depends
@@ -163,9 +163,10 @@ def _stamped(tx: Any, traced: _Traced, block: Source, x: Any) -> Any:
         return None
     if not alike(value(traced.block), value(block), own):
         return None
-    shared = (o.meta["grapharg"].source for o in traced.operands if isinstance(o, fx.Node) and "grapharg" in o.meta)  # fmt: skip
-    if any(source is not None and id(value(source)) in own for source in shared):
-        return None  # the first block's, by another name
+    nodes = [o for o in traced.operands if isinstance(o, fx.Node)]
+    elsewhere = [n.meta["grapharg"].source for n in nodes if "grapharg" in n.meta]
+    if by_another_name(elsewhere, traced.block, own, value):
+        return None
     changed = [] if block == traced.block else [(traced.block, block)]
     of_block: set[Source | None] = {
         source for source in traced.operands if isinstance(source, Source)
