@@ -317,9 +317,10 @@ class Part(nn.Module):
     def __init__(self):
         super().__init__()
         self.project = nn.Linear(4, 4, bias=False, dtype=torch.float64)
+        self.shrink = nn.Softshrink(0.1)
 
     def forward(self, x):
-        return self.project(x).sin()
+        return self.shrink(self.project(x)).sin()
 
 
 ELSEWHERE = []
@@ -332,13 +333,13 @@ class Named(nn.Module):
         super().__init__()
         self.parts = nn.ModuleList(Part() for _ in range(3))
         self.name = name
-        self.project = self.parts[0].project
-        self.head = self.project.weight
+        self.shrink = self.parts[0].shrink
+        self.head = self.parts[0].project.weight
         ELSEWHERE[:] = [self.head]
 
     def forward(self, x):
         if self.name == "module":
-            x = x * self.project.in_features
+            x = x + self.shrink.lambd
         else:
             x = x @ (self.head if self.name == "weight" else ELSEWHERE[0])
         for part in self.parts:
@@ -349,7 +350,7 @@ class Named(nn.Module):
 @pytest.mark.parametrize("name", ["weight", "module", "global"])
 def test_what_is_a_blocks_by_another_name_is_its_own(name, taken):
     """The first block's are those of the head, too: the second's are not."""
-    made, x = Named(name), torch.randn(3, 4, dtype=torch.float64)
+    made, x = Named(name), torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
     with regions.traced_once(True):
         got = compiled(made)(x)
     torch.testing.assert_close(got, made(x), rtol=1e-9, atol=1e-9)
