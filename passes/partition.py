@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import networkx as nx
@@ -84,26 +84,54 @@ class Memory:
 
     def traffic(self, members: set[fx.Node]) -> sympy.Expr:
         """Bytes read and written by members that run as one."""
-        return sympy.expand(sum(self._moved(members, lambda node: self.bytes[node])))
-
-    def nominal_traffic(self, members: set[fx.Node]) -> int:
-        """The same at nominal sizes."""
-        return sum(self._moved(members, self.nominal_bytes.__getitem__))
-
-    def _moved(self, members: set[fx.Node], size: Callable[[fx.Node], Any]) -> Iterator[Any]:
-        for node in self.outputs(members):
-            yield size(node)
+        moved = self.outputs(members)
         for source, views in self.inputs(members).items():
-            parts = [v for v in views if v is source or v.target in VIEWS]
-            # A slice reads less than all of it, a broadcast or two overlapping slices no more.
-            if sum(self.nominal_bytes[v] for v in parts) < self.nominal_bytes[source]:
-                yield from map(size, parts)
-            else:
-                yield size(source)
+            moved += self._parts(source, views)
+        return sympy.expand(sum(self.bytes[n] for n in moved))
+
+    def _parts(self, source: fx.Node, views: set[fx.Node]) -> list[fx.Node]:
+        """What is read of a tensor that is read through views."""
+        parts = [v for v in views if v is source or v.target in VIEWS]
+        # A slice reads less than all of it, a broadcast or two overlapping slices no more.
+        less = sum(self.nominal_bytes[v] for v in parts) < self.nominal_bytes[source]
+        return parts if less else [source]
+
+    def nominal_read(self, source: fx.Node, views: set[fx.Node]) -> int:
+        """Bytes read of a tensor through views, at nominal sizes."""
+        return sum(self.nominal_bytes[n] for n in self._parts(source, views))
 
 
 def _bytes(value: torch.Tensor) -> sympy.Expr:
     return numel(shape_of(value)) * value.element_size()
+
+
+class Border:
+    """What a group of nodes reads from outside and is read of it there."""
+
+    def __init__(self, memory: Memory, members: set[fx.Node]) -> None:
+        self.memory = memory
+        self.members = members
+        self.inputs = memory.inputs(members)
+        self.outputs = memory.outputs(members)
+
+    def saved(self, other: Border) -> int:
+        """Bytes, at nominal sizes, that the two move less as one: a look at what they share, not at all they do."""
+        memory = self.memory
+        saved = 0
+        for one, two in ((self, other), (other, self)):
+            for node in one.outputs:
+                consumers = memory.consumers[node]
+                if all(c in one.members or c in two.members for c in consumers):
+                    saved += memory.nominal_bytes[node]
+            for source, views in one.inputs.items():
+                if source in two.members:
+                    saved += memory.nominal_read(source, views)
+                elif one is self and source in two.inputs:
+                    others = two.inputs[source]
+                    saved += memory.nominal_read(source, views)
+                    saved += memory.nominal_read(source, others)
+                    saved -= memory.nominal_read(source, views | others)
+        return saved
 
 
 class Partition:
@@ -135,7 +163,7 @@ class Partition:
         self.fusable = {
             i for i, n in enumerate(kept) if n.target in COMPUTE and is_known(n) and self.legal({n})
         }
-        self.traffic = {i: self.memory.nominal_traffic(self.members[i]) for i in self.fusable}
+        self.border = {i: Border(self.memory, self.members[i]) for i in self.fusable}
 
     def _order(self, first: int, then: int) -> None:
         self.after[first].add(then)
@@ -170,8 +198,7 @@ class Partition:
         queue: list[tuple[int, int, int]] = []
 
         def offer(a: int, b: int) -> None:
-            both = self.members[a] | self.members[b]
-            saved = self.traffic[a] + self.traffic[b] - self.memory.nominal_traffic(both)
+            saved = self.border[a].saved(self.border[b])
             if saved > 0:
                 heapq.heappush(queue, (-saved, min(a, b), max(a, b)))
 
@@ -223,7 +250,7 @@ class Partition:
         self.below[into] = (self.below.pop(a) | self.below.pop(b)) & ~self.mask[into]
         self.fusable -= {a, b}
         self.fusable.add(into)
-        self.traffic[into] = self.memory.nominal_traffic(self.members[into])
+        self.border[into] = Border(self.memory, self.members[into])
         for node in self.members[into]:
             self.group_of[node] = into
         self.before[into], self.after[into] = before, after

@@ -25,8 +25,10 @@ from tttc.codegen.rowwise_launch import lower_regions
 from tttc.codegen.rowwise_ops import FORMS
 from tttc.passes.bind import bind
 from tttc.passes.fuse import FusionReport, decompositions, fuse
+from tttc.passes.partition import Border
 
 from tttc.ir.node_values import value_of
+from tttc.ir.nominal import nominal
 from tttc.ir.region import FusedRegion
 from tttc.ir.row_operators import COMPUTE, POINTWISE
 
@@ -309,6 +311,26 @@ def test_blocks_save_bytes(block):
         b, a = report.at(**dict.fromkeys(names, 64))
         before, after = before + b, after + a
     assert after < (0.5 if block is not LearningRate else 0.8) * before
+
+
+def test_what_two_groups_save_is_what_they_move_less(monkeypatch):
+    """For every merge that is weighed, in graphs that read slices, broadcasts, and a tensor from several groups."""
+    saved, seen = Border.saved, []
+
+    def checked(one, two):
+        memory = one.memory
+        apart = memory.traffic(one.members) + memory.traffic(two.members)
+        less = saved(one, two)
+        assert less == nominal(apart) - nominal(memory.traffic(one.members | two.members))
+        assert less == saved(two, one)
+        seen.append(less)
+        return less
+
+    monkeypatch.setattr(Border, "saved", checked)
+    for block in BLOCKS:
+        for gm in compiled(block)[0].before:
+            fuse(gm)
+    assert len(seen) > 100 and len(set(seen)) > 10
 
 
 def test_equal_layers_share_regions_and_kernels(interpreter):

@@ -18,6 +18,7 @@ import torch
 from torch import fx
 
 from tttc import _recorder
+from tttc.ir.copies import another
 from tttc.passes.repeats import Repeat, repeats
 from tttc.runtime.blocks import Block, Program
 from tttc.runtime.fused_scan_backward import scan_arguments
@@ -116,7 +117,7 @@ def put_back(gm: fx.GraphModule, programs: dict[str, Program]) -> None:
                 if node.op == "placeholder":
                     env[node] = next(given)
                 elif node.op != "output":
-                    env[node] = gm.graph.node_copy(node, env.__getitem__)
+                    env[node] = another(gm.graph, node, env.__getitem__)
                     _tell(env[node], told)
         for pick in list(call.users):
             pick.replace_all_uses_with(env[program.results[pick.args[1]]])

@@ -25,6 +25,7 @@ from torch import fx, nn
 
 from tttc.capture import stamps
 from tttc.capture.same_blocks import alike, by_another_name, guarded
+from tttc.ir.copies import another
 
 try:
     from torch._dynamo.variables import invoke_subgraph as dynamo
@@ -108,7 +109,7 @@ def put_in_place(gm: fx.GraphModule) -> None:
                 if node.op == "placeholder":
                     env[node] = next(given)
                 elif node.op != "output":
-                    env[node] = made = gm.graph.node_copy(node, env.__getitem__)
+                    env[node] = made = another(gm.graph, node, env.__getitem__)
                     if node.op == "get_attr":
                         made.target = f"{region}_{node.target.replace('.', '_')}"
                         setattr(gm, made.target, attrgetter(node.target)(inner))
