@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
 aten = torch.ops.aten
 
@@ -61,4 +62,5 @@ def bind(gm: fx.GraphModule) -> fx.GraphModule:
     for node in graph.nodes:
         node.target = BINDINGS.get(node.target, node.target)
     gm.recompile()
+    _LazyGraphModule.force_recompile(gm)
     return gm

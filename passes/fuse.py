@@ -9,6 +9,7 @@ from typing import Any
 import networkx as nx
 import sympy
 from torch import fx
+from torch.fx._lazy_graph_module import _LazyGraphModule
 from tttc.passes.decompositions import decompositions
 from tttc.passes.partition import Partition
 
@@ -116,7 +117,7 @@ def fuse(gm: fx.GraphModule) -> fx.GraphModule:
         regions += 1
         call = graph.call_module(names[key], tuple(new(n) for n in inputs))
         _replace(graph, call, outputs, env)
-    result = fx.GraphModule(modules, graph, class_name=type(gm).__name__)
+    result = _LazyGraphModule(modules, graph, class_name=type(gm).__name__)  # not run as it is
     graph.lint()
     report = FusionReport(regions, *(sympy.expand(sympy.Add(*x)) for x in (before, after)))
     result.meta = {**gm.meta, "fusion": report}

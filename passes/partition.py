@@ -113,6 +113,7 @@ class Border:
         self.members = members
         self.inputs = memory.inputs(members)
         self.outputs = memory.outputs(members)
+        self.read = {source: memory.nominal_read(source, v) for source, v in self.inputs.items()}
 
     def saved(self, other: Border) -> int:
         """Bytes, at nominal sizes, that the two move less as one: a look at what they share, not at all they do."""
@@ -125,12 +126,10 @@ class Border:
                     saved += memory.nominal_bytes[node]
             for source, views in one.inputs.items():
                 if source in two.members:
-                    saved += memory.nominal_read(source, views)
+                    saved += one.read[source]
                 elif one is self and source in two.inputs:
-                    others = two.inputs[source]
-                    saved += memory.nominal_read(source, views)
-                    saved += memory.nominal_read(source, others)
-                    saved -= memory.nominal_read(source, views | others)
+                    saved += one.read[source] + two.read[source]
+                    saved -= memory.nominal_read(source, views | two.inputs[source])
         return saved
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
 
 class FusedRegion(torch.nn.Module):
@@ -54,4 +55,5 @@ def outlined(
         env[node] = graph.node_copy(node, env.__getitem__)
     results = tuple(env[n] for n in outputs)
     graph.output(results[0] if len(results) == 1 else results)
-    return fx.GraphModule(gm, graph, class_name="Region")
+    # Where kernels run, nobody asks for its Python.
+    return _LazyGraphModule(gm, graph, class_name="Region")
