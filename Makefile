@@ -5,16 +5,21 @@
 #   make speed                the torch backend against the naive loop on an idle CPU
 #   make docs                 the documentation as a site, in build/docs
 #   make bench                what benchmarks/results records, on the GPU at hand, and the tables made of it
+#   make bench-scans          a part of it: scans, memory, rules, models, compile-time or picked; OPTIONS='...' of its script
 #   make CONSTRAINTS= demo    with the newest torch instead of the tested one (a CUDA build, say)
 #   make PYTHON=python3.12    another interpreter
+#   make PEERS= RUN=python3 bench   with what is installed: nothing is fetched
 
 PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 RUN := $(VENV)/bin/python
 RECORD := benchmarks/results/$(shell date +%F)
+PARTS := scans memory rules models compile-time picked
+PEERS := $(VENV)/peers-installed
 
-.PHONY: demo test speed lint format bench docs clean
+.PHONY: demo test speed lint format bench $(PARTS:%=bench-%) docs clean
+.NOTPARALLEL:
 
 demo: $(VENV)/installed
 	$(RUN) -m tttc demo
@@ -26,20 +31,36 @@ test: lint
 speed: $(VENV)/installed
 	$(RUN) -m pytest -s tests/test_speed.py
 
+bench: $(PARTS:%=bench-%)
+	$(RUN) benchmarks/plots.py
+	$(RUN) benchmarks/tables.py
+
+bench-scans: $(PEERS)
+	$(RUN) benchmarks/scan_forward.py $(RECORD)-scans.json $(OPTIONS)
+
+bench-memory: $(PEERS)
+	$(RUN) benchmarks/memory.py $(RECORD)-memory.json $(OPTIONS)
+
+bench-rules: $(PEERS)
+	$(RUN) benchmarks/rules.py $(RECORD)-rules.json $(OPTIONS)
+
+bench-models: $(PEERS)
+	$(RUN) benchmarks/models.py $(RECORD)-models.json $(OPTIONS)
+
+bench-compile-time: $(PEERS)
+	$(RUN) benchmarks/compile_time.py $(RECORD)-compile-time.json $(OPTIONS)
+
+# Goes on where an earlier run of it ended.
+bench-picked: $(PEERS)
+	$(RUN) benchmarks/schedules.py $(RECORD)-picked.json $(or $(OPTIONS),--seconds 3600)
+
 # mamba-ssm has no wheel: it is built for the GPU at hand, and left out where that fails.
-bench: $(VENV)/installed
+$(VENV)/peers-installed: $(VENV)/installed
 	$(RUN) -m pip install $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[bench,plot]'
 	-$(RUN) -m pip install setuptools wheel packaging ninja einops transformers
 	-PATH="$(CURDIR)/$(VENV)/bin:$$PATH" PYTORCH_NVCC=$(CURDIR)/benchmarks/nvcc_here.sh MAMBA_FORCE_BUILD=TRUE CAUSAL_CONV1D_FORCE_BUILD=TRUE \
 		$(RUN) -m pip install --no-build-isolation --no-deps causal-conv1d mamba-ssm
-	$(RUN) benchmarks/scan_forward.py $(RECORD)-scans.json
-	$(RUN) benchmarks/memory.py $(RECORD)-memory.json
-	$(RUN) benchmarks/rules.py $(RECORD)-rules.json
-	$(RUN) benchmarks/models.py $(RECORD)-models.json
-	$(RUN) benchmarks/compile_time.py $(RECORD)-compile-time.json
-	$(RUN) benchmarks/schedules.py $(RECORD)-picked.json --seconds 3600
-	$(RUN) benchmarks/plots.py
-	$(RUN) benchmarks/tables.py
+	touch $@
 
 docs: $(VENV)/installed
 	$(RUN) -m sphinx -W --keep-going -b html docs build/docs
