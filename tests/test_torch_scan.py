@@ -24,11 +24,16 @@ from tests.test_loops import (  # noqa: F401
 from tttc import _recorder
 from tttc.ir.errors import NotLowerable
 
+# PyTorch 2.11 stacks outputs along the first dimension, whichever the tokens lie along.
+_, stacked = torch_scan(lambda s, x: (s + x, s * x), torch.ones(2), torch.ones(2, 3), dim=1)
+STACKED_FIRST = stacked.shape == (3, 2)
+
 
 def scan(combine, init, xs, dim=0, reverse=False):
     """PyTorch's scan where a model is compiled, the loop it stands for elsewhere."""
     if torch.compiler.is_dynamo_compiling():
-        return torch_scan(combine, init, xs, dim=dim, reverse=reverse)
+        state, ys = torch_scan(combine, init, xs, dim=dim, reverse=reverse)
+        return state, pytree.tree_map(lambda y: y.movedim(0, dim), ys) if STACKED_FIRST else ys
     length = pytree.tree_leaves(xs)[0].shape[dim]
     ys = []
     for t in reversed(range(length)) if reverse else range(length):
@@ -140,6 +145,7 @@ class Around(nn.Module):
 
     def __init__(self):
         super().__init__()
+        self.out = nn.Linear(D, D, dtype=torch.float64)
         self.q, self.k, self.v = (parameter(D, D, seed=i) for i in range(3))
         self.W1, self.W2 = parameter(D, 6), parameter(6, D)
 
@@ -159,7 +165,7 @@ class Around(nn.Module):
 
             start = (anchor[0].clone(), anchor[1].clone())
             fast, z = scan(token, start, (q, k, v), dim=1)
-            return fast, torch.tanh(z @ self.q) + x_b
+            return fast, self.out(torch.tanh(z @ self.q)) + x_b
 
         init = (self.W1.expand(B, D, 6).clone(), self.W2.expand(B, 6, D).clone())
         tokens = x.unflatten(1, (T // 4, 4))

@@ -29,6 +29,7 @@ from torch._higher_order_ops.scan import scan_op
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from tttc._within import within
+from tttc.capture.for_all import for_all
 from tttc.capture.generated import compiled_source
 from tttc.capture.iterations import NoTokens
 from tttc.capture.layout import Joined
@@ -318,7 +319,7 @@ def _before(combine: _Combine, xs: Tensors, extra: Tensors) -> Tensors:
     """The tokens of all mini-batches, ``[T, ...]``."""
     if combine.before is not None:
         rest = list(extra)
-        xs = torch.vmap(lambda *x: combine.before(list(x), rest))(*xs)  # type: ignore[misc]
+        xs = for_all(lambda *x: combine.before(list(x), rest), *xs)  # type: ignore[misc]
     return [x.flatten(0, 1) for x in xs]
 
 
@@ -343,9 +344,11 @@ def _run(
         z = [x.unflatten(0, (x.shape[0] // size, size)) for x in z]
         if combine.after is not None:
             rest, count = list(extra), len(z)
-            z = torch.vmap(
-                lambda *x: combine.after(list(x[:count]), list(x[count:]), rest)  # type: ignore[misc]
-            )(*z, *xs)
+            z = for_all(
+                lambda *x: combine.after(list(x[:count]), list(x[count:]), rest),  # type: ignore[misc]
+                *z,
+                *xs,
+            )
     return (*states, *z)
 
 
