@@ -36,6 +36,12 @@ def nothing_compiled_is_left():
 
 
 @pytest.fixture
+def known(monkeypatch):
+    """Modules of this file are taken for PyTorch's own: what they do may be asked of what is looked at of a block."""
+    monkeypatch.setattr(same_blocks, "KNOWN", (*same_blocks.KNOWN, __name__))
+
+
+@pytest.fixture
 def taken(monkeypatch):
     """For each block but the first ones: whether it was taken for one that was traced."""
     said = []
@@ -185,14 +191,15 @@ def tied(block):
     block.mlp.up_proj.weight = block.mlp.gate_proj.weight
 
 
-CHANGES = [
-    *(learning_rate, epsilon, rope, sizes, width, bias, other_class, own_forward),
+DIFFERENCES = [
+    *(learning_rate, epsilon, rope, sizes, width, bias, other_class),
     *(strides, frozen, shared, tied),
 ]
+CHANGES = [*DIFFERENCES, own_forward]
 
 
 @pytest.mark.parametrize(
-    ("change", "at"), [*((c, 2) for c in CHANGES), (learning_rate, 0), (shared, 0), (tied, 0)]
+    ("change", "at"), [*((c, 2) for c in DIFFERENCES), (learning_rate, 0), (shared, 0), (tied, 0)]
 )
 def test_a_block_that_differs_is_traced_by_itself(change, at, taken):
     made = model()
@@ -240,6 +247,78 @@ def test_hooks_are_run(taken):
     made.blocks[2].mlp.register_forward_hook(lambda module, inputs, output: 2 * output)
     check(made)
     assert not taken
+
+
+SCALES = {}
+
+
+class Registered(nn.RMSNorm):
+    """What it does depends on who it is."""
+
+    def forward(self, x):
+        return super().forward(x) * SCALES[self]
+
+
+class Counting(nn.RMSNorm):
+    """Writes into what it holds, and nobody reads that."""
+
+    def __init__(self):
+        super().__init__(16, dtype=torch.float64)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x):
+        self.calls.add_(1)
+        return super().forward(x)
+
+
+def test_blocks_with_modules_of_somebody_are_traced_each(taken):
+    made = model()
+    for i, block in enumerate(made.blocks):
+        block.mlp_norm = Registered(16, dtype=torch.float64)
+        SCALES[block.mlp_norm] = i + 1.0
+    check(made)
+    own_forward(made.blocks[2])
+    check(made)
+    assert not taken
+    assert not regions.takes(nn.Sequential(made))
+    assert regions.takes(nn.Sequential(model(), Counting()))
+
+
+def test_modules_of_somebody_that_come_later(taken):
+    made = model()
+    run = compiled(made)
+    for i, block in enumerate(made.blocks):
+        block.mlp_norm = Registered(16, dtype=torch.float64)
+        SCALES[block.mlp_norm] = i + 1.0
+    check(made, run)
+    assert True not in taken
+
+
+def test_what_is_written_in_place_and_read_by_nobody(known):
+    made = model()
+    for block in made.blocks:
+        block.mlp_norm = Counting()
+    run = compiled(made)
+    for _ in range(3):
+        run(IDS)
+    assert [block.mlp_norm.calls.item() for block in made.blocks] == [3] * DEPTH
+
+
+class WhereTensorsAre(nn.RMSNorm):
+    def forward(self, x):
+        y = super().forward(x)
+        return 2 * y if torch.empty(1).device.type == "meta" else y
+
+
+@pytest.mark.parametrize("first", ["with", "without"])
+def test_where_tensors_are_made_by_default(first, known):
+    made = model()
+    for block in made.blocks:
+        block.mlp_norm = WhereTensorsAre(16, dtype=torch.float64)
+    run = compiled(made)
+    for meta in [first == "with", first != "with"]:
+        with torch.device("meta" if meta else "cpu"):
+            check(made, run)
 
 
 def test_a_break_in_a_block_is_a_break():
@@ -313,6 +392,26 @@ def test_pytorch_is_left_as_it_was():
     assert not regions.wanted and replaced()[0] is theirs
 
 
+def holding(**what):
+    made = nn.Identity()
+    vars(made).update(what)
+    return made
+
+
+def test_what_is_shared_and_of_which_type_makes_a_difference():
+    one = [1]
+    apart, together = holding(a=[1], b=[1]), holding(a=one, b=one)
+    assert same_blocks.alike(apart, holding(a=[1], b=[1]))
+    assert same_blocks.alike(together, holding(a=apart.a, b=apart.a))
+    assert not same_blocks.alike(apart, together)
+    assert not same_blocks.alike(together, apart)
+    assert not same_blocks.alike(holding(a={1: 2}), holding(a={True: 2}))
+    assert not same_blocks.alike(holding(a=Counter()), holding(a=Counter()))
+    weights = [nn.Parameter(torch.ones(2)) for _ in range(2)]
+    weights[1].grad = torch.ones(2)
+    assert not same_blocks.alike(*(holding(a=w) for w in weights))
+
+
 class Part(nn.Module):
     def __init__(self):
         super().__init__()
@@ -348,13 +447,45 @@ class Named(nn.Module):
 
 
 @pytest.mark.parametrize("name", ["weight", "module", "global"])
-def test_what_is_a_blocks_by_another_name_is_its_own(name, taken):
+def test_what_is_a_blocks_by_another_name_is_its_own(name, taken, known):
     """The first block's are those of the head, too: the second's are not."""
     made, x = Named(name), torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
     with regions.traced_once(True):
         got = compiled(made)(x)
     torch.testing.assert_close(got, made(x), rtol=1e-9, atol=1e-9)
     assert not taken[0]
+
+
+class Factored(Part):
+    """Reads a list that the model may have read by a global name."""
+
+    def __init__(self):
+        super().__init__()
+        self.factors = [2.0]
+
+    def forward(self, x):
+        return super().forward(x) * self.factors[0]
+
+
+class ReadsTheFirst(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.parts = nn.ModuleList(Factored() for _ in range(3))
+        ELSEWHERE[:] = [self.parts[0].factors]
+
+    def forward(self, x):
+        x = x * ELSEWHERE[0][0]
+        for part in self.parts:
+            x = run(part, x)
+        return x
+
+
+def test_a_change_of_what_the_first_has_by_another_name(known):
+    made, x = ReadsTheFirst(), torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    run = compiled(made)
+    torch.testing.assert_close(run(x), made(x), rtol=1e-12, atol=1e-12)
+    made.parts[1].factors[0] = 3.0
+    torch.testing.assert_close(run(x), made(x), rtol=1e-12, atol=1e-12)
 
 
 class Scaled(nn.Module):
@@ -416,7 +547,7 @@ class Uses(nn.Module):
 
 
 @pytest.mark.parametrize("uses", [in_checkpoints, on_weights, under_settings, twice, in_a_list])
-def test_blocks_that_are_used_in_other_ways(uses):
+def test_blocks_that_are_used_in_other_ways(uses, known):
     made = Uses(uses)
     x = torch.rand(3, 4, dtype=torch.float64, requires_grad=True)
     wanted, got = made(x), compiled(made)(x)

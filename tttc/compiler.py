@@ -285,7 +285,8 @@ def _compiled_call(target: Callable[..., Any], options: Options) -> Callable[...
         collecting, first = not_collected() if first else nullcontext(), False
         if loops.any:
             loops.prepare(args, kwargs, refuse, options.verify)
-        once = regions.traced_once(whole)
+        # PyTorch takes regions for the same whatever torch.device or another mode is around them.
+        once = regions.traced_once(whole and not torch._C._len_torch_function_stack())
         backend = _tracing.use_backend(direct)
         replaced = loops.replaced() if loops.any else nullcontext()
         with collecting, replaced, backend, capturing(True), once:

@@ -24,7 +24,7 @@ import torch
 from torch import fx, nn
 
 from tttc.capture import stamps
-from tttc.capture.same_blocks import alike, by_another_name, guarded
+from tttc.capture.same_blocks import Pairs, alike, by_another_name, guarded, is_known
 from tttc.ir.copies import another
 
 try:
@@ -42,7 +42,7 @@ _within = 0  # threads that trace blocks once now
 
 
 def takes(target: Any) -> bool:
-    """Whether blocks of this model may be traced once: nobody's hooks run between them or in them."""
+    """Whether blocks of this model may be traced once: nobody's hooks run between them, nobody's modules in them."""
     return (
         (_known is not None or stamps.WORK)
         and isinstance(target, nn.Module)
@@ -52,7 +52,15 @@ def takes(target: Any) -> bool:
             for name, hooks in vars(m).items()
             if name.endswith("_hooks")
         )
+        and all(map(is_known, _in_ours(target)))
     )
+
+
+def _in_ours(target: nn.Module) -> Iterator[nn.Module]:
+    """The modules in models of the package, which may be parts of somebody's."""
+    ours = type(target).__module__.startswith("tttc.")
+    for child in target.children():
+        yield from child.modules() if ours else _in_ours(child)
 
 
 @contextlib.contextmanager
@@ -122,8 +130,9 @@ def put_in_place(gm: fx.GraphModule) -> None:
             pick.replace_all_uses_with(env[results[pick.args[1]]])
             gm.graph.erase_node(pick)
         gm.graph.erase_node(call)
-    if calls:
-        gm.graph.eliminate_dead_code()
+        if not at.users:
+            gm.graph.erase_node(at)
+    if calls:  # what nobody reads stays: it may write into a tensor, which fx takes for nothing
         gm.delete_all_unused_submodules()
         gm.recompile()
 
@@ -154,14 +163,16 @@ def _reusable(tx: Any, condition: Any, fingerprint: Any, entry: Any) -> bool:
     known = caches.get_cache(torch.ops.higher_order.invoke_subgraph).subgraph_reuse_cache
     if all(e is not entry for _, e in known.get(_run.__code__, ())):
         return True  # a region of somebody else
+    if stamps.touched(tx):
+        return False
     pairs = zip(entry.arg_sources, fingerprint.arg_sources, strict=True)
     changed = [(a, b) for a, b in pairs if a is not None and b is not None and a != b]
     value = tx.output.resolve_source_value
-    own: dict[int, int] = {}  # by identity, the modules and tensors of the first
-    if not all(alike(value(old), value(new), own) for old, new in changed):
+    same = Pairs()
+    if not all(alike(value(old), value(new), same) for old, new in changed):
         return False
     arguments = {getattr(x, "source", None) for x in entry.subgraph_input_mapping}
     block = entry.arg_sources[0]
-    return not by_another_name(arguments, block, own, value) and guarded(
+    return not by_another_name(tx, arguments, block, same, value) and guarded(
         tx, entry, changed, arguments, value
     )

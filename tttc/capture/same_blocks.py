@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -14,38 +15,65 @@ from torch._guards import ChainedSource, Guard, Source
 from torch.utils.weak import TensorWeakRef
 
 _PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.Size)
+_MUTABLE = (dict, OrderedDict, list, set)
+KNOWN = ("torch.nn.", "tttc.")
 
 
-def alike(a: Any, b: Any, same: dict[int, int] | None = None) -> bool:
+def is_known(module: nn.Module) -> bool:
+    """Whether what a module does is known to follow from what is in it: somebody's may ask who it is, or what was before."""
+    return type(module).__module__.startswith(KNOWN) and "forward" not in vars(module)
+
+
+@dataclasses.dataclass
+class Pairs:
+    """By identity: which part of one block stands for which of another."""
+
+    there: dict[int, int] = dataclasses.field(default_factory=dict)
+    back: dict[int, int] = dataclasses.field(default_factory=dict)
+
+    def known(self, a: Any, b: Any) -> bool | None:
+        """Whether two parts stand for each other, where one was met; None, and they do from now on, where none was."""
+        if id(a) in self.there or id(b) in self.back:
+            return self.there.get(id(a)) == id(b)
+        self.there[id(a)], self.back[id(b)] = id(b), id(a)
+        return None
+
+
+def alike(a: Any, b: Any, same: Pairs | None = None) -> bool:
     """Whether two modules are the same program: in classes, attributes, and tensors but for what these hold.
 
+    What is shared in one has to be shared in the other.
+
     Args:
-        same: of modules and tensors met so far, which one of ``b`` stands for which one of ``a``.
+        same: what was met of them so far.
     """
-    same = {} if same is None else same
-    if type(a) is not type(b):
+    same = Pairs() if same is None else same
+    kind = type(a)
+    if kind is not type(b):
         return False
-    if isinstance(a, (nn.Module, torch.Tensor)):
-        if id(a) in same or id(b) in same.values():  # what is shared in one is shared in the other
-            return same.get(id(a)) == id(b)
-        same[id(a)] = id(b)
+    if kind in _PLAIN:
+        return repr(a) == repr(b)
+    if isinstance(a, (nn.Module, torch.Tensor)) or kind in _MUTABLE:
+        known = same.known(a, b)
+        if known is not None:
+            return known
     if isinstance(a, nn.Module):
-        return alike(vars(a), vars(b), same)
+        return is_known(a) and is_known(b) and alike(vars(a), vars(b), same)
     if isinstance(a, torch.Tensor):
-        if type(a) not in (torch.Tensor, nn.Parameter) or a._backward_hooks or b._backward_hooks:
+        if kind not in (torch.Tensor, nn.Parameter) or a._backward_hooks or b._backward_hooks:
             return False
         return _kind(a) == _kind(b) and alike(vars(a), vars(b), same)
-    if isinstance(a, _PLAIN):
-        return repr(a) == repr(b)
-    if isinstance(a, dict):
-        return list(a) == list(b) and all(alike(v, b[k], same) for k, v in a.items())
-    if isinstance(a, (tuple, list)):
+    if kind in (dict, OrderedDict):
+        keys = [[(type(k), k) for k in x] for x in (a, b)]
+        return keys[0] == keys[1] and all(alike(v, b[k], same) for k, v in a.items())
+    if kind in (tuple, list):
         return len(a) == len(b) and all(alike(x, y, same) for x, y in zip(a, b, strict=True))
-    return a is b or (isinstance(a, set) and not a and not b)
+    return a is b or (kind is set and not a and not b)
 
 
 def _kind(x: torch.Tensor) -> Any:
-    return x.shape, x.stride(), x.dtype, x.device, x.layout, x.requires_grad, x.is_leaf
+    plain = x.shape, x.stride(), x.dtype, x.device, x.layout
+    return *plain, x.requires_grad, x.is_leaf, x.is_leaf and x.grad is None
 
 
 def is_from(source: Source, other: Source) -> bool:
@@ -58,20 +86,25 @@ def is_from(source: Source, other: Source) -> bool:
 
 
 def by_another_name(
+    tx: Any,
     operands: Iterable[Source | None],
     block: Source,
-    own: dict[int, int],
+    same: Pairs,
     value: Callable[[Source], Any],
 ) -> bool:
     """Whether what a block was traced with from elsewhere is its own: of another block it would be something else.
 
     Args:
         operands: sources of what the traced graph is called with.
-        own: by identity, the modules and tensors of the block, as :func:`alike` met them.
+        same: which part of the other block stands for which of this one.
     """
+    named = [(s, id(value(s))) for s in operands if s is not None and not is_from(s, block)]
+    # What was met by another name before is guarded there, not on the block.
+    met = tx.output.side_effects.id_to_variable
+    named += [(v.source, i) for i in same.there if (v := met.get(i)) is not None]
     return any(
-        source is not None and not is_from(source, block) and id(value(source)) in own
-        for source in operands
+        same.there.get(i, i) != i and source is not None and not is_from(source, block)
+        for source, i in named  # but for what both have
     )
 
 

@@ -22,7 +22,7 @@ from torch._dynamo.variables.builder import VariableBuilder
 from torch._guards import Source
 from torch._subclasses.fake_tensor import FakeTensor
 
-from tttc.capture.same_blocks import alike, by_another_name, guarded, is_from, mover
+from tttc.capture.same_blocks import Pairs, alike, by_another_name, guarded, is_from, mover
 
 hops: Any = importlib.import_module("torch._dynamo.variables.higher_order_ops")
 WORK = torch.__version__.startswith("2.11.")  # on whose inside this depends
@@ -68,7 +68,7 @@ def _call(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
     block, x = (a.realize() for a in args[1:3])
     made_here = isinstance(x, TensorVariable) and x.source is None  # and no weight of a block
     inside = tx.output.current_tracer.parent is not None  # of another region, or a checkpoint
-    if kwargs or block.source is None or not made_here or inside or _touched(tx):
+    if kwargs or block.source is None or not made_here or inside or touched(tx):
         return _original(self, tx, args, kwargs)
     known: list[_Traced] = vars(tx.output).setdefault("tttc_stamps", [])
     for traced in known:
@@ -76,13 +76,13 @@ def _call(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
         if made is not None:
             return made
     result = _original(self, tx, args, kwargs)
-    if not _touched(tx):
+    if not touched(tx):
         new = _traced(tx, block.source, x, result)
         known += [] if new is None else [new]
     return result
 
 
-def _touched(tx: Any) -> bool:
+def touched(tx: Any) -> bool:
     """Whether something that was there before has been written to: what is looked up may be of then or of now."""
     effects, new = tx.output.side_effects, (AttributeMutationNew, ValueMutationNew)
     return any(
@@ -158,14 +158,14 @@ def _stamped(tx: Any, traced: _Traced, block: Source, x: Any) -> Any:
     def value(source: Source) -> Any:
         return source.get_value(roots, {}, found)
 
-    own: dict[int, int] = {}  # by identity, the modules and tensors of the first
+    same = Pairs()
     if not isinstance(value(block), nn.Module):
         return None
-    if not alike(value(traced.block), value(block), own):
+    if not alike(value(traced.block), value(block), same):
         return None
     nodes = [o for o in traced.operands if isinstance(o, fx.Node)]
     elsewhere = [n.meta["grapharg"].source for n in nodes if "grapharg" in n.meta]
-    if by_another_name(elsewhere, traced.block, own, value):
+    if by_another_name(tx, elsewhere, traced.block, same, value):
         return None
     changed = [] if block == traced.block else [(traced.block, block)]
     of_block: set[Source | None] = {
