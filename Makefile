@@ -50,17 +50,17 @@ bench-models: $(PEERS)
 bench-compile-time: $(PEERS)
 	$(RUN) benchmarks/compile_time.py $(RECORD)-compile-time.json $(OPTIONS)
 
-# Goes on where an earlier run of it ended.
+# Goes on where an earlier run with the same RECORD (that is, of the same day) ended.
 bench-picked: $(PEERS)
 	$(RUN) benchmarks/schedules.py $(RECORD)-picked.json $(or $(OPTIONS),--seconds 3600)
 
-# mamba-ssm has no wheel: it is built for the GPU at hand, and left out where that fails.
+# mamba-ssm has no wheel: it is built for the GPU at hand, and left out where that fails, until the next time.
 $(VENV)/peers-installed: $(VENV)/installed
 	$(RUN) -m pip install $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[bench,plot]'
 	-$(RUN) -m pip install setuptools wheel packaging ninja einops transformers
 	-PATH="$(CURDIR)/$(VENV)/bin:$$PATH" PYTORCH_NVCC=$(CURDIR)/benchmarks/nvcc_here.sh MAMBA_FORCE_BUILD=TRUE CAUSAL_CONV1D_FORCE_BUILD=TRUE \
 		$(RUN) -m pip install --no-build-isolation --no-deps causal-conv1d mamba-ssm
-	touch $@
+	if $(RUN) -m pip show --quiet mamba-ssm; then touch $@; fi
 
 docs: $(VENV)/installed
 	$(RUN) -m sphinx -W --keep-going -b html docs build/docs

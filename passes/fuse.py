@@ -9,11 +9,11 @@ from typing import Any
 import networkx as nx
 import sympy
 from torch import fx
-from torch.fx._lazy_graph_module import _LazyGraphModule
 from tttc.passes.decompositions import decompositions
 from tttc.passes.partition import Partition
 
 from tttc.ir.index_maps import as_expr, shape_of
+from tttc.ir.lazy_graph import LazyGraph
 from tttc.ir.node_values import is_size, value_of
 from tttc.ir.region import FusedRegion, outlined
 from tttc.ir.row_nodes import is_known
@@ -59,7 +59,8 @@ def fuse(gm: fx.GraphModule) -> fx.GraphModule:
     that read through them. Equal regions are one module, called more than once. Values are exactly those of ``gm``:
     the same operators in another order.
 
-    ``gm`` is left as it is; the result's ``meta["fusion"]`` is a :class:`FusionReport`.
+    ``gm`` is left as it is; the result's ``meta["fusion"]`` is a :class:`FusionReport`. The Python of the result is made when
+    it is first called or asked for.
     """
     partition = Partition(gm.graph)
     partition.run()
@@ -117,7 +118,7 @@ def fuse(gm: fx.GraphModule) -> fx.GraphModule:
         regions += 1
         call = graph.call_module(names[key], tuple(new(n) for n in inputs))
         _replace(graph, call, outputs, env)
-    result = _LazyGraphModule(modules, graph, class_name=type(gm).__name__)  # not run as it is
+    result = LazyGraph(modules, graph, class_name=type(gm).__name__)  # not run as it is
     graph.lint()
     report = FusionReport(regions, *(sympy.expand(sympy.Add(*x)) for x in (before, after)))
     result.meta = {**gm.meta, "fusion": report}

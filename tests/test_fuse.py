@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import math
 import re
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import pytest
@@ -533,6 +535,29 @@ def run_program(program, x, w):
             }[op](a, b)
         )
     return [values[i] for i in sorted(outputs)]
+
+
+def test_threads_may_call_a_region_for_the_first_time_at_once(monkeypatch):
+    """Its Python is written then, and torch.fx can write that of a graph but once at a time."""
+    gm = make_fx(lambda x: torch.sigmoid(x) * x + 1)(torch.ones(4))
+    graph = fx.GraphModule(gm, gm.graph)
+    for node in graph.graph.nodes:
+        node.meta["val"] = torch.ones(4)
+    fused = bind(fuse(graph))
+    (region,) = regions(fused)
+    written, writing = fx.Graph.python_code, []
+
+    def slowly(self, *args, **kwargs):
+        writing.append(self)
+        time.sleep(0.05)
+        return written(self, *args, **kwargs)
+
+    monkeypatch.setattr(fx.Graph, "python_code", slowly)
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(fused, [torch.ones(4)] * 4))
+    assert writing == [region.graph_module.graph]
+    for y in results:
+        torch.testing.assert_close(y, gm(torch.ones(4)))
 
 
 def test_what_nobody_reads_is_no_kernel(monkeypatch):

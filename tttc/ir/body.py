@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 from torch import fx
-from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from tttc.ir.errors import CheckError
+from tttc.ir.lazy_graph import LazyGraph
 from tttc.ir.ops import OPERATORS
 from tttc.ir.order import Order
 from tttc.ir.spec import parse, parse_relation
@@ -63,7 +63,7 @@ class Body:
         _sort_placeholders(graph)
         graph.eliminate_dead_code()
         graph.lint()
-        gm = _LazyGraphModule(torch.nn.Module(), graph)  # which few ask for its Python
+        gm = LazyGraph(torch.nn.Module(), graph)  # which few ask for its Python
         body = cls(gm, {k: v for k, v in sizes.items() if k not in (TOKEN, EARLIER)}, **rest)
         check(body)
         return body

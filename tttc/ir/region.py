@@ -8,7 +8,8 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
-from torch.fx._lazy_graph_module import _LazyGraphModule
+
+from tttc.ir.lazy_graph import LazyGraph
 
 
 class FusedRegion(torch.nn.Module):
@@ -56,4 +57,4 @@ def outlined(
     results = tuple(env[n] for n in outputs)
     graph.output(results[0] if len(results) == 1 else results)
     # Where kernels run, nobody asks for its Python.
-    return _LazyGraphModule(gm, graph, class_name="Region")
+    return LazyGraph(gm, graph, class_name="Region")
