@@ -19,7 +19,7 @@ PARTS := scans memory rules models compile-time picked
 PEERS := $(VENV)/peers-installed
 
 .PHONY: demo test speed lint format bench $(PARTS:%=bench-%) docs clean
-.NOTPARALLEL:
+.NOTPARALLEL:  # what is timed has the machine to itself
 
 demo: $(VENV)/installed
 	$(RUN) -m tttc demo

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx._lazy_graph_module import _LazyGraphModule
+
+from tttc.ir.lazy_graph import LazyGraph
 
 aten = torch.ops.aten
 
@@ -62,5 +63,5 @@ def bind(gm: fx.GraphModule) -> fx.GraphModule:
     for node in graph.nodes:
         node.target = BINDINGS.get(node.target, node.target)
     gm.recompile()
-    _LazyGraphModule.force_recompile(gm)
+    LazyGraph.force_recompile(gm)  # it runs now: threads share it
     return gm

@@ -249,6 +249,7 @@ class Partition:
         self.below[into] = (self.below.pop(a) | self.below.pop(b)) & ~self.mask[into]
         self.fusable -= {a, b}
         self.fusable.add(into)
+        del self.border[a], self.border[b]
         self.border[into] = Border(self.memory, self.members[into])
         for node in self.members[into]:
             self.group_of[node] = into

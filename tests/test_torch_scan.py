@@ -24,16 +24,22 @@ from tests.test_loops import (  # noqa: F401
 from tttc import _recorder
 from tttc.ir.errors import NotLowerable
 
-# PyTorch 2.11 stacks outputs along the first dimension, whichever the tokens lie along.
-_, stacked = torch_scan(lambda s, x: (s + x, s * x), torch.ones(2), torch.ones(2, 3), dim=1)
-STACKED_FIRST = stacked.shape == (3, 2)
+stacked_first = False
+
+
+@pytest.fixture(scope="module", autouse=True)
+def along_which_dimension():
+    """PyTorch 2.11 stacks outputs along the first dimension, whichever the tokens lie along."""
+    global stacked_first
+    _, out = torch_scan(lambda s, x: (s + x, s * x), torch.ones(2), torch.ones(2, 3), dim=1)
+    stacked_first = out.shape == (3, 2)
 
 
 def scan(combine, init, xs, dim=0, reverse=False):
     """PyTorch's scan where a model is compiled, the loop it stands for elsewhere."""
     if torch.compiler.is_dynamo_compiling():
         state, ys = torch_scan(combine, init, xs, dim=dim, reverse=reverse)
-        return state, pytree.tree_map(lambda y: y.movedim(0, dim), ys) if STACKED_FIRST else ys
+        return state, pytree.tree_map(lambda y: y.movedim(0, dim), ys) if stacked_first else ys
     length = pytree.tree_leaves(xs)[0].shape[dim]
     ys = []
     for t in reversed(range(length)) if reverse else range(length):

@@ -31,7 +31,7 @@ class Pairs:
     there: dict[int, int] = dataclasses.field(default_factory=dict)
     back: dict[int, int] = dataclasses.field(default_factory=dict)
 
-    def known(self, a: Any, b: Any) -> bool | None:
+    def pair(self, a: Any, b: Any) -> bool | None:
         """Whether two parts stand for each other, where one was met; None, and they do from now on, where none was."""
         if id(a) in self.there or id(b) in self.back:
             return self.there.get(id(a)) == id(b)
@@ -54,9 +54,9 @@ def alike(a: Any, b: Any, same: Pairs | None = None) -> bool:
     if kind in _PLAIN:
         return repr(a) == repr(b)
     if isinstance(a, (nn.Module, torch.Tensor)) or kind in _MUTABLE:
-        known = same.known(a, b)
-        if known is not None:
-            return known
+        met = same.pair(a, b)
+        if met is not None:
+            return met
     if isinstance(a, nn.Module):
         return is_known(a) and is_known(b) and alike(vars(a), vars(b), same)
     if isinstance(a, torch.Tensor):
@@ -98,14 +98,12 @@ def by_another_name(
         operands: sources of what the traced graph is called with.
         same: which part of the other block stands for which of this one.
     """
-    named = [(s, id(value(s))) for s in operands if s is not None and not is_from(s, block)]
+    named = [(source, id(value(source))) for source in operands if source is not None]
     # What was met by another name before is guarded there, not on the block.
     met = tx.output.side_effects.id_to_variable
-    named += [(v.source, i) for i in same.there if (v := met.get(i)) is not None]
-    return any(
-        same.there.get(i, i) != i and source is not None and not is_from(source, block)
-        for source, i in named  # but for what both have
-    )
+    named += [(v.source, i) for i in same.there if (v := met.get(i)) is not None and v.source]
+    not_of_both = [source for source, i in named if same.there.get(i, i) != i]
+    return not all(is_from(source, block) for source in not_of_both)
 
 
 def guarded(

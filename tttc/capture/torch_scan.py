@@ -317,9 +317,9 @@ def _values(init: Tensors, xs: Tensors, extra: Tensors, outputs: int, size: int 
 
 def _before(combine: _Combine, xs: Tensors, extra: Tensors) -> Tensors:
     """The tokens of all mini-batches, ``[T, ...]``."""
-    if combine.before is not None:
-        rest = list(extra)
-        xs = for_all(lambda *x: combine.before(list(x), rest), *xs)  # type: ignore[misc]
+    before, rest = combine.before, list(extra)
+    if before is not None:
+        xs = for_all(lambda *x: before(list(x), rest), *xs)
     return [x.flatten(0, 1) for x in xs]
 
 
@@ -342,13 +342,9 @@ def _run(
     z = [x.values if isinstance(x, Joined) else torch.stack(x) for x in found[len(init) :]]
     if size is not None:
         z = [x.unflatten(0, (x.shape[0] // size, size)) for x in z]
-        if combine.after is not None:
-            rest, count = list(extra), len(z)
-            z = for_all(
-                lambda *x: combine.after(list(x[:count]), list(x[count:]), rest),  # type: ignore[misc]
-                *z,
-                *xs,
-            )
+        after, rest, count = combine.after, list(extra), len(z)
+        if after is not None:
+            z = for_all(lambda *x: after(list(x[:count]), list(x[count:]), rest), *z, *xs)
     return (*states, *z)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable
+from typing import Any
 
 from torch import fx
 
@@ -15,10 +16,11 @@ def another(graph: fx.Graph, node: fx.Node, operand: Callable[[fx.Node], fx.Node
     """A copy as ``graph.node_copy`` makes it, but for its name, which is found at once.
 
     ``node_copy`` asks for the name of the original. Where that ends in a number and is taken, torch.fx tries all
-    numbers from 1 on, each time: a tenth of what 24 layers take to compile.
+    numbers from 1 on, for each copy.
     """
-    args, kwargs = fx.map_arg(node.args, operand), fx.map_arg(node.kwargs, operand)
+    args: Any = fx.map_arg(node.args, operand)
+    kwargs: Any = fx.map_arg(node.kwargs, operand)
     name = _NUMBER.sub("", node.name)
-    made = graph.create_node(node.op, node.target, args, kwargs, name, node.type)  # type: ignore[arg-type]
+    made = graph.create_node(node.op, node.target, args, kwargs, name, node.type)
     made.meta = copy.copy(node.meta)
     return made
