@@ -3,6 +3,7 @@
 import os
 import tempfile
 
+import marks
 import pytest
 import torch
 
@@ -33,6 +34,8 @@ def constant_floats():
 @pytest.fixture
 def interpreter(monkeypatch, tmp_path):
     """Row-wise kernels run by Triton's interpreter; the names of those that ran."""
+    if torch.cuda.is_available():
+        pytest.skip(marks.INTERPRETED)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setenv("TTTC_CACHE_DIR", str(tmp_path))
     from tttc.codegen import rowwise_launch

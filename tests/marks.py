@@ -1,11 +1,10 @@
-"""Where a test runs."""
+"""Where a test runs: with CUDA_VISIBLE_DEVICES= a machine with a GPU runs what machines without one do."""
 
 import pytest
 import torch
 
-interpreted = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="Triton's interpreter is what runs kernels without a GPU"
-)
+INTERPRETED = "Triton's interpreter is what runs kernels without a GPU"
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason=INTERPRETED)
 on_gpu = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="kernels are launched on a GPU here"
 )

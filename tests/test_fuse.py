@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from functorch.compile import make_boxed_func
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from marks import interpreted
 from torch import fx, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
@@ -560,6 +561,7 @@ def test_threads_may_call_a_region_for_the_first_time_at_once(monkeypatch):
         torch.testing.assert_close(y, gm(torch.ones(4)))
 
 
+@interpreted
 def test_what_nobody_reads_is_no_kernel(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
 
@@ -582,6 +584,7 @@ def test_random_programs_by_torch(program):
     check(lambda x, w: run_program(program, x, w), x, w, dynamic=False)
 
 
+@interpreted
 @settings(max_examples=10, deadline=None)
 @given(program=programs())
 def test_random_programs_in_kernels(program):

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from marks import interpreted
 from torch import nn
 
 import tttc
@@ -63,6 +64,7 @@ def test_logs_are_what_the_variable_asks_for(monkeypatch, capsys, no_logs_after)
     assert "[tttc.fusion" not in shown.err and "tttc.capture]" not in shown.err
 
 
+@interpreted
 def test_kernels_are_logged_with_file_and_time(monkeypatch, capsys, no_logs_after):
     monkeypatch.setenv("TTTC_LOGS", "kernels")
     monkeypatch.setenv("TRITON_INTERPRET", "1")

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from marks import on_gpu
+from marks import interpreted, on_gpu
 from test_stages import call_of
 
 from tttc import _scan_op, pipeline
@@ -327,6 +327,7 @@ run("a_batch_of_one", x[:1], train=False)
     assert compiled == {"same": 0, "a_batch_of_one": 1, **dict.fromkeys(CIRCUMSTANCES, 1)}
 
 
+@interpreted
 def test_kernels_and_models_of_blocks(tmp_path):
     """Regions with kernels of their own (in Triton's interpreter), and blocks that are traced once."""
     folder = Folder(tmp_path)
