@@ -8,6 +8,7 @@ import marshal
 import os
 import types
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from tttc import _recorder
 from tttc._garbage import not_collected
 from tttc.codegen.triton_ready import begin_triton
 from tttc.options import Options, warn_once
+from tttc.runtime.first_products import first_products
 from tttc.warm import asked, autograd, constants, graphs, guards, recording, steps, store
 from tttc.warm.key import key_of
 from tttc.warm.names import Codes, check_codes
@@ -77,9 +79,15 @@ class WarmFrames:
 
     def __call__(self, frame: Any, cache_entry: Any, hooks: Any, state: Any, skip: int = 0) -> Any:
         """The code for a frame, with its guards."""
-        compile = functools.partial(self._convert, frame, cache_entry, hooks, state, skip=skip + 1)
+        compile = functools.partial(self._convert, frame, cache_entry, hooks, state)
         if frame.f_code is not self._code or not wanted(self._options):
-            return compile()
+            return compile(skip=skip + 1)
+        with first_products(frame.f_locals.values()):
+            # Frames of this class between TorchDynamo and its compiler: two.
+            return self._read_or_made(frame, state, functools.partial(compile, skip=skip + 2))
+
+    def _read_or_made(self, frame: Any, state: Any, compile: Callable[[], Any]) -> Any:
+        """From disk, or compiled and kept there."""
         try:
             key = key_of(frame, self._options)
         except Exception as error:
