@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scans import make_case
+from rule_cases import any_case
 from schedules import WIDTH, words
 from tttc.codegen.loop import Loop
 
@@ -28,7 +28,7 @@ Row = dict[str, Any]
 def forward(name: str, d: int) -> tuple[Loop, int]:
     """The loop of a forward without states, as a model calls it, and the tokens of one of its turns."""
     tokens = 256
-    case = make_case(name, 1, tokens, 2, d, device="cpu")
+    case = any_case(name, 1, tokens, 2, d, device="cpu")
     program = case.program()
     turns = case.flat().tokens[0].shape[2] // program.unit
     part = "tokens" if program.sequential else "full"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from scans import Case
+from scans import Case, make_case
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
@@ -89,3 +89,9 @@ def rule_case(
     if name == "lact":  # its parameters are norms of the first weights
         shared = tuple(torch.vmap(module.norms)(W) for W in init)
     return Case(name, module.step, init, tokens, shared, made.mini_batch_size, {})
+
+
+def any_case(name: str, batch: int, length: int, heads: int, d: int, **options: Any) -> Case:
+    """A rule by its name, as ``rule_case`` has it, or one of ``make_case``."""
+    make = rule_case if name in SIZES else make_case
+    return make(name, batch, length, heads, d, **options)

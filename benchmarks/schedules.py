@@ -31,7 +31,7 @@ from unittest import mock
 import torch
 import triton
 from pool import Pool
-from scans import make_case
+from rule_cases import any_case
 from tttc.codegen.candidates import shortlist
 from tttc.codegen.kernel import write_atomically
 from tttc.codegen.loop import Loop
@@ -60,6 +60,7 @@ SHAPES: list[tuple[str, int, int, int]] = [
     *(("ttt_linear_b64", 32, b, t) for b, t in ((1, 8192), (16, 2048))),
     *(("ttt_mlp_b16", 64, b, t) for b, t in ((1, 2048), (8, 2048), (16, 2048))),
     *(("ttt_mlp_chunk64", 64, b, t) for b, t in ((1, 2048), (16, 2048))),
+    *((rule, 64, b, t) for rule in ("delta_net", "gated_delta_net") for b, t in ((1, 8192), (4, 4096), (16, 2048))),
 ]  # fmt: skip
 ALL = 1 << 30
 Shape = tuple[str, int, int, int]
@@ -113,7 +114,7 @@ def asked_in_segments(shape: Shape, device: str = "cuda") -> list[Searched]:
 def _call(shape: Shape, direction: str, device: str, instead: Callable[..., Any]) -> None:
     """A call of a shape that asks ``instead`` of a search for its schedules."""
     name, d, batch, length = shape
-    case = make_case(name, batch, length, WIDTH // d, d, device=device)
+    case = any_case(name, batch, length, WIDTH // d, d, device=device)
     call, program = case.flat(), case.program()
     for table in (
         program.calls,

@@ -205,15 +205,22 @@ def only_products_read(loop: Loop, node: fx.Node) -> bool:
 
 
 def forgotten(loop: Loop) -> str:
-    """A state that is no sum of the old one and something, so that it may lose what is not finite; empty for none."""
+    """A state that may lose what is not finite in the old one; empty for none.
+
+    Sums keep it, and so do products with whatever: infinity times zero is NaN.
+    """
+    kept = {"add": 2, "sub": 2, "mul": 2, "neg": 1, "div": 1}  # of how many operands
+
+    def keeps(node: fx.Node, olds: list[fx.Node]) -> bool:
+        if node in olds or node.target not in (ops.elementwise, ops.contraction):
+            return node in olds
+        first = kept.get(str(node.args[0]), 0) if node.target is ops.elementwise else None
+        return any(keeps(x, olds) for x in operands_of(node)[:first] if isinstance(x, fx.Node))
+
     for node, sink in loop.sinks:
-        if sink.kind != "state":
-            continue
         olds = [n for n, s in loop.sources.items() if s.kind == "state" and s.name == sink.name]
-        while node not in olds:
-            if node.target is not ops.elementwise or node.args[0] not in ("add", "sub"):
-                return sink.name
-            node = operands_of(node)[0]
+        if sink.kind == "state" and not keeps(node, olds):
+            return sink.name
     return ""
 
 

@@ -73,7 +73,12 @@ class Operators(Vectors):
         # Beyond the size of a dimension a divisor is zero: what comes of that must not meet sums, or a product with zero.
         divisors = tiles[1:] if function == "div" else tiles
         beyond = tuple(d for d in target if self.ragged(d) and any(d in t.dims for t in divisors))
-        made = self.let("e", FUNCTIONS[function].format(*values), target, zero - set(beyond))
+        text = FUNCTIONS[function].format(*values)
+        if function == "div" and len(tiles[1].dims) < len(target):
+            # A division takes about eight instructions, and its divisor is the same for a row of numbers.
+            inverse = self.let("e", f"1.0 / {tiles[1].name}", tiles[1].dims)
+            text = FUNCTIONS["mul"].format(values[0], self.line_up(inverse, target))
+        made = self.let("e", text, target, zero - set(beyond))
         return self.cleared(made, beyond)
 
     def _contraction(self, node: fx.Node) -> Tile:

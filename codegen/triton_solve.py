@@ -31,11 +31,12 @@ def unit_triangular_inverse(L, rows, columns, SIZE: tl.constexpr, DOT: tl.conste
     EXACT: tl.constexpr = SINGLE if FAST else "ieee"
     apart = rows ^ columns
     inverse = tl.where(apart == 0, 1.0, 0.0) - tl.where(apart == 1, L, 0.0)
-    for level in tl.static_range(1, 10):
-        if (1 << level) < SIZE:
-            between = tl.where((apart >= (1 << level)) & (apart < (2 << level)), L, 0.0)
-            below = tl.dot(between, inverse, input_precision=EXACT)
-            inverse -= tl.dot(inverse, below, input_precision=EXACT)
+    level = 2
+    while level < SIZE:
+        between = tl.where((apart >= level) & (apart < 2 * level), L, 0.0)
+        below = tl.dot(between, inverse, input_precision=EXACT)
+        inverse -= tl.dot(inverse, below, input_precision=EXACT)
+        level *= 2
     return inverse
 
 
@@ -56,15 +57,26 @@ def triangular_solve(renderer: Products, node: fx.Node) -> Tile:
     if len(columns) > 1:
         raise NotLowerable("a triangular system of tiles has no Triton form")
     given, inverse = _inverse(renderer, node, own, other)
-    right = x
-    if renderer.schedule.nan != "ignored":
-        x = renderer.let("f", _finite(right), right.dims, right.zero)
     result = renderer.order(dims_of(node))
     zero = frozenset(d for d in columns if d in x.zero)
-    text = _applied(renderer, inverse, x, result, own, other)
-    made = renderer.let("y", text, result, zero, note=f"solved over {r}")
-    if renderer.schedule.nan != "ignored":
-        _poison(renderer, made, given, right, own, other, own == r.later)
+
+    def solved(x: Tile) -> str:
+        return _applied(renderer, inverse, x, result, own, other)
+
+    def cleared() -> Tile:
+        return renderer.let("f", _finite(x), x.dims, x.zero)
+
+    right = cleared() if renderer.schedule.nan == "product" else x
+    made = renderer.let("y", solved(right), result, zero, note=f"solved over {r}")
+    if renderer.schedule.nan == "ignored":
+        return made
+    depth = renderer.indent
+    if renderer.schedule.nan == "branch":  # what is not finite shows in the solution
+        renderer.write(f"if {any_not_finite((t.name, len(t.dims)) for t in (given, made))}:")
+        renderer.indent += 1
+        renderer.write(f"{made.name} = {solved(cleared())}")
+    _poison(renderer, made, given, x, own, other, own == r.later)
+    renderer.indent = depth
     return made
 
 
@@ -103,11 +115,7 @@ def _poison(
     renderer: Products, made: Tile, system: Tile, x: Tile, own: str, other: str, forwards: bool
 ) -> None:
     """What is not finite reaches the tokens that are solved after it."""
-    pair, depth = system.dims, renderer.indent
-    if renderer.schedule.nan == "branch":
-        found = any_not_finite((t.name, len(t.dims)) for t in (system, x))
-        renderer.write(f"if {found}:")
-        renderer.indent += 1
+    pair = system.dims
     bad = "tl.where({0} * 0.0 == 0.0, 0.0, 1.0)".format
     rows = renderer.let("f", f"tl.sum({bad(system.name)}, {pair.index(other)})", (own,))
     wrong = renderer.let("f", f"{bad(x.name)} + {renderer.line_up(rows, x.dims)}", x.dims)
@@ -116,7 +124,6 @@ def _poison(
     seen = renderer.let("m", f"tl.where({at[other]} {order} {at[own]}, 1.0, 0.0)", pair)
     count = _applied(renderer, seen, wrong, made.dims, own, other)
     renderer.write(f'{made.name} = tl.where({count} > 0, float("nan"), {made.name})')
-    renderer.indent = depth
 
 
 def _applied(renderer: Products, pairs: Tile, x: Tile, result: Dims, own: str, other: str) -> str:

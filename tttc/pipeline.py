@@ -21,6 +21,7 @@ from tttc.passes.at_anchor import at_anchor, at_carry
 from tttc.passes.batch import batch
 from tttc.passes.chunkwise import chunk_size, chunkwise
 from tttc.passes.dualise import dualise
+from tttc.passes.longer_products import longer_products
 from tttc.passes.normalise import normalise
 from tttc.passes.simplify import simplify
 from tttc.passes.sums import sums
@@ -134,6 +135,7 @@ Run = Callable[..., Body]  # a pass under its name, validated and kept
 def _full(program: Program, body: Body, run: Run) -> Body:
     """The body of a mini-batch from its anchor, simplified; also as kernels are rendered from it."""
     full = run("simplify", simplify, body, at=True)
+    full = run("longer_products", longer_products, full, at=True)
     program.settled["full"] = run("sums", sums, full, at=True)
     return full
 
