@@ -28,7 +28,10 @@ from tttc.codegen.staging import TILES, Split
 from tttc.ir import ops
 
 MANY_PRODUCTS = 12  # of a turn of a loop: more need the registers of more warps
-# Beside a triangular system, in two warps: on an H200 DeltaNet's 32 tokens took 490 us in two against 550 in four.
+# Beside a triangular system, in one warp, whose lanes pass on what several warps pass through shared memory, or two of
+# numbers of 32 bits, which take three times the products. On an H200 what DeltaNet does before its states (B8 H16 T4096)
+# took 199 us in one warp, 250 in two and 427 in four, of the gated one 205, 280 and 423
+# (benchmarks/results/2026-11-29-h200-solves.json).
 FEW_PRODUCTS = 8
 UNIT_ROWS = 16  # of a matrix unit's tile
 NUMBERS_A_WARP = 256  # of a tile, at least, where warps are free: two tiles of a matrix unit
@@ -168,8 +171,11 @@ def _sequential(loop: Loop, crowd: Crowd, hopper: bool) -> Schedule:
     )  # fmt: skip
 
 
-def parallel_schedule(loop: Loop, split: Split) -> list[Schedule]:
-    """Of a kernel whose mini-batches are independent, and what runs where that takes too much shared memory."""
+def parallel_schedule(loop: Loop, split: Split, halves: bool) -> list[Schedule]:
+    """Of a kernel whose mini-batches are independent, and what runs where that takes too much shared memory.
+
+    ``halves``: tokens of 16 bits on a Hopper GPU.
+    """
     rows, turn = max(tile_rows(loop), UNIT_ROWS), turned(loop)
     heavy, matrices = products(loop) > MANY_PRODUCTS, matrix_elements(loop)
     solves = has_solves(loop)
@@ -180,7 +186,8 @@ def parallel_schedule(loop: Loop, split: Split) -> list[Schedule]:
     else:  # matrices come into registers
         warps = min((2 if heavy else 1) * rows // UNIT_ROWS, 4)
         if solves:
-            warps = 4 if products(loop) > FEW_PRODUCTS else 2
+            few = 1 if halves else 2
+            warps = 4 if products(loop) > FEW_PRODUCTS else few
         while warps < MOST_WARPS and matrices > MATRIX_REGISTERS * THREADS * warps:
             warps *= 2
     # Matrices that take more leave no room to load ahead, and a program no reason to handle many mini-batches.
@@ -204,7 +211,7 @@ def parallel_schedule(loop: Loop, split: Split) -> list[Schedule]:
         feature_major=turn, num_warps=warps, num_stages=1, late_loads=True, order="least_live", nan=nan,
         group=group, reasons=(*reasons, LEAST),
     )  # fmt: skip
-    if full:
+    if full or (solves and warps == 1):  # one warp has no registers for more than it needs
         return [least]
     late = rows < SHARED_ROWS or tile_elements(loop) > WIDE_TILE * THREADS * warps
     ahead = Schedule(

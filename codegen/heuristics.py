@@ -110,7 +110,7 @@ def default_schedule(
     )
     large = not fits(loop, MOST_WARPS)
     if loop.parallel and not backward:
-        choices = parallel_schedule(loop, split)
+        choices = parallel_schedule(loop, split, gluon)
     elif large:
         others = [*_shared_by_warps(loop), *_warpgroups(loop)] if gluon else []
         choices = [*others, _large(loop)]

@@ -75,9 +75,8 @@ class Operators(Vectors):
         beyond = tuple(d for d in target if self.ragged(d) and any(d in t.dims for t in divisors))
         text = FUNCTIONS[function].format(*values)
         if function == "div" and len(tiles[1].dims) < len(target):
-            # A division takes about eight instructions, and its divisor is the same for a row of numbers.
-            inverse = self.let("e", f"1.0 / {tiles[1].name}", tiles[1].dims)
-            text = FUNCTIONS["mul"].format(values[0], self.line_up(inverse, target))
+            # A division takes about eight instructions, and a divisor is the same for a row of numbers.
+            text = f"{values[0]} * (1.0 / {values[1]})"
         made = self.let("e", text, target, zero - set(beyond))
         return self.cleared(made, beyond)
 

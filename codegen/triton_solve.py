@@ -31,12 +31,11 @@ def unit_triangular_inverse(L, rows, columns, SIZE: tl.constexpr, DOT: tl.conste
     EXACT: tl.constexpr = SINGLE if FAST else "ieee"
     apart = rows ^ columns
     inverse = tl.where(apart == 0, 1.0, 0.0) - tl.where(apart == 1, L, 0.0)
-    level = 2
-    while level < SIZE:
-        between = tl.where((apart >= level) & (apart < 2 * level), L, 0.0)
-        below = tl.dot(between, inverse, input_precision=EXACT)
-        inverse -= tl.dot(inverse, below, input_precision=EXACT)
-        level *= 2
+    for level in tl.static_range(1, 10):
+        if (1 << level) < SIZE:
+            between = tl.where((apart >= (1 << level)) & (apart < (2 << level)), L, 0.0)
+            below = tl.dot(between, inverse, input_precision=EXACT)
+            inverse -= tl.dot(inverse, below, input_precision=EXACT)
     return inverse
 
 

@@ -42,7 +42,7 @@ def _replace_one(graph: fx.Graph) -> bool:
             if short.target is not ops.running_product or not parse_relation(head_of(short)).strict:
                 continue
             (own,) = operands_of(short)
-            if own in factors:
+            if own in factors and len(short.users) == 1:  # else there would be both
                 factors.remove(short)
                 factors.remove(own)
                 _replace(graph, node, short, factors)

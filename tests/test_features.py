@@ -18,6 +18,7 @@ from tttc.codegen.schedule import Schedule
 from tttc.runtime import forward_kernels, launch, segmented_scan
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+from rule_cases import any_case
 from scans import make_case
 
 FEATURES = Schedule(
@@ -103,6 +104,51 @@ def test_what_is_not_finite_stays_after_its_token(argument, value):
     assert wanted.isnan().any() and not wanted[:, :, :22].isnan().any()
     seen = argument in ("k", "v")  # by sums over tokens, also those before
     assert bool(careless[0][0][0, 1, 16:22].isnan().any()) == seen
+
+
+@pytest.fixture
+def between_parallel_kernels(monkeypatch):
+    """Of three kernels the one that makes states holds features in warps; the renderers of all that ran."""
+    renderers = []
+
+    def staged(whole, count, schedule):
+        made = forward_kernels_staged(
+            whole,
+            count,
+            lambda part: FEATURES if part.name.endswith("recurrence") else schedule(part),
+        )
+        renderers.extend(k.config["schedule"].renderer for k in made.kernels)
+        return made
+
+    forward_kernels_staged = forward_kernels.staged
+    monkeypatch.setattr(forward_kernels, "staged", staged)
+    yield
+    assert renderers[:3] == ["triton", "features", "triton"]
+
+
+IN_THREE = Schedule(num_stages=1, order="least_live", stages=3, nan="branch", repeat_vectors=False)
+
+
+@interpreted
+@pytest.mark.parametrize("name", ["delta_net", "gated_delta_net"])
+@pytest.mark.parametrize("T", [64, 57])
+def test_states_of_the_delta_rule(name, T, between_parallel_kernels):
+    case = any_case(name, 1, T, 2, 32, device="cpu", dtype=torch.float32)
+    assert_close(forward(case, IN_THREE, run), exact(case), 1e-5)
+
+
+@interpreted
+@pytest.mark.parametrize("argument", ["q", "k", "v", "alpha", "beta"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_outlives_gates(argument, value, between_parallel_kernels):
+    """A gate of zero takes no part of a state away that is not finite: the end of it tells."""
+    case = any_case("gated_delta_net", 1, 96, 2, 32, device="cpu", dtype=torch.float32)
+    case.tokens.alpha[0, 1, 70] = 0.0
+    getattr(case.tokens, argument)[0, 1, 42] = value
+    (z,), _ = forward(case, IN_THREE, run)
+    (wanted,), _ = exact(case)
+    assert torch.equal(z.isfinite(), wanted.isfinite())
+    assert not wanted.isfinite().all() and wanted[:, :, :42].isfinite().all()
 
 
 @pytest.mark.parametrize("columns", [16, 32, 64, 128])

@@ -134,8 +134,7 @@ Run = Callable[..., Body]  # a pass under its name, validated and kept
 
 def _full(program: Program, body: Body, run: Run) -> Body:
     """The body of a mini-batch from its anchor, simplified; also as kernels are rendered from it."""
-    full = run("simplify", simplify, body, at=True)
-    full = run("longer_products", longer_products, full, at=True)
+    full = run("simplify", lambda body: longer_products(simplify(body)), body, at=True)
     program.settled["full"] = run("sums", sums, full, at=True)
     return full
 
