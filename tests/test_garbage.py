@@ -9,6 +9,7 @@ import torch
 
 import tttc
 import tttc.compiler
+from tttc import pipeline
 from tttc._garbage import not_collected
 from tttc.nn import TTTLinear
 from tttc.runtime import fused_scan_backward
@@ -56,6 +57,7 @@ def test_only_the_first_call_of_a_model_compiles(monkeypatch):
 
 
 def test_only_the_first_backward_of_a_program_derives_it(monkeypatch):
+    monkeypatch.setattr(pipeline, "_programs", {})  # of what ran before
     seen = []
     run = fused_scan_backward.run_backward
     monkeypatch.setattr(

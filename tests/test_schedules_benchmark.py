@@ -38,8 +38,8 @@ def by_schedule(call):
 def small(monkeypatch, tmp_path):
     monkeypatch.setenv("TTTC_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(schedules, "WIDTH", 8)
-    made = functools.partial(schedules.make_case, dtype=torch.float32)
-    monkeypatch.setattr(schedules, "make_case", made)
+    made = functools.partial(schedules.any_case, dtype=torch.float32)
+    monkeypatch.setattr(schedules, "any_case", made)
     monkeypatch.setattr(search, "TRIED", 3)
     monkeypatch.setattr(search, "CHANGED", 2)
 
