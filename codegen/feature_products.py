@@ -161,6 +161,9 @@ class FeatureProducts(FeatureSums):
         rows, columns, _ = labels
         pairs_left = all(map(is_token, left.dims))
         pair, values = (left, right) if pairs_left else (right, left)
+        pair = self.placed(
+            self._causal(pair, node.args[0])
+        )  # numbers that scaled it were not masked
         dims = self.order(values.dims)
         whole = self.line_up(values, dims)
         clean = self.let("f", f"gl.where({whole} * 0.0 == 0.0, {whole}, 0.0)", dims, values.zero)
@@ -169,7 +172,7 @@ class FeatureProducts(FeatureSums):
         ones = self.placed(self._causal(ones, node.args[0]))
         reached = self._multiply(*((ones, bad) if pairs_left else (bad, ones)), labels, None)
         made = self._multiply(
-            *((left, clean) if pairs_left else (clean, right)), labels, accumulator
+            *((pair, clean) if pairs_left else (clean, pair)), labels, accumulator
         )
         value = f'gl.where({reached.name} > 0.0, float("nan"), {made.name})'
         return self.let("c", value, (rows, columns))

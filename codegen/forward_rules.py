@@ -33,6 +33,7 @@ MANY_PRODUCTS = 12  # of a turn of a loop: more need the registers of more warps
 # took 199 us in one warp, 250 in two and 427 in four, of the gated one 205, 280 and 423
 # (benchmarks/results/2026-11-29-h200-solves.json).
 FEW_PRODUCTS = 8
+SOLVED = 64  # registers of a thread for one tile beside a system, at most: of 128 features it spills 1.8 kB in one warp
 UNIT_ROWS = 16  # of a matrix unit's tile
 NUMBERS_A_WARP = 256  # of a tile, at least, where warps are free: two tiles of a matrix unit
 HELD = 136  # registers of a thread for the state and the tiles that live beside it
@@ -186,7 +187,7 @@ def parallel_schedule(loop: Loop, split: Split, halves: bool) -> list[Schedule]:
     else:  # matrices come into registers
         warps = min((2 if heavy else 1) * rows // UNIT_ROWS, 4)
         if solves:
-            few = 1 if halves else 2
+            few = 1 if halves and tile_elements(loop) <= SOLVED * THREADS else 2
             warps = 4 if products(loop) > FEW_PRODUCTS else few
         while warps < MOST_WARPS and matrices > MATRIX_REGISTERS * THREADS * warps:
             warps *= 2

@@ -75,8 +75,9 @@ class Operators(Vectors):
         beyond = tuple(d for d in target if self.ragged(d) and any(d in t.dims for t in divisors))
         text = FUNCTIONS[function].format(*values)
         if function == "div" and len(tiles[1].dims) < len(target):
-            # A division takes about eight instructions, and a divisor is the same for a row of numbers.
-            text = f"{values[0]} * (1.0 / {values[1]})"
+            # A division takes about eight instructions, and a divisor is the same for a row of numbers. Of numbers of
+            # 32 bits it stays one: x / max(x) is 1 somewhere.
+            text = f"{values[0]} * (1.0 / {values[1]}) if FAST else {text}"
         made = self.let("e", text, target, zero - set(beyond))
         return self.cleared(made, beyond)
 
@@ -92,14 +93,16 @@ class Operators(Vectors):
         tiles = [self.tile(x) for x in operands_of(node)]
         pair = self.order((r.later, r.earlier))
         both = [i for i, t in enumerate(tiles) if set(pair) <= set(t.dims)]
-        if both:
-            tiles[both[0]] = self._causal(tiles[both[0]], node.args[0])
-        elif len(tiles) == 1:
+        if not both and len(tiles) == 1:
             return self._causal_sum(node, tiles[0])
-        else:
+        if not both:
             shape = ", ".join(str(self.side(d)) for d in pair)
-            ones = Tile(f"tl.full(({shape}), 1.0, tl.float32)", pair)
-            tiles.append(self._causal(ones, node.args[0]))
+            tiles.append(Tile(f"tl.full(({shape}), 1.0, tl.float32)", pair))
+        if (
+            self.schedule.nan == "ignored"
+        ):  # else the product is masked: zero times infinity is not zero
+            i = both[0] if both else -1
+            tiles[i] = self._causal(tiles[i], node.args[0])
         return self._broadcast_product(node, tiles, masked=True)
 
     def _causal_sum(self, node: fx.Node, x: Tile) -> Tile:
@@ -175,7 +178,10 @@ class Operators(Vectors):
         ragged = tuple(d for d in summed if self.ragged(d))
         tiles = [self.cleared(t, ragged) for t in tiles]
         zero = frozenset().union(*(t.zero for t in tiles)) & frozenset(result)
-        return " * ".join(self.line_up(t, every) for t in tiles), every, zero
+        value = " * ".join(self.line_up(t, every) for t in tiles)
+        if masked and len(tiles) > 1 and self.schedule.nan != "ignored":
+            value = self._causal(Tile(f"({value})", every), node.args[0]).name
+        return value, every, zero
 
     def sum_kind(self, node: fx.Node) -> tuple[int, int, int] | None:
         """Sides and axis of what a sum over one feature adds up, None where a node is no such sum of rows."""

@@ -64,6 +64,9 @@ def _replace(graph: fx.Graph, node: fx.Node, short: fx.Node, factors: list[fx.No
             value = builder.contraction(
                 [factor, value], tuple(d for d in dims_of(node) if d in dims)
             )
+    if dims_of(value) != dims_of(node):
+        with graph.inserting_before(node):
+            value = builder.contraction([value], dims_of(node))
     node.replace_all_uses_with(value)
     graph.eliminate_dead_code()
 
@@ -71,7 +74,8 @@ def _replace(graph: fx.Graph, node: fx.Node, short: fx.Node, factors: list[fx.No
 def _factors(node: fx.Node, root: bool = False) -> list[fx.Node]:
     """What a product multiplies, through products that nobody else reads; other values are themselves."""
     product = node.target is ops.contraction and not parse(spec_of(node)).summed
-    if not product or (len(node.users) > 1 and not root):
+    operands = operands_of(node) if product else ()
+    nodes = [x for x in operands if isinstance(x, fx.Node)]
+    if not nodes or len(nodes) < len(operands) or (len(node.users) > 1 and not root):
         return [] if root else [node]
-    operands = [x for x in operands_of(node) if isinstance(x, fx.Node)]
-    return [f for x in operands for f in _factors(x)]
+    return [f for x in nodes for f in _factors(x)]

@@ -6,6 +6,7 @@ import re
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import gluon_on_cpu
 import pytest
@@ -19,7 +20,7 @@ from tttc.runtime import forward_kernels, launch, segmented_scan
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 from rule_cases import any_case
-from scans import make_case
+from scans import Case, make_case
 
 FEATURES = Schedule(
     num_warps=2, num_stages=4, feature_major=True, order="on_demand", renderer="features", nan="again",
@@ -104,6 +105,38 @@ def test_what_is_not_finite_stays_after_its_token(argument, value):
     assert wanted.isnan().any() and not wanted[:, :, :22].isnan().any()
     seen = argument in ("k", "v")  # by sums over tokens, also those before
     assert bool(careless[0][0][0, 1, 16:22].isnan().any()) == seen
+
+
+class Written(NamedTuple):
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    rate: torch.Tensor
+
+
+WRITES = {
+    "values": lambda t: torch.outer(t.k, t.rate * t.v),
+    "keys": lambda t: torch.outer(t.rate * t.k, t.v),
+    "both": lambda t: t.rate * torch.outer(t.k, t.v),
+}
+
+
+@interpreted
+@pytest.mark.parametrize("nan", ["again", "product"])
+@pytest.mark.parametrize("scaled", WRITES)
+def test_a_number_that_scales_is_seen_after_its_token(scaled, nan):
+    def step(anchor, W, t, shared):
+        W = W + WRITES[scaled](t)
+        return W, t.q @ W
+
+    torch.manual_seed(0)
+    tokens = Written(*torch.randn(3, 1, 2, 64, 32), torch.rand(1, 2, 64))
+    tokens.rate[0, 1, 22] = float("inf")
+    case = Case(scaled, step, torch.randn(2, 32, 32), tokens, None, 16, {})
+    (z,), _ = forward(case, replace(FEATURES, nan=nan), run)
+    (wanted,), _ = exact(case)
+    assert torch.equal(z.isfinite(), wanted.isfinite())
+    assert wanted[:, :, :22].isfinite().all() and not wanted[0, 1, 22].isfinite().all()
 
 
 @pytest.fixture

@@ -33,6 +33,7 @@ def ran(monkeypatch):
     """What products were run, by this or another thread."""
     ran = []
     monkeypatch.setattr(products, "_begun", set())
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     here = threading.current_thread()
     monkeypatch.setattr(
@@ -89,6 +90,16 @@ def test_nothing_while_a_graph_is_captured_or_without_a_gpu(ran, monkeypatch):
     with first_products([on(torch.half)]):
         pass
     assert not ran and not products._begun
+
+
+def test_who_has_no_parameters_to_tell_of_is_left_alone(ran):
+    class Refuses(nn.Module):
+        def parameters(self):
+            raise RuntimeError("not yet")
+
+    with first_products([Refuses()]):
+        pass
+    assert not ran
 
 
 def test_a_type_without_products_is_left_to_the_model():

@@ -68,6 +68,25 @@ def test_others_stay(write):
     assert longer_products(body) is body
 
 
+def test_axes_stay_where_they_are():
+    def write(b, x, y):
+        turned = b.contraction([x, pairs(b, x)], ("s", "t"))
+        return (b.contraction([turned, b.rename(y, {"t": "s"})], ("t",)), turned)
+
+    before = body_of(write, **VECTOR)
+    after = longer_products(before)
+    assert relations(after) == ["s<=t"]
+    agree(before, after)
+
+
+def test_numbers_stay_factors():
+    def write(b, x, y):
+        return (b.contraction([x, b.running_product("s<t", x, ("t",)), 2.0], ("t",)),)
+
+    body = body_of(write, **VECTOR)
+    assert longer_products(body) is body
+
+
 @pytest.mark.parametrize("shared", ["the running product", "a product with it"])
 def test_what_others_read_stays_for_them(shared):
     def write(b, x, y):

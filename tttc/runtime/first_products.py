@@ -33,6 +33,17 @@ def first_products(values: Iterable[Any]) -> Iterator[None]:
 
 
 def _thread(values: Iterable[Any]) -> threading.Thread | None:
+    """The thread that has begun with it, if there is anything to do; nothing is lost where that can't be told."""
+    if not torch.cuda.is_initialized():
+        return None
+    with suppress(
+        Exception
+    ):  # whatever a module of somebody's does when its parameters are asked for
+        return _begun_for(values)
+    return None
+
+
+def _begun_for(values: Iterable[Any]) -> threading.Thread | None:
     found = next((x for x in _tensors(values) if x.is_cuda and x.is_floating_point()), None)
     if found is None or torch.cuda.is_current_stream_capturing():
         return None
