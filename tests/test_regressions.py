@@ -319,3 +319,14 @@ def test_states_stay_zero_beyond_their_sizes():
 
     tokens = {"x": torch.pi / 2 + 0.1 * grid(3, T=320)}
     same(step, numbers(2, 3, 3), tokens, backend="triton")
+
+
+def test_a_state_over_numbers_of_its_token():
+    """What a token divides the state by can't be taken out of the sum over its rows, where tiles are as wide as this."""
+
+    def step(anchor, W, token, shared):
+        W = W + torch.outer(token["k"], token["v"])
+        return W, (W / token["v"][None, :]).sum(0)
+
+    tokens = {"k": grid(24, T=21), "v": 2.0 + grid(24, T=21, seed=1)}
+    same(step, numbers(3, 24, 24), tokens, b=16)
