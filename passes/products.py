@@ -119,7 +119,9 @@ class Products:
         key: tuple[Any, ...] = (tuple(operands), out)
         if relation is None:
             if not {*out} <= {d for x in operands for d in dims_of(x)}:
-                raise NotLowerable(f"a product along {' '.join(out)} whose factors lack a dimension")
+                raise NotLowerable(
+                    f"a product along {' '.join(out)} whose factors lack a dimension"
+                )
             key = ("product", *key)
             if key not in self.memo:
                 self.memo[key] = self.builder.contraction(operands, out)
