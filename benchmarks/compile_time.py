@@ -70,7 +70,8 @@ def child(layers: int, tune: bool, backward: bool, eager: bool) -> None:
     row = {"seconds": end - start, "first call": end - called}
     row["processor"] = time.process_time() - used
     again = time.perf_counter()
-    print(json.dumps(row | {"second call": call() - again}))
+    row["second call"] = call() - again
+    print(json.dumps(row | {"device": torch.cuda.get_device_name() if gpu else "cpu"}))
 
 
 def main() -> None:
@@ -89,6 +90,17 @@ def main() -> None:
 
     rows: list[dict[str, Any]] = []
     load = [os.getloadavg()[0]]
+    document = {
+        "command": shlex.join(["python", *sys.argv]),
+        "date": str(datetime.date.today()),
+        "device": "",  # as processes say: this one does not wake it
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "runs": options.runs,
+        "load": load,  # where it is more than the cores, seconds say little: see the processor's
+        "versions": {"torch": torch.__version__},
+        "rows": rows,
+    }
     for direction in options.directions:
         backward, folder = DIRECTIONS[direction], None
         for name, (layers, tune, cache, eager) in CASES.items():
@@ -115,23 +127,12 @@ def main() -> None:
                     row["error"] = run.stderr[-500:]
                 else:
                     found.append(json.loads(run.stdout.splitlines()[-1]))
+                    document["device"] = found[-1].pop("device")
             if found:
                 row |= min(found, key=lambda x: x["first call"])
             rows.append(row)
             print(row, flush=True)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    document = {
-        "command": shlex.join(["python", *sys.argv]),
-        "date": str(datetime.date.today()),
-        "device": device,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "runs": options.runs,
-        "load": load,  # where it is more than the cores, seconds say little: see the processor's
-        "versions": {"torch": torch.__version__},
-        "rows": rows,
-    }
-    options.out.write_text(json.dumps(document, indent=1))
+            options.out.write_text(json.dumps(document, indent=1))  # a run may be stopped
 
 
 if __name__ == "__main__":
