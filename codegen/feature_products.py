@@ -161,9 +161,8 @@ class FeatureProducts(FeatureSums):
         rows, columns, _ = labels
         pairs_left = all(map(is_token, left.dims))
         pair, values = (left, right) if pairs_left else (right, left)
-        pair = self.placed(
-            self._causal(pair, node.args[0])
-        )  # numbers that scaled it were not masked
+        # Numbers that have scaled it since it was masked may be infinite.
+        pair = self.placed(self._causal(pair, node.args[0]))
         dims = self.order(values.dims)
         whole = self.line_up(values, dims)
         clean = self.let("f", f"gl.where({whole} * 0.0 == 0.0, {whole}, 0.0)", dims, values.zero)

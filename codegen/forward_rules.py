@@ -29,9 +29,8 @@ from tttc.ir import ops
 
 MANY_PRODUCTS = 12  # of a turn of a loop: more need the registers of more warps
 # Beside a triangular system, in one warp, whose lanes pass on what several warps pass through shared memory, or two of
-# numbers of 32 bits, which take three times the products. On an H200 what DeltaNet does before its states (B8 H16 T4096)
-# took 199 us in one warp, 250 in two and 427 in four, of the gated one 205, 280 and 423
-# (benchmarks/results/2026-11-29-h200-solves.json).
+# numbers of 32 bits, which take three times the products. On an H200 what gated DeltaNet does before its states (B8 H16
+# T4096) took 205 us in one warp, 280 in two and 423 in four (benchmarks/results/2026-11-29-h200-solves.json).
 FEW_PRODUCTS = 8
 SOLVED = 64  # registers of a thread for one tile beside a system, at most: of 128 features it spills 1.8 kB in one warp
 UNIT_ROWS = 16  # of a matrix unit's tile

@@ -209,17 +209,17 @@ def forgotten(loop: Loop) -> str:
 
     Sums keep it, and so do products with whatever: infinity times zero is NaN.
     """
-    kept = {"add": 2, "sub": 2, "mul": 2, "neg": 1, "div": 1}  # of how many operands
-
-    def keeps(node: fx.Node, olds: list[fx.Node]) -> bool:
-        if node in olds or node.target not in (ops.elementwise, ops.contraction):
-            return node in olds
-        first = kept.get(str(node.args[0]), 0) if node.target is ops.elementwise else None
-        return any(keeps(x, olds) for x in operands_of(node)[:first] if isinstance(x, fx.Node))
-
+    first = {"add": 2, "sub": 2, "mul": 2, "neg": 1, "div": 1}  # of how many operands
     for node, sink in loop.sinks:
-        olds = [n for n, s in loop.sources.items() if s.kind == "state" and s.name == sink.name]
-        if sink.kind == "state" and not keeps(node, olds):
+        if sink.kind != "state":
+            continue
+        keep = {n for n, s in loop.sources.items() if s.kind == "state" and s.name == sink.name}
+        for x in loop.graph.nodes:
+            if x.target in (ops.elementwise, ops.contraction):
+                count = first.get(str(x.args[0]), 0) if x.target is ops.elementwise else None
+                if any(y in keep for y in operands_of(x)[:count]):
+                    keep.add(x)
+        if node not in keep:
             return sink.name
     return ""
 

@@ -26,6 +26,8 @@ from tttc.ir.spec import parse, parse_relation
 
 def longer_products(body: Body) -> Body:
     """The body with running products that include their token where that is multiplied in."""
+    if not any(map(_is_short, body.nodes)):
+        return body
     graph = fx.Graph()
     graph.output(graph.graph_copy(body.gm.graph, {}))
     changed = False
@@ -34,13 +36,16 @@ def longer_products(body: Body) -> Body:
     return simplify(body.with_graph(graph)) if changed else body
 
 
+def _is_short(node: fx.Node) -> bool:
+    """Whether a node is a running product without the token's own number."""
+    return node.target is ops.running_product and parse_relation(head_of(node)).strict
+
+
 def _replace_one(graph: fx.Graph) -> bool:
     """Replace the first product that can be; whether there was one."""
     for node in graph.nodes:
         factors = _factors(node, root=True)
-        for short in factors:
-            if short.target is not ops.running_product or not parse_relation(head_of(short)).strict:
-                continue
+        for short in filter(_is_short, factors):
             (own,) = operands_of(short)
             if own in factors and len(short.users) == 1:  # else there would be both
                 factors.remove(short)
@@ -64,9 +69,7 @@ def _replace(graph: fx.Graph, node: fx.Node, short: fx.Node, factors: list[fx.No
             value = builder.contraction(
                 [factor, value], tuple(d for d in dims_of(node) if d in dims)
             )
-    if dims_of(value) != dims_of(node):
-        with graph.inserting_before(node):
-            value = builder.contraction([value], dims_of(node))
+        value = builder.contraction([value], dims_of(node))
     node.replace_all_uses_with(value)
     graph.eliminate_dead_code()
 

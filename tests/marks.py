@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-INTERPRETED = "Triton's interpreter is what runs kernels without a GPU"
+INTERPRETED = (
+    "kernels of Triton's interpreter: CUDA_VISIBLE_DEVICES= pytest runs them, as without a GPU"
+)
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason=INTERPRETED)
 on_gpu = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="kernels are launched on a GPU here"

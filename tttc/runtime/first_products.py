@@ -36,9 +36,8 @@ def _thread(values: Iterable[Any]) -> threading.Thread | None:
     """The thread that has begun with it, if there is anything to do; nothing is lost where that can't be told."""
     if not torch.cuda.is_initialized():
         return None
-    with suppress(
-        Exception
-    ):  # whatever a module of somebody's does when its parameters are asked for
+    # A module of somebody's may raise anything when it is asked for its parameters.
+    with suppress(Exception):
         return _begun_for(values)
     return None
 
